@@ -1,0 +1,166 @@
+"""Why KVM_RUN returned: one small class an exit reason.
+
+After ``struct kvm_run`` in ``linux/kvm.h``; section 5 of the API document says what each means.
+Addresses are guest-physical bytes (gpa) unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmdp.abi import kvm as abi
+
+
+@dataclass(slots=True)
+class Io:
+    """KVM_EXIT_IO: port I/O of *count* items of *size* bytes.
+
+    ``data`` is a view of the shared page: for ``direction == "out"`` what the guest wrote, for
+    ``"in"`` where the answer goes.  It is valid until the vCPU runs again.
+    """
+
+    direction: str
+    port: int
+    size: int
+    count: int
+    data: memoryview
+
+
+@dataclass(slots=True)
+class Mmio:
+    """KVM_EXIT_MMIO: an access to an address that no memslot covers, emulated by KVM.
+
+    ``data`` is a view of the *size* bytes in the shared page: what is written, or where the
+    answer to a read goes.  The access is complete only after the vCPU has been re-entered.
+    """
+
+    gpa: int
+    size: int
+    is_write: bool
+    data: memoryview
+
+
+@dataclass(slots=True)
+class MemoryFault:
+    """KVM_EXIT_MEMORY_FAULT (KVM_RUN failed with EFAULT or EHWPOISON): KVM could not map *gpa*.
+
+    The instruction has not run; re-entering retries it.  KVM does not say whether it read, wrote
+    or fetched.
+    """
+
+    flags: int
+    gpa: int
+    size: int
+
+
+@dataclass(slots=True)
+class BusError:
+    """A SIGBUS that KVM raised for this vCPU: the host page at *hva* is poisoned.
+
+    ``code`` is ``si_code`` (``BUS_MCEERR_AR`` for an access).  The instruction has not run.
+    """
+
+    hva: int
+    code: int
+
+
+@dataclass(slots=True)
+class Interrupted:
+    """KVM_RUN was left on request: ``immediate_exit`` or a signal, no access of the guest."""
+
+
+@dataclass(slots=True)
+class Hlt:
+    """KVM_EXIT_HLT: the guest halted (only without an in-kernel interrupt controller)."""
+
+
+@dataclass(slots=True)
+class Shutdown:
+    """KVM_EXIT_SHUTDOWN: triple fault."""
+
+
+_SUBERRORS = {
+    abi.KVM_INTERNAL_ERROR_EMULATION: "instruction emulation failed",
+    abi.KVM_INTERNAL_ERROR_SIMUL_EX: "two exceptions at once",
+    abi.KVM_INTERNAL_ERROR_DELIVERY_EV: "an exit while an event was being delivered",
+    abi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON: "the CPU gave an unexpected exit reason",
+}
+
+
+@dataclass(slots=True)
+class InternalError:
+    """KVM_EXIT_INTERNAL_ERROR: KVM cannot go on with this vCPU as it is.
+
+    ``instruction`` has the bytes at RIP after an emulation failure, where KVM gave them.
+    """
+
+    suberror: int
+    data: tuple[int, ...]
+    instruction: bytes
+
+    @property
+    def is_emulation_failure(self) -> bool:
+        """True if KVM's emulator did not know the instruction; RIP has not moved."""
+        return self.suberror == abi.KVM_INTERNAL_ERROR_EMULATION
+
+    def __str__(self) -> str:
+        what = _SUBERRORS.get(self.suberror, "unknown kind")
+        at = f", instruction bytes {self.instruction.hex(' ')}" if self.instruction else ""
+        return f"KVM internal error {self.suberror} ({what}){at}"
+
+
+@dataclass(slots=True)
+class FailEntry:
+    """KVM_EXIT_FAIL_ENTRY: the CPU refused the guest's state."""
+
+    reason: int
+    cpu: int
+
+
+@dataclass(slots=True)
+class SystemEvent:
+    """KVM_EXIT_SYSTEM_EVENT: the guest asked for a reset or power-off."""
+
+    type: int
+
+
+@dataclass(slots=True)
+class MsrRead:
+    """KVM_EXIT_X86_RDMSR: answer with :meth:`Vcpu.complete_msr`.  Needs KVM_CAP_X86_USER_SPACE_MSR."""
+
+    index: int
+    reason: int
+
+
+@dataclass(slots=True)
+class MsrWrite:
+    """KVM_EXIT_X86_WRMSR: answer with :meth:`Vcpu.complete_msr`.  Needs KVM_CAP_X86_USER_SPACE_MSR."""
+
+    index: int
+    data: int
+    reason: int
+
+
+@dataclass(slots=True)
+class Unknown:
+    """An exit reason that has no class here; ``hardware_reason`` only for KVM_EXIT_UNKNOWN."""
+
+    reason: int
+    hardware_reason: int
+
+
+Exit = (
+    Io
+    | Mmio
+    | MemoryFault
+    | BusError
+    | Interrupted
+    | Hlt
+    | Shutdown
+    | InternalError
+    | FailEntry
+    | SystemEvent
+    | MsrRead
+    | MsrWrite
+    | Unknown
+)
