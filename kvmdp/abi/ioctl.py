@@ -1,4 +1,4 @@
-"""ioctl request numbers, after ``asm-generic/ioctl.h`` (x86-64 uses the generic encoding).
+"""ioctl request numbers, after `asm-generic/ioctl.h` (x86-64 uses the generic encoding).
 
 A request is 32 bits: direction (2), size of the argument in bytes (14), type (8), number (8).
 """

@@ -1,7 +1,7 @@
-"""``linux/kvm.h``: ioctls, structures, capabilities and exits that this project uses.
+"""`linux/kvm.h`: ioctls, structures, capabilities and exits that this project uses.
 
-API document: ``Documentation/virt/kvm/api.rst``.  Addresses and sizes are bytes; ``gpa`` is a
-guest-physical, ``hva`` a host virtual address.  A comment names the capability that gates an
+API document: `Documentation/virt/kvm/api.rst`.  Addresses and sizes are bytes; `gpa` is a
+guest-physical, `hva` a host virtual address.  A comment names the capability that gates an
 ioctl, and the first kernel where that is recent.
 """
 
@@ -155,7 +155,7 @@ class kvm_translation(ctypes.Structure):
 
 
 class kvm_signal_mask(ctypes.Structure):
-    """Header of the signal mask that holds during KVM_RUN; ``len`` bytes of sigset follow."""
+    """Header of the signal mask that holds during KVM_RUN; `len` bytes of sigset follow."""
 
     _fields_ = [("len", c_uint32)]
 
@@ -174,7 +174,7 @@ class kvm_stats_header(ctypes.Structure):
 
 
 class kvm_stats_desc(ctypes.Structure):
-    """Description of one statistic; ``name_size`` bytes of name follow."""
+    """Description of one statistic; `name_size` bytes of name follow."""
 
     _fields_ = [
         ("flags", c_uint32),

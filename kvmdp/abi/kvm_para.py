@@ -1,4 +1,4 @@
-"""KVM's paravirtual CPUID leaves and MSRs, after ``asm/kvm_para.h`` (x86).
+"""KVM's paravirtual CPUID leaves and MSRs, after `asm/kvm_para.h` (x86).
 
 The MSRs that enable a feature name a guest-physical address; from then on KVM writes there by
 itself, with no vCPU access that could trap.

@@ -1,6 +1,6 @@
-"""``asm/kvm.h`` for x86: registers, CPUID, MSRs, extended control registers, machine checks.
+"""`asm/kvm.h` for x86: registers, CPUID, MSRs, extended control registers, machine checks.
 
-API document: ``Documentation/virt/kvm/api.rst``.
+API document: `Documentation/virt/kvm/api.rst`.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class kvm_vcpu_events(ctypes.Structure):
 
 
 class kvm_sync_regs(ctypes.Structure):
-    """Registers shared through ``kvm_run``, KVM_CAP_SYNC_REGS."""
+    """Registers shared through `kvm_run`, KVM_CAP_SYNC_REGS."""
 
     _fields_ = [("regs", kvm_regs), ("sregs", kvm_sregs), ("events", kvm_vcpu_events)]
 
@@ -166,7 +166,7 @@ class kvm_cpuid_entry2(ctypes.Structure):
 
 
 class kvm_cpuid2(ctypes.Structure):
-    """Header of a CPUID table; ``nent`` entries follow."""
+    """Header of a CPUID table; `nent` entries follow."""
 
     _fields_ = [("nent", c_uint32), ("padding", c_uint32)]
 
@@ -178,13 +178,13 @@ class kvm_msr_entry(ctypes.Structure):
 
 
 class kvm_msrs(ctypes.Structure):
-    """Header of an MSR table; ``nmsrs`` entries follow."""
+    """Header of an MSR table; `nmsrs` entries follow."""
 
     _fields_ = [("nmsrs", c_uint32), ("pad", c_uint32)]
 
 
 class kvm_msr_filter_range(ctypes.Structure):
-    """MSRs ``base`` to ``base + nmsrs - 1``; a clear bit in ``bitmap`` denies."""
+    """MSRs `base` to `base + nmsrs - 1`; a clear bit in `bitmap` denies."""
 
     _fields_ = [
         ("flags", c_uint32),

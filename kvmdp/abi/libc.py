@@ -1,11 +1,11 @@
 """The one place that calls C.
 
-Two handles on the same library.  ``libc`` releases the GIL around each call: for anything that may
-sleep (KVM_RUN, ``read``, ``poll``, memslot ioctls).  ``libc_held`` keeps it: for calls that never
-sleep and are so short that giving the GIL away costs more than the call (``sigtimedwait`` with a
-zero timeout; which others earn it is measured, see ``paging/trap/uffd.py``).
+Two handles on the same library.  `libc` releases the GIL around each call: for anything that may
+sleep (KVM_RUN, `read`, `poll`, memslot ioctls).  `libc_held` keeps it: for calls that never
+sleep and are so short that giving the GIL away costs more than the call (`sigtimedwait` with a
+zero timeout; which others earn it is measured, see `paging/trap/uffd.py`).
 
-Errors become :class:`OSError` with the kernel's errno and the name of the call.
+Errors become `OSError` with the kernel's errno and the name of the call.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def os_error(what: str) -> OSError:
-    """Return the :class:`OSError` of the C call that has just failed; *what* names the call."""
+    """Return the `OSError` of the C call that has just failed; `what` names the call."""
     number = ctypes.get_errno()
     return OSError(number, f"{what}: {os.strerror(number)}")
 
 
 def ioctl(fd: int, request: int, argument: Any = 0, what: str = "ioctl") -> int:
-    """Call ``ioctl(fd, request, argument)`` without the GIL.
+    """Call `ioctl(fd, request, argument)` without the GIL.
 
-    *argument* is an integer, None or ``ctypes.byref(...)``; *what* names the request in the error.
-    Returns the call's non-negative result; raises :class:`OSError` with the kernel's errno.
+    `argument` is an integer, None or `ctypes.byref(...)`; `what` names the request in the error.
+    Returns the call's non-negative result; raises `OSError` with the kernel's errno.
     """
     result: int = libc.ioctl(fd, request, argument)
     if result < 0:
@@ -66,7 +66,7 @@ def ioctl(fd: int, request: int, argument: Any = 0, what: str = "ioctl") -> int:
 
 
 def mmap(length: int, prot: int, flags: int, fd: int = -1, offset: int = 0, address: int = 0) -> int:
-    """Map *length* bytes and return the host virtual address (hva)."""
+    """Map `length` bytes and return the host virtual address (hva)."""
     hva: int | None = libc.mmap(address or None, length, prot, flags, fd, offset)
     if hva is None or hva == _MAP_FAILED:
         raise os_error(f"mmap of {length} bytes")
@@ -74,19 +74,19 @@ def mmap(length: int, prot: int, flags: int, fd: int = -1, offset: int = 0, addr
 
 
 def munmap(hva: int, length: int) -> None:
-    """Unmap *length* bytes at *hva*."""
+    """Unmap `length` bytes at `hva`."""
     if libc.munmap(hva, length) < 0:
         raise os_error(f"munmap of {length} bytes at {hva:#x}")
 
 
 def madvise(hva: int, length: int, advice: int) -> None:
-    """Give the kernel *advice* (``MADV_*``) on *length* bytes at *hva*."""
+    """Give the kernel `advice` (`MADV_*`) on `length` bytes at `hva`."""
     if libc.madvise(hva, length, advice) < 0:
         raise os_error(f"madvise({advice}) of {length} bytes at {hva:#x}")
 
 
 def syscall(number: int, *arguments: int, what: str) -> int:
-    """Call a system call that has no libc wrapper; *what* names it in the error."""
+    """Call a system call that has no libc wrapper; `what` names it in the error."""
     result: int = libc.syscall(ctypes.c_long(number), *(ctypes.c_long(value) for value in arguments))
     if result < 0:
         raise os_error(what)

@@ -1,6 +1,6 @@
-"""Memory mapping constants that Python's ``mmap`` and ``os`` do not export everywhere.
+"""Memory mapping constants that Python's `mmap` and `os` do not export everywhere.
 
-After ``asm-generic/mman-common.h``, ``asm-generic/mman.h``, ``linux/memfd.h`` and ``linux/fcntl.h``.
+After `asm-generic/mman-common.h`, `asm-generic/mman.h`, `linux/memfd.h` and `linux/fcntl.h`.
 """
 
 from __future__ import annotations

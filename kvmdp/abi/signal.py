@@ -1,6 +1,6 @@
-"""The parts of ``asm-generic/siginfo.h`` that Python's :mod:`signal` does not hand out.
+"""The parts of `asm-generic/siginfo.h` that Python's `signal` does not hand out.
 
-Python reports a signal's number and code but not ``si_addr``, which is all a poison marker says
+Python reports a signal's number and code but not `si_addr`, which is all a poison marker says
 of where the access was.
 """
 
@@ -20,7 +20,7 @@ _NSIG_BYTES = 8  # the kernel's sigset_t: 64 signals
 
 
 class siginfo_t(ctypes.Structure):
-    """``siginfo_t`` as far as ``_sigfault``; padded to the kernel's 128 bytes."""
+    """`siginfo_t` as far as `_sigfault`; padded to the kernel's 128 bytes."""
 
     _fields_ = [
         ("si_signo", ctypes.c_int),
@@ -34,13 +34,13 @@ class siginfo_t(ctypes.Structure):
 
 
 class timespec(ctypes.Structure):
-    """``struct timespec`` of the 64-bit ABI."""
+    """`struct timespec` of the 64-bit ABI."""
 
     _fields_ = [("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long)]
 
 
 def sigset_mask(signals: set[int]) -> int:
-    """Return the kernel's 64-bit ``sigset_t`` for *signals* (numbers from 1)."""
+    """Return the kernel's 64-bit `sigset_t` for `signals` (numbers from 1)."""
     mask = 0
     for number in signals:
         if not 1 <= number <= _NSIG_BYTES * 8:

@@ -1,6 +1,6 @@
-"""``linux/userfaultfd.h``: the ioctls, structures and feature bits that this project uses.
+"""`linux/userfaultfd.h`: the ioctls, structures and feature bits that this project uses.
 
-API document: ``Documentation/admin-guide/mm/userfaultfd.rst``.  Addresses and lengths are bytes
+API document: `Documentation/admin-guide/mm/userfaultfd.rst`.  Addresses and lengths are bytes
 in the registering process (hva).  Comments give the first kernel with a feature.
 """
 
@@ -73,13 +73,13 @@ class uffdio_range(ctypes.Structure):
 
 
 class uffdio_register(ctypes.Structure):
-    """Register a range; ``ioctls`` returns what may be done to it."""
+    """Register a range; `ioctls` returns what may be done to it."""
 
     _fields_ = [("range", uffdio_range), ("mode", c_uint64), ("ioctls", c_uint64)]
 
 
 class uffdio_copy(ctypes.Structure):
-    """Fill absent pages from ``src``; ``copy`` returns bytes done or a negative errno."""
+    """Fill absent pages from `src`; `copy` returns bytes done or a negative errno."""
 
     _fields_ = [
         ("dst", c_uint64),
@@ -91,19 +91,19 @@ class uffdio_copy(ctypes.Structure):
 
 
 class uffdio_zeropage(ctypes.Structure):
-    """Map zero pages; ``zeropage`` returns bytes done or a negative errno."""
+    """Map zero pages; `zeropage` returns bytes done or a negative errno."""
 
     _fields_ = [("range", uffdio_range), ("mode", c_uint64), ("zeropage", c_int64)]
 
 
 class uffdio_continue(ctypes.Structure):
-    """Map what the page cache holds; ``mapped`` returns bytes done or a negative errno."""
+    """Map what the page cache holds; `mapped` returns bytes done or a negative errno."""
 
     _fields_ = [("range", uffdio_range), ("mode", c_uint64), ("mapped", c_int64)]
 
 
 class uffdio_poison(ctypes.Structure):
-    """Put poison markers on absent pages; ``updated`` returns bytes done or a negative errno."""
+    """Put poison markers on absent pages; `updated` returns bytes done or a negative errno."""
 
     _fields_ = [("range", uffdio_range), ("mode", c_uint64), ("updated", c_int64)]
 
@@ -125,7 +125,7 @@ class _uffd_msg_arg(ctypes.Union):
 
 
 class uffd_msg(ctypes.Structure):
-    """One event, 32 bytes, as ``read`` on the descriptor returns it."""
+    """One event, 32 bytes, as `read` on the descriptor returns it."""
 
     _fields_ = [
         ("event", c_uint8),

@@ -1,4 +1,4 @@
-"""Bare bindings to ``/dev/kvm``: open it, make a VM, give it memory and vCPUs, run.
+"""Bare bindings to `/dev/kvm`: open it, make a VM, give it memory and vCPUs, run.
 
 Knows nothing of demand paging.  A toy hypervisor needs no more than this::
 

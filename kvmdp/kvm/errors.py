@@ -9,7 +9,7 @@ import os
 class KvmError(OSError):
     """A KVM call failed.
 
-    ``errno`` is the kernel's; ``call`` names the ioctl; ``remedy`` says what the user can do, or
+    `errno` is the kernel's; `call` names the ioctl; `remedy` says what the user can do, or
     is empty where nothing better than the errno is known.
     """
 
@@ -51,6 +51,6 @@ MEMSLOT_REMEDIES = {
 
 
 def failed(error: OSError, call: str, remedies: dict[int, str] | None = None) -> KvmError:
-    """Turn *error* of a C call into a :class:`KvmError` that names *call* and the remedy."""
+    """Turn `error` of a C call into a `KvmError` that names `call` and the remedy."""
     number = error.errno or 0
     return KvmError(number, call, (remedies or {}).get(number, ""))

@@ -1,6 +1,6 @@
 """Why KVM_RUN returned: one small class an exit reason.
 
-After ``struct kvm_run`` in ``linux/kvm.h``; section 5 of the API document says what each means.
+After `struct kvm_run` in `linux/kvm.h`; section 5 of the API document says what each means.
 Addresses are guest-physical bytes (gpa) unless said otherwise.
 """
 
@@ -13,10 +13,10 @@ from kvmdp.abi import kvm as abi
 
 @dataclass(slots=True)
 class Io:
-    """KVM_EXIT_IO: port I/O of *count* items of *size* bytes.
+    """KVM_EXIT_IO: port I/O of `count` items of `size` bytes.
 
-    ``data`` is a view of the shared page: for ``direction == "out"`` what the guest wrote, for
-    ``"in"`` where the answer goes.  It is valid until the vCPU runs again.
+    `data` is a view of the shared page: for `direction == "out"` what the guest wrote, for
+    `"in"` where the answer goes.  It is valid until the vCPU runs again.
     """
 
     direction: str
@@ -30,7 +30,7 @@ class Io:
 class Mmio:
     """KVM_EXIT_MMIO: an access to an address that no memslot covers, emulated by KVM.
 
-    ``data`` is a view of the *size* bytes in the shared page: what is written, or where the
+    `data` is a view of the `size` bytes in the shared page: what is written, or where the
     answer to a read goes.  The access is complete only after the vCPU has been re-entered.
     """
 
@@ -42,7 +42,7 @@ class Mmio:
 
 @dataclass(slots=True)
 class MemoryFault:
-    """KVM_EXIT_MEMORY_FAULT (KVM_RUN failed with EFAULT or EHWPOISON): KVM could not map *gpa*.
+    """KVM_EXIT_MEMORY_FAULT (KVM_RUN failed with EFAULT or EHWPOISON): KVM could not map `gpa`.
 
     The instruction has not run; re-entering retries it.  KVM does not say whether it read, wrote
     or fetched.
@@ -55,9 +55,9 @@ class MemoryFault:
 
 @dataclass(slots=True)
 class BusError:
-    """A SIGBUS that KVM raised for this vCPU: the host page at *hva* is poisoned.
+    """A SIGBUS that KVM raised for this vCPU: the host page at `hva` is poisoned.
 
-    ``code`` is ``si_code`` (``BUS_MCEERR_AR`` for an access).  The instruction has not run.
+    `code` is `si_code` (`BUS_MCEERR_AR` for an access).  The instruction has not run.
     """
 
     hva: int
@@ -66,7 +66,7 @@ class BusError:
 
 @dataclass(slots=True)
 class Interrupted:
-    """KVM_RUN was left on request: ``immediate_exit`` or a signal, no access of the guest."""
+    """KVM_RUN was left on request: `immediate_exit` or a signal, no access of the guest."""
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ _SUBERRORS = {
 class InternalError:
     """KVM_EXIT_INTERNAL_ERROR: KVM cannot go on with this vCPU as it is.
 
-    ``instruction`` has the bytes at RIP after an emulation failure, where KVM gave them.
+    `instruction` has the bytes at RIP after an emulation failure, where KVM gave them.
     """
 
     suberror: int
@@ -126,7 +126,7 @@ class SystemEvent:
 
 @dataclass(slots=True)
 class MsrRead:
-    """KVM_EXIT_X86_RDMSR: answer with :meth:`Vcpu.complete_msr`.  Needs KVM_CAP_X86_USER_SPACE_MSR."""
+    """KVM_EXIT_X86_RDMSR: answer with `Vcpu.complete_msr`.  Needs KVM_CAP_X86_USER_SPACE_MSR."""
 
     index: int
     reason: int
@@ -134,7 +134,7 @@ class MsrRead:
 
 @dataclass(slots=True)
 class MsrWrite:
-    """KVM_EXIT_X86_WRMSR: answer with :meth:`Vcpu.complete_msr`.  Needs KVM_CAP_X86_USER_SPACE_MSR."""
+    """KVM_EXIT_X86_WRMSR: answer with `Vcpu.complete_msr`.  Needs KVM_CAP_X86_USER_SPACE_MSR."""
 
     index: int
     data: int
@@ -143,7 +143,7 @@ class MsrWrite:
 
 @dataclass(slots=True)
 class Unknown:
-    """An exit reason that has no class here; ``hardware_reason`` only for KVM_EXIT_UNKNOWN."""
+    """An exit reason that has no class here; `hardware_reason` only for KVM_EXIT_UNKNOWN."""
 
     reason: int
     hardware_reason: int

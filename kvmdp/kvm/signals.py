@@ -22,7 +22,7 @@ _GLIBC_SIGSET_WORDS = 16
 class VcpuSignals:
     """The pending signals of the calling thread; make one in each vCPU thread, use it only there.
 
-    Making it blocks :data:`KICK_SIGNAL`, SIGBUS and SIGINT in the thread; ``run_mask`` is the
+    Making it blocks `KICK_SIGNAL`, SIGBUS and SIGINT in the thread; `run_mask` is the
     64-bit mask for KVM_SET_SIGNAL_MASK, with the first two let through.
     """
 

@@ -24,9 +24,9 @@ class _Statistic:
 
 
 class Statistics:
-    """The statistics of one VM or vCPU; owns the descriptor *fd*.
+    """The statistics of one VM or vCPU; owns the descriptor `fd`.
 
-    The layout is read once; each :meth:`read` is one ``pread`` of the values.
+    The layout is read once; each `read` is one `pread` of the values.
     """
 
     def __init__(self, fd: int) -> None:
@@ -95,7 +95,7 @@ class Statistics:
 
 
 def open_statistics(fd: int) -> Statistics:
-    """Open the statistics of the VM or vCPU behind *fd*.  KVM_CAP_BINARY_STATS_FD."""
+    """Open the statistics of the VM or vCPU behind `fd`.  KVM_CAP_BINARY_STATS_FD."""
     try:
         return Statistics(libc.ioctl(fd, KVM_GET_STATS_FD, None))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""``/dev/kvm`` itself: capabilities, supported CPUID, and the making of VMs."""
+"""`/dev/kvm` itself: capabilities, supported CPUID, and the making of VMs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MAX_CPUID_ENTRIES = 1024
 
 
 class Kvm:
-    """An open ``/dev/kvm``.
+    """An open `/dev/kvm`.
 
-    Raises :class:`KvmError` with a remedy where the device is absent, not permitted, or speaks
+    Raises `KvmError` with a remedy where the device is absent, not permitted, or speaks
     another API version than 12 (the only one there has been since Linux 2.6.22).
     """
 
@@ -45,7 +45,7 @@ class Kvm:
             )
 
     def check_extension(self, capability: int) -> int:
-        """Return what KVM_CHECK_EXTENSION says of *capability* (``KVM_CAP_*``): 0 if absent."""
+        """Return what KVM_CHECK_EXTENSION says of `capability` (`KVM_CAP_*`): 0 if absent."""
         return libc.ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability, "KVM_CHECK_EXTENSION")
 
     def supported_cpuid(self) -> list[kvm_cpuid_entry2]:
@@ -72,7 +72,7 @@ class Kvm:
         return value.value
 
     def create_vm(self, vm_type: int = 0) -> Vm:
-        """Make a virtual machine of *vm_type* (0, the default kind, everywhere)."""
+        """Make a virtual machine of `vm_type` (0, the default kind, everywhere)."""
         try:
             fd = libc.ioctl(self.fd, abi.KVM_CREATE_VM, vm_type)
         except OSError as error:

@@ -40,9 +40,9 @@ _INTERRUPTED = exits.Interrupted()
 
 
 class Vcpu:
-    """One virtual CPU; owns its descriptor and the shared ``kvm_run`` page.
+    """One virtual CPU; owns its descriptor and the shared `kvm_run` page.
 
-    All but :meth:`kick` belongs to one thread at a time, as KVM demands.
+    All but `kick` belongs to one thread at a time, as KVM demands.
     """
 
     def __init__(self, fd: int, index: int, mmap_size: int) -> None:
@@ -71,7 +71,7 @@ class Vcpu:
         """Enter the guest (KVM_RUN) and return why it came back.
 
         A fault that KVM reports through errno (EFAULT or EHWPOISON with KVM_EXIT_MEMORY_FAULT) and
-        an interruption (EINTR) are exits like any other; any other errno raises :class:`KvmError`.
+        an interruption (EINTR) are exits like any other; any other errno raises `KvmError`.
         """
         words = self._words
         # Kernels before 6.8 do not reset the reason when KVM_RUN fails: a stale one must not be read.
@@ -104,7 +104,7 @@ class Vcpu:
     def attach_thread(self) -> None:
         """Prepare the calling thread to run this vCPU: signals blocked, let through in KVM_RUN.
 
-        From then on :meth:`kick` works and a SIGBUS becomes a :class:`~kvmdp.kvm.exits.BusError`.
+        From then on `kick` works and a SIGBUS becomes a `BusError`.
         """
         self._signals = VcpuSignals()
         self.set_signal_mask(self._signals.run_mask)
@@ -112,16 +112,16 @@ class Vcpu:
             self._thread = threading.get_ident()
 
     def detach_thread(self) -> None:
-        """Undo :meth:`attach_thread`, before the thread ends."""
+        """Undo `attach_thread`, before the thread ends."""
         with self._kick_lock:
             self._thread = 0
 
     def kick(self) -> None:
         """Get the vCPU out of KVM_RUN, or keep it from entering, from any thread.
 
-        It returns :class:`~kvmdp.kvm.exits.Interrupted` at once and on each further run, until
-        :attr:`immediate_exit` is cleared.  Whoever kicks first sets whatever the vCPU's thread is
-        to see; the thread clears ``immediate_exit`` before it looks.
+        It returns `Interrupted` at once and on each further run, until
+        `immediate_exit` is cleared.  Whoever kicks first sets whatever the vCPU's thread is
+        to see; the thread clears `immediate_exit` before it looks.
         """
         self.immediate_exit = True
         with self._kick_lock:
@@ -138,7 +138,7 @@ class Vcpu:
         self._bytes[_IMMEDIATE_EXIT] = value
 
     def set_signal_mask(self, mask: int) -> None:
-        """Set the signals blocked inside KVM_RUN, a 64-bit ``sigset_t`` (KVM_SET_SIGNAL_MASK)."""
+        """Set the signals blocked inside KVM_RUN, a 64-bit `sigset_t` (KVM_SET_SIGNAL_MASK)."""
 
         class Mask(ctypes.Structure):
             _pack_ = 1
@@ -154,9 +154,9 @@ class Vcpu:
     # Registers
 
     def sync_registers(self) -> None:
-        """Have KVM leave the general registers in ``kvm_run`` at every exit (KVM_CAP_SYNC_REGS).
+        """Have KVM leave the general registers in `kvm_run` at every exit (KVM_CAP_SYNC_REGS).
 
-        Saves an ioctl wherever :attr:`regs` is read after an exit.
+        Saves an ioctl wherever `regs` is read after an exit.
         """
         self.kvm_run.kvm_valid_regs = KVM_SYNC_X86_REGS
         self._synced = True
@@ -232,13 +232,13 @@ class Vcpu:
         return values
 
     def set_msr(self, index: int, value: int) -> None:
-        """Set one MSR; raises :class:`KvmError` (EINVAL) if KVM refuses the value or the MSR."""
+        """Set one MSR; raises `KvmError` (EINVAL) if KVM refuses the value or the MSR."""
         table = _OneMsr(kvm_msrs(nmsrs=1), kvm_msr_entry(index=index, data=value))
         if self._get(abi.KVM_SET_MSRS, "KVM_SET_MSRS", table) != 1:
             raise KvmError(errno.EINVAL, f"KVM_SET_MSRS of MSR {index:#x} to {value:#x}")
 
     def complete_msr(self, value: int = 0, error: bool = False) -> None:
-        """Answer an MsrRead or MsrWrite exit: *value* for a read; *error* gives the guest a #GP."""
+        """Answer an MsrRead or MsrWrite exit: `value` for a read; `error` gives the guest a #GP."""
         self.kvm_run.msr.data = value
         self.kvm_run.msr.error = error
 
@@ -251,7 +251,7 @@ class Vcpu:
         self._get(abi.KVM_X86_SET_MCE, "KVM_X86_SET_MCE", mce)
 
     def translate(self, linear_address: int) -> int | None:
-        """Return the gpa behind *linear_address* by the guest's page tables, None if there is none."""
+        """Return the gpa behind `linear_address` by the guest's page tables, None if there is none."""
         translation = abi.kvm_translation(linear_address=linear_address)
         self._get(abi.KVM_TRANSLATE, "KVM_TRANSLATE", translation)
         return translation.physical_address if translation.valid else None
@@ -269,7 +269,7 @@ class Vcpu:
     # Ownership
 
     def close(self) -> None:
-        """Unmap ``kvm_run`` and close the descriptor; a second call does nothing."""
+        """Unmap `kvm_run` and close the descriptor; a second call does nothing."""
         if self.fd < 0:
             return
         os.close(self.fd)

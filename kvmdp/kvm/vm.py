@@ -25,7 +25,7 @@ from kvmdp.kvm.vcpu import Vcpu
 
 @dataclass(frozen=True, slots=True)
 class DeniedMsrs:
-    """MSRs ``base`` to ``base + count - 1``, whose reads and/or writes go to user space."""
+    """MSRs `base` to `base + count - 1`, whose reads and/or writes go to user space."""
 
     base: int
     count: int
@@ -44,11 +44,11 @@ class Vm:
         self._vcpu_mmap_size = vcpu_mmap_size
 
     def check_extension(self, capability: int) -> int:
-        """Return what KVM_CHECK_EXTENSION says of *capability* for this VM: 0 if absent."""
+        """Return what KVM_CHECK_EXTENSION says of `capability` for this VM: 0 if absent."""
         return libc.ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability, "KVM_CHECK_EXTENSION")
 
     def enable_cap(self, capability: int, *arguments: int) -> None:
-        """Switch *capability* (``KVM_CAP_*``) on, with up to four *arguments*."""
+        """Switch `capability` (`KVM_CAP_*`) on, with up to four `arguments`."""
         request = abi.kvm_enable_cap(cap=capability)
         request.args[: len(arguments)] = arguments
         try:
@@ -57,7 +57,7 @@ class Vm:
             raise failed(error, f"KVM_ENABLE_CAP of capability {capability}") from None
 
     def disable_quirks(self, quirks: int) -> int:
-        """Switch off those of *quirks* (``KVM_X86_QUIRK_*``) that this kernel lets go; return them.
+        """Switch off those of `quirks` (`KVM_X86_QUIRK_*`) that this kernel lets go; return them.
 
         KVM_CAP_DISABLE_QUIRKS2; without it nothing is done and 0 returned.
         """
@@ -67,7 +67,7 @@ class Vm:
         return quirks
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
-        """Create, move or change memslot *slot*; *size* 0 deletes it.  All in bytes, page-aligned."""
+        """Create, move or change memslot `slot`; `size` 0 deletes it.  All in bytes, page-aligned."""
         region = abi.kvm_userspace_memory_region(slot, flags, gpa, size, hva)
         try:
             libc.ioctl(self.fd, abi.KVM_SET_USER_MEMORY_REGION, ctypes.byref(region))
@@ -81,7 +81,7 @@ class Vm:
     def set_user_memory_region2(
         self, slot: int, gpa: int, size: int, hva: int, flags: int, guest_memfd: int, offset: int
     ) -> None:
-        """Create memslot *slot*, bound to *guest_memfd* at *offset* if *flags* has KVM_MEM_GUEST_MEMFD.
+        """Create memslot `slot`, bound to `guest_memfd` at `offset` if `flags` has KVM_MEM_GUEST_MEMFD.
 
         KVM_CAP_USER_MEMORY2.
         """
@@ -104,7 +104,7 @@ class Vm:
             ) from None
 
     def create_guest_memfd(self, size: int, flags: int) -> int:
-        """Return a new guest_memfd of *size* bytes (page-aligned).  KVM_CAP_GUEST_MEMFD."""
+        """Return a new guest_memfd of `size` bytes (page-aligned).  KVM_CAP_GUEST_MEMFD."""
         request = abi.kvm_create_guest_memfd(size=size, flags=flags)
         try:
             fd = libc.ioctl(self.fd, abi.KVM_CREATE_GUEST_MEMFD, ctypes.byref(request))
@@ -115,7 +115,7 @@ class Vm:
         return fd
 
     def set_msr_filter(self, denied: Sequence[DeniedMsrs]) -> None:
-        """Let KVM ask user space about the *denied* MSRs and handle all others itself.
+        """Let KVM ask user space about the `denied` MSRs and handle all others itself.
 
         KVM_CAP_X86_MSR_FILTER; the accesses become exits only with KVM_CAP_X86_USER_SPACE_MSR
         enabled for KVM_MSR_EXIT_REASON_FILTER.
@@ -139,7 +139,7 @@ class Vm:
             raise failed(error, "KVM_X86_SET_MSR_FILTER") from None
 
     def create_vcpu(self, index: int) -> Vcpu:
-        """Make virtual CPU number *index* (its APIC id) and return it."""
+        """Make virtual CPU number `index` (its APIC id) and return it."""
         try:
             fd = libc.ioctl(self.fd, abi.KVM_CREATE_VCPU, index)
         except OSError as error:

@@ -1,0 +1,1 @@
+"""Measurements: the same work under different ways of demand paging."""

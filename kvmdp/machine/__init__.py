@@ -1,0 +1,1 @@
+"""The toy computer: a guest, its vCPUs, and demand-paged RAM."""

@@ -1,0 +1,194 @@
+"""The boot slot and the state every vCPU starts in: the host's half of the guest ABI (`guest/README.md`).
+
+The boot slot lies in the hole of the guest-physical map and is always present. It holds what must never be absent:
+the guest's code, its descriptor tables and stacks, the parameter blocks, the page tables. Everything is mapped
+where it lies (linear address = gpa), with 2 MiB pages.
+
+Sources: Intel SDM volume 3, chapters 2 (control registers), 4 (paging), 13 (XCR0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvmdp.abi.kvm import KVM_CAP_XCRS
+from kvmdp.abi.kvm_para import KVM_CPUID_FEATURES
+from kvmdp.abi.kvm_x86 import kvm_cpuid_entry2, kvm_regs, kvm_segment
+from kvmdp.kvm import Kvm, Vcpu, Vm
+from kvmdp.machine import guest_abi as guest
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.memory.mapping import Mapping
+from kvmdp.memory.size import format_size
+
+BOOT_MEMSLOT = 0
+
+_LARGE_PAGE = 2 << 20
+_TABLE = 4096
+_ENTRIES = _TABLE // 8
+
+_PRESENT, _WRITE, _USER, _ACCESSED, _DIRTY, _LARGE = 1 << 0, 1 << 1, 1 << 2, 1 << 5, 1 << 6, 1 << 7
+
+_CR0 = 1 << 0 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31  # PE, MP, ET, NE, WP, PG
+_CR4_PAE, _CR4_OSFXSR, _CR4_OSXMMEXCPT, _CR4_OSXSAVE = 1 << 5, 1 << 9, 1 << 10, 1 << 18
+_EFER = 1 << 8 | 1 << 10  # LME, LMA
+_RFLAGS = 1 << 1  # the bit that is always set
+
+_XCR0_X87_SSE_AVX = 0b111
+
+_CPUID1_ECX_X2APIC, _CPUID1_ECX_TSC_DEADLINE, _CPUID1_EDX_APIC = 1 << 21, 1 << 24, 1 << 9
+_CPUID1_ECX_XSAVE, _CPUID1_ECX_AVX, _CPUID7_EBX_AVX2 = 1 << 26, 1 << 28, 1 << 5
+
+
+class GuestImageError(ValueError):
+    """A guest program cannot be loaded; the message says why and what would do."""
+
+
+def stock_image() -> bytes:
+    """Return the guest image that comes with kvmdp."""
+    packaged = Path(__file__).with_name("guest.bin")
+    checkout = Path(__file__).parents[2] / "guest" / "guest.bin"
+    return (packaged if packaged.exists() else checkout).read_bytes()
+
+
+def read_program(path: str) -> bytes:
+    """Return a flat binary for the guest's program area. Raises GuestImageError."""
+    try:
+        program = Path(path).read_bytes()
+    except OSError as error:
+        raise GuestImageError(f"cannot read the guest program {path}: {error.strerror}") from None
+    if not program:
+        raise GuestImageError(
+            f"the guest program {path} is empty: give a flat binary for {guest.PROGRAM_BASE:#x}"
+        )
+    if len(program) > guest.PROGRAM_SIZE:
+        raise GuestImageError(
+            f"the guest program {path} has {len(program)} bytes, the program area takes "
+            f"{format_size(guest.PROGRAM_SIZE)}"
+        )
+    return program
+
+
+class BootSlot:
+    """The boot slot's memory; owns its mapping.
+
+    Made with everything in place but the parameter blocks, which the caller fills through `parameters`.
+    """
+
+    def __init__(self, layout: GuestLayout, image: bytes, program: bytes = b"") -> None:
+        tables = _table_count(layout) * _TABLE
+        used = guest.PAGE_TABLES_BASE - guest.BOOT_BASE + tables
+        self.size = -(-used // _LARGE_PAGE) * _LARGE_PAGE
+        self._mapping = Mapping.anonymous(self.size)
+        self._put(guest.BOOT_BASE, image)
+        self._put(guest.PROGRAM_BASE, program)
+        self._write_page_tables(layout)
+
+    def _put(self, gpa: int, data: bytes) -> None:
+        offset = gpa - guest.BOOT_BASE
+        self._mapping.view[offset : offset + len(data)] = data
+
+    def read(self, gpa: int, length: int) -> bytes | None:
+        """Return bytes of the slot, or None if they are not all in it."""
+        offset = gpa - guest.BOOT_BASE
+        if not 0 <= offset <= self.size - length:
+            return None
+        return bytes(self._mapping.view[offset : offset + length])
+
+    def parameters(self, vcpu: int) -> guest.ParameterBlock:
+        """Return the parameter block of a vCPU, in place."""
+        offset = guest.parameter_block_gpa(vcpu) - guest.BOOT_BASE
+        return guest.ParameterBlock.from_address(self._mapping.hva + offset)
+
+    def map_into(self, vm: Vm) -> None:
+        """Give the slot to the VM."""
+        vm.set_user_memory_region(BOOT_MEMSLOT, guest.BOOT_BASE, self.size, self._mapping.hva)
+
+    def _write_page_tables(self, layout: GuestLayout) -> None:
+        """Map RAM and the boot slot one to one with 2 MiB pages: a PML4, a PDPT, a page directory a GiB."""
+        offset = guest.PAGE_TABLES_BASE - guest.BOOT_BASE
+        count = _table_count(layout)
+        tables = np.frombuffer(self._mapping.view[offset : offset + count * _TABLE], dtype=np.uint64)
+        tables = tables.reshape(count, _ENTRIES)
+        link = _PRESENT | _WRITE | _USER | _ACCESSED
+        gpa_of = guest.PAGE_TABLES_BASE
+        tables[0, 0] = gpa_of + _TABLE | link
+        directories = count - 2
+        tables[1, :directories] = (
+            gpa_of + (2 + np.arange(directories, dtype=np.uint64)) * np.uint64(_TABLE)
+        ) | np.uint64(link)
+        leaves = tables[2:].reshape(-1)
+        ranges = [(region.gpa, region.size) for region in layout.regions]
+        ranges.append((guest.BOOT_BASE, self.size))
+        for gpa, size in ranges:
+            numbers = np.arange(gpa // _LARGE_PAGE, -(-(gpa + size) // _LARGE_PAGE), dtype=np.uint64)
+            leaves[numbers] = (numbers * np.uint64(_LARGE_PAGE)) | np.uint64(link | _DIRTY | _LARGE)
+
+    def close(self) -> None:
+        """Unmap; the VM must be closed, or not run any more."""
+        self._mapping.close()
+
+
+def _table_count(layout: GuestLayout) -> int:
+    """Return how many page tables map everything: RAM's last GiB, at least as far as the boot slot's."""
+    end = max(layout.regions[-1].gpa + layout.regions[-1].size, 4 << 30)
+    return 2 + -(-end >> 30)
+
+
+def guest_cpuid(kvm: Kvm) -> list[kvm_cpuid_entry2]:
+    """Return the CPUID table for the guest: what the host has, less what this machine does not provide.
+
+    There is no APIC. KVM's paravirtual features are hidden: each makes KVM write to guest memory by itself.
+    """
+    entries = kvm.supported_cpuid()
+    for entry in entries:
+        if entry.function == 1:
+            entry.ecx &= ~(_CPUID1_ECX_X2APIC | _CPUID1_ECX_TSC_DEADLINE)
+            entry.edx &= ~_CPUID1_EDX_APIC
+        elif entry.function == KVM_CPUID_FEATURES:
+            entry.eax = 0
+    return entries
+
+
+def vector_flags(kvm: Kvm) -> guest.VectorFlag:
+    """Return the vector instructions the guest may use beyond SSE2: CPU and KVM_CAP_XCRS permitting."""
+    leaves = {(entry.function, entry.index): entry for entry in guest_cpuid(kvm)}
+    leaf1, leaf7 = leaves.get((1, 0)), leaves.get((7, 0))
+    needed = _CPUID1_ECX_XSAVE | _CPUID1_ECX_AVX
+    if not kvm.check_extension(KVM_CAP_XCRS) or leaf1 is None or leaf1.ecx & needed != needed:
+        return guest.VectorFlag.NONE
+    if leaf7 is None or not leaf7.ebx & _CPUID7_EBX_AVX2:
+        return guest.VectorFlag.AVX
+    return guest.VectorFlag.AVX | guest.VectorFlag.AVX2
+
+
+def set_boot_state(vcpu: Vcpu, cpuid: Sequence[kvm_cpuid_entry2], vector: guest.VectorFlag) -> None:
+    """Put a new vCPU at the guest's entry: long mode, ring 0, flat segments, its parameter block in RDI."""
+    vcpu.set_cpuid(cpuid)
+    sregs = vcpu.sregs
+    code = kvm_segment(
+        limit=0xFFFFFFFF, selector=guest.ENTRY_CODE_SELECTOR, type=0xB, present=1, s=1, l=1, g=1
+    )
+    data = kvm_segment(
+        limit=0xFFFFFFFF, selector=guest.ENTRY_DATA_SELECTOR, type=0x3, present=1, s=1, db=1, g=1
+    )
+    sregs.cs = code
+    sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data
+    sregs.cr0 = _CR0
+    sregs.cr3 = guest.PAGE_TABLES_BASE
+    sregs.cr4 = _CR4_PAE | _CR4_OSFXSR | _CR4_OSXMMEXCPT | (_CR4_OSXSAVE if vector else 0)
+    sregs.efer = _EFER
+    vcpu.set_sregs(sregs)
+    if vector:
+        vcpu.set_xcr0(_XCR0_X87_SSE_AVX)
+    vcpu.set_regs(
+        kvm_regs(
+            rip=guest.BOOT_BASE,
+            rflags=_RFLAGS,
+            rdi=guest.parameter_block_gpa(vcpu.index),
+            rsi=vcpu.index,
+            rsp=guest.ring0_stack_top(vcpu.index),
+        )
+    )

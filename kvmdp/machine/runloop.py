@@ -1,0 +1,205 @@
+"""One vCPU's thread: enter the guest, deal with why it came back, again, until the guest is done."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable
+
+from kvmdp.kvm import (
+    BusError,
+    Exit,
+    FailEntry,
+    Hlt,
+    InternalError,
+    Interrupted,
+    Io,
+    KvmError,
+    MemoryFault,
+    Mmio,
+    Shutdown,
+    Vcpu,
+)
+from kvmdp.machine import guest_abi as guest
+from kvmdp.paging.fault import PagingError
+from kvmdp.paging.gate import VcpuGate
+from kvmdp.paging.vcpu import VcpuPaging
+
+EXIT_NAMES: dict[type, str] = {
+    MemoryFault: "memory_fault",
+    BusError: "sigbus",
+    Mmio: "mmio",
+    InternalError: "emulation_failure",
+    Io: "io",
+    Hlt: "hlt",
+    Interrupted: "interrupted",
+}
+
+_EXCEPTIONS = {
+    0: "#DE",
+    1: "#DB",
+    2: "NMI",
+    3: "#BP",
+    4: "#OF",
+    5: "#BR",
+    6: "#UD",
+    7: "#NM",
+    8: "#DF",
+    10: "#TS",
+    11: "#NP",
+    12: "#SS",
+    13: "#GP",
+    14: "#PF",
+    16: "#MF",
+    17: "#AC",
+    18: "#MC",
+    19: "#XM",
+    20: "#VE",
+    21: "#CP",
+}
+_PAGE_FAULT = 14
+
+
+class GuestError(Exception):
+    """The guest did something that ends the run; the message says what and where."""
+
+
+class VcpuThread:
+    """Runs one vCPU in a thread of its own.
+
+    After the thread has ended, `error` says what went wrong (None: the guest reported that it is done, or the
+    machine was stopped) and `done` whether the guest got to its end. `exits` counts exits by class, `latencies`
+    holds nanoseconds from KVM_RUN's return to the next entry, one a fault.
+    """
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        paging: VcpuPaging,
+        gate: VcpuGate,
+        parameters: guest.ParameterBlock,
+        on_end: Callable[[], None],
+    ) -> None:
+        self.vcpu = vcpu
+        self.parameters = parameters
+        self.error: Exception | None = None
+        self.started = False
+        self.done = False
+        self.exits: Counter[type] = Counter()
+        self.latencies = array("Q")
+        self._paging = paging
+        self._gate = gate
+        self._on_end = on_end
+        self._suspected = False  # set by the watchdog: in KVM_RUN for long without an exit
+        self._thread = threading.Thread(target=self._main, name=f"vcpu-{vcpu.index}")
+        self.stalls = 0  # how often KVM was found to spin on an access without an exit
+
+    def start(self) -> None:
+        """Start the thread."""
+        self.started = True
+        self._thread.start()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread's end; False if it still runs after `timeout` seconds."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the guest is done, or the vCPU cannot go on."""
+        return self.done or self.error is not None
+
+    def suspect_stall(self) -> None:
+        """Have the vCPU look whether KVM spins on the instruction it is at (called by the watchdog)."""
+        self._suspected = True
+        self.vcpu.kick()
+
+    def _main(self) -> None:
+        self.vcpu.attach_thread()
+        try:
+            self._loop()
+        except (PagingError, GuestError, KvmError) as error:
+            self.error = error
+        except Exception as error:
+            # Whatever it is, the machine must stop, and the message must get out.
+            self.error = GuestError(f"vCPU {self.vcpu.index}: internal error: {error!r}")
+            self.error.__cause__ = error
+        finally:
+            self.vcpu.detach_thread()
+            self._on_end()
+
+    def _loop(self) -> None:
+        gate, vcpu, exits, handle = self._gate, self.vcpu, self.exits, self._paging.handle
+        clock = time.perf_counter_ns
+        while gate.enter(vcpu):
+            try:
+                exit: Exit | None = vcpu.run()
+            finally:
+                gate.leave(vcpu)
+            left = clock()
+            while exit is not None:
+                exits[type(exit)] += 1
+                following = handle(exit)
+                if following is exit:
+                    if self._other(exit):
+                        return
+                    break
+                exit = following
+            else:
+                self.latencies.append(clock() - left)
+
+    def _other(self, exit: Exit) -> bool:
+        """Deal with an exit that is not about paging; True if the guest is done."""
+        if type(exit) is Interrupted:
+            if self._suspected:
+                self._suspected = False
+                self.stalls += self._paging.resolve_stall()
+            return False
+        if type(exit) is Io:
+            return self._port(exit)
+        raise GuestError(f"vCPU {self.vcpu.index}: {self._describe(exit)}, at RIP {self.vcpu.regs.rip:#x}")
+
+    def _port(self, io: Io) -> bool:
+        if io.port != guest.REPORT_PORT or io.direction != "out" or io.size != 4:
+            raise GuestError(
+                f"vCPU {self.vcpu.index}: port I/O ({io.direction}, {io.size} bytes) on port {io.port:#x}, where "
+                f"this machine has nothing, at RIP {self.vcpu.regs.rip:#x}"
+            )
+        report = int.from_bytes(io.data[:4], "little")
+        if report == guest.Report.DONE:
+            self.done = True
+            return True
+        if report == guest.Report.EXCEPTION:
+            raise GuestError(f"vCPU {self.vcpu.index}: {self._describe_exception()}")
+        raise GuestError(
+            f"vCPU {self.vcpu.index}: the guest reports failure {self.parameters.failure} of its own check"
+        )
+
+    def _describe_exception(self) -> str:
+        block = self.parameters
+        vector = block.exception_vector
+        text = f"guest exception {_EXCEPTIONS.get(vector, vector)} at RIP {block.exception_rip:#x}"
+        text += f", error code {block.exception_error_code:#x}, RSP {block.exception_rsp:#x}"
+        if vector == _PAGE_FAULT:
+            text += f": it touched address {block.exception_cr2:#x}, which is not mapped"
+        return text
+
+    def _describe(self, exit: Exit) -> str:
+        match exit:
+            case Shutdown():
+                return "triple fault"
+            case Hlt():
+                return "the guest halted without a report"
+            case Mmio():
+                way = "wrote" if exit.is_write else "read"
+                return f"the guest {way} {exit.size} bytes at gpa {exit.gpa:#x}, which is outside RAM"
+            case MemoryFault():
+                return f"the guest touched gpa {exit.gpa:#x}, which is outside RAM"
+            case InternalError():
+                return str(exit)
+            case FailEntry():
+                return f"the CPU refuses the guest's state (reason {exit.reason:#x})"
+            case _:
+                return f"unexpected exit {exit}"

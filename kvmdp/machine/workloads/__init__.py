@@ -1,0 +1,46 @@
+"""The workloads of the guest: what each vCPU is told to do, and what must come of it.
+
+One module a workload, the counterpart of the assembly file of that name in guest/workloads. A new one is a module
+here and its place in the registry below, an assembly file there and its line in guest/workloads.S.
+"""
+
+from __future__ import annotations
+
+from kvmdp.machine.workloads.arithmetic import combined_checksum
+from kvmdp.machine.workloads.atomic import Atomic
+from kvmdp.machine.workloads.base import (
+    PageReader,
+    Workload,
+    WorkloadOptions,
+    program_blocks,
+)
+from kvmdp.machine.workloads.checksum import Checksum
+from kvmdp.machine.workloads.copy import Copy
+from kvmdp.machine.workloads.execute import Execute
+from kvmdp.machine.workloads.fill import Fill
+from kvmdp.machine.workloads.touch import Touch
+from kvmdp.machine.workloads.vector import Vector
+
+__all__ = [
+    "WORKLOADS",
+    "PageReader",
+    "Workload",
+    "WorkloadOptions",
+    "combined_checksum",
+    "make_workload",
+    "program_blocks",
+]
+
+WORKLOADS: dict[str, type[Workload]] = {
+    kind.name: kind for kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector)
+}
+
+
+def make_workload(name: str, options: WorkloadOptions) -> Workload:
+    """Plan the workload called `name`.
+
+    Raises ValueError, one sentence, if there is none of that name or it cannot be done with `options`.
+    """
+    if name not in WORKLOADS:
+        raise ValueError(f"unknown workload {name!r}: give one of {', '.join(WORKLOADS)}")
+    return WORKLOADS[name](options)

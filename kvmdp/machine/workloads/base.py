@@ -1,0 +1,158 @@
+"""What every workload has: options, a share of the pages for each vCPU, expectations.
+
+Units: pages are RAM page numbers (order of the RAM file, 4096 bytes each); offsets in bytes of the RAM file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvmdp.machine.guest_abi import MAGIC, MAX_VCPUS, VERSION, ParameterBlock, VectorFlag
+from kvmdp.machine.workloads.arithmetic import Bools, Pages, Words
+from kvmdp.memory.layout import LOW_RAM_END, PAGE_SHIFT
+
+__all__ = [
+    "LOW_RAM_PAGES",
+    "PageReader",
+    "Share",
+    "Workload",
+    "WorkloadOptions",
+    "in_chunks",
+    "program_blocks",
+]
+
+# Returns the content of RAM pages before the run, patches applied: uint64[n, 512] for n page numbers.
+PageReader = Callable[[Pages], Words]
+
+LOW_RAM_PAGES = LOW_RAM_END >> PAGE_SHIFT
+_CHUNK_PAGES = 1024
+_PROGRAM = 0  # the place of a user's program in the guest's table of workloads
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadOptions:
+    """What the user may choose; each workload uses what concerns it.
+
+    `pages`: use only that many, from the first on; None is all of RAM.
+    `order` (sequential, strided, random), `stride` (pages), `write`, `overlap` (all vCPUs on all pages, instead of
+    a share each), `touches` (for each vCPU; None is one for each of its pages): touch.
+    `iterations` (passes), `operation` (add, inc, xadd, cmpxchg): atomic.
+    `vector`, what may be used beyond SSE2: vector, and programs.
+    """
+
+    memory_bytes: int
+    vcpus: int = 1
+    ring: int = 3
+    seed: int = 0
+    pages: int | None = None
+    order: str = "sequential"
+    stride: int = 16
+    write: bool = False
+    overlap: bool = False
+    touches: int | None = None
+    iterations: int = 1
+    operation: str = "add"
+    vector: VectorFlag = VectorFlag.NONE
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no workload can do."""
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise ValueError(f"{self.vcpus} vCPUs: the guest runs with 1 to {MAX_VCPUS}")
+        if self.ring not in (0, 3):
+            raise ValueError(f"ring {self.ring}: the guest runs in ring 3 or 0")
+        if self.pages is not None and not 1 <= self.pages <= self.memory_bytes >> PAGE_SHIFT:
+            raise ValueError(f"{self.pages} pages: the guest has 1 to {self.memory_bytes >> PAGE_SHIFT}")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The pages of one vCPU."""
+
+    first: int
+    count: int
+
+    @property
+    def pages(self) -> Pages:
+        """The page numbers, ascending."""
+        return np.arange(self.first, self.first + self.count)
+
+    def holds(self, pages: Pages) -> Bools:
+        """Tell of each of `pages` whether it is one of them."""
+        return (pages >= self.first) & (pages < self.first + self.count)
+
+
+class Workload(ABC):
+    """A workload planned for one machine.
+
+    Of the class: `name`; `number`, its place in the table of guest/workloads.S.
+    Attributes: `shares`, the pages of each vCPU; `blocks`, their parameter blocks; `patches`, (offset in RAM,
+    bytes) to be applied to the source; `touched`, the distinct RAM pages that the guest will access, ascending.
+    """
+
+    name: str
+    number: int
+
+    def __init__(self, options: WorkloadOptions) -> None:
+        self.options = options
+        self.shares = self._make_shares()
+        self.blocks = [_block(options, self.number, share) for share in self.shares]
+        self.patches: list[tuple[int, bytes]] = []
+        self.touched: Pages = np.concatenate([share.pages for share in self.shares])
+
+    @abstractmethod
+    def expected_checksums(self, image: PageReader) -> list[int]:
+        """Return the checksum that each vCPU must leave if RAM held `image` before the run."""
+
+    @abstractmethod
+    def expected_pages(self, image: PageReader, pages: Pages) -> Words:
+        """Return what `pages` must hold after the run: uint64[len(pages), 512]."""
+
+    def _pages(self) -> int:
+        """Return how many pages of RAM the workload uses."""
+        everything = self.options.memory_bytes >> PAGE_SHIFT
+        return everything if self.options.pages is None else self.options.pages
+
+    def _make_shares(self, least: int = 1) -> list[Share]:
+        """Deal out the pages, the remainder to the first vCPUs; ValueError if one gets less than `least`."""
+        vcpus = self.options.vcpus
+        count, remainder = divmod(self._pages(), vcpus)
+        if count < least:
+            needed = f"{least} page{'s' * (least > 1)}" + (f" for each of {vcpus} vCPUs" if vcpus > 1 else "")
+            raise ValueError(f"{self._pages()} pages are too few for {self.name}, which needs {needed}")
+        shares = []
+        first = 0
+        for vcpu in range(vcpus):
+            share = Share(first, count + (vcpu < remainder))
+            shares.append(share)
+            first += share.count
+        return shares
+
+
+def program_blocks(options: WorkloadOptions) -> list[ParameterBlock]:
+    """Return the parameter blocks for a program of the user's own: every vCPU is told of all pages."""
+    everything = Share(0, options.memory_bytes >> PAGE_SHIFT)
+    return [_block(options, _PROGRAM, everything) for _ in range(options.vcpus)]
+
+
+def in_chunks(pages: Pages) -> Iterator[Pages]:
+    """Yield `pages` in pieces small enough that a few arrays of their content take little memory."""
+    for start in range(0, len(pages), _CHUNK_PAGES):
+        yield pages[start : start + _CHUNK_PAGES]
+
+
+def _block(options: WorkloadOptions, number: int, share: Share) -> ParameterBlock:
+    return ParameterBlock(
+        magic=MAGIC,
+        version=VERSION,
+        vcpus=options.vcpus,
+        ring=options.ring,
+        workload=number,
+        flags=options.vector,
+        seed=options.seed,
+        first_page=share.first,
+        page_count=share.count,
+    )

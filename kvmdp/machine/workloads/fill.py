@@ -1,0 +1,39 @@
+"""fill: every word of every page is written with a value made of the seed and the word's position."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvmdp.machine.workloads.arithmetic import GAMMA, Pages, SequenceChecksum, Words, random_words
+from kvmdp.machine.workloads.base import PageReader, Workload, in_chunks
+from kvmdp.source.base import WORDS_PER_PAGE
+
+_STEPS = np.arange(WORDS_PER_PAGE, dtype=np.uint64) * np.uint64(GAMMA)
+
+
+class Fill(Workload):
+    """Writes its pages in RAM order; what they then hold does not depend on the number of vCPUs."""
+
+    name = "fill"
+    number = 3
+
+    def expected_checksums(self, image: PageReader) -> list[int]:
+        """Return the checksums over the words written; `image` is not read."""
+        result = []
+        for share in self.shares:
+            checksum = SequenceChecksum()
+            for pages in in_chunks(share.pages):
+                checksum.add(self._pattern(pages))
+            result.append(checksum.value())
+        return result
+
+    def expected_pages(self, image: PageReader, pages: Pages) -> Words:
+        """Return the pattern, and the image beyond the pages used."""
+        content = image(pages).copy()
+        for share in self.shares:
+            rows = np.flatnonzero(share.holds(pages))
+            content[rows] = self._pattern(pages[rows])
+        return content
+
+    def _pattern(self, pages: Pages) -> Words:
+        return random_words(self.options.seed, pages)[:, np.newaxis] + _STEPS

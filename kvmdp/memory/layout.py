@@ -1,0 +1,104 @@
+"""Where guest RAM lies in guest-physical space: from 0, with the hole of a PC at [3 GiB, 4 GiB).
+
+The hole is where a PC has its devices, so the memory image of a real machine lies at its true addresses; the
+boot slot sits in it. RAM pages are numbered in the order of the RAM file, without the hole.
+
+Units: gpa, sizes and offsets in bytes; RAM pages in pages of `PAGE_SIZE`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmdp.memory.size import format_size
+from kvmdp.source.base import PAGE_SIZE
+
+__all__ = [
+    "HIGH_RAM_BASE",
+    "LOW_RAM_END",
+    "MAX_MEMORY",
+    "MIN_MEMORY",
+    "PAGE_SHIFT",
+    "PAGE_SIZE",
+    "GuestLayout",
+    "Region",
+]
+
+PAGE_SHIFT = PAGE_SIZE.bit_length() - 1
+LOW_RAM_END = 3 << 30
+HIGH_RAM_BASE = 4 << 30
+
+# One 2 MiB guest page, the unit in which the guest maps its RAM.
+MIN_MEMORY = 2 << 20
+# The boot slot holds the guest's page tables: a page directory of 4 KiB for each GiB, 1 MiB of them here.
+MAX_MEMORY = 256 << 30
+
+_HOLE_PAGES = (HIGH_RAM_BASE - LOW_RAM_END) >> PAGE_SHIFT
+_HIGH_RAM_GFN = HIGH_RAM_BASE >> PAGE_SHIFT
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A stretch of RAM that is contiguous both in guest-physical space and in the RAM file, in bytes."""
+
+    gpa: int
+    size: int
+    offset: int
+
+
+class GuestLayout:
+    """The guest-physical map for `memory_bytes` of RAM.
+
+    Attributes: `memory_bytes`; `pages`, the number of RAM pages; `regions`, by ascending gpa and offset.
+    Raises ValueError if `memory_bytes` is below 2 MiB, above 256 GiB or not a multiple of 4096.
+    """
+
+    __slots__ = ("_low_pages", "memory_bytes", "pages", "regions")
+
+    def __init__(self, memory_bytes: int) -> None:
+        given = f"{format_size(memory_bytes)} of guest memory"
+        if memory_bytes < MIN_MEMORY:
+            raise ValueError(f"{given} is too little: the least is {format_size(MIN_MEMORY)}")
+        if memory_bytes > MAX_MEMORY:
+            raise ValueError(f"{given} is too much: the most is {format_size(MAX_MEMORY)}")
+        if memory_bytes % PAGE_SIZE:
+            raise ValueError(f"{given} is not whole pages: give a multiple of {PAGE_SIZE} bytes")
+        low = min(memory_bytes, LOW_RAM_END)
+        regions = [Region(gpa=0, size=low, offset=0)]
+        if memory_bytes > low:
+            regions.append(Region(gpa=HIGH_RAM_BASE, size=memory_bytes - low, offset=low))
+        self.memory_bytes = memory_bytes
+        self.pages = memory_bytes >> PAGE_SHIFT
+        self.regions = tuple(regions)
+        self._low_pages = low >> PAGE_SHIFT
+
+    def page_of_gpa(self, gpa: int) -> int | None:
+        """Return the number of the RAM page that holds the byte at `gpa`, or None outside RAM."""
+        gfn = gpa >> PAGE_SHIFT
+        if gfn < _HIGH_RAM_GFN:
+            return gfn if 0 <= gfn < self._low_pages else None
+        page = gfn - _HOLE_PAGES
+        return page if page < self.pages else None
+
+    def gpa_of_page(self, page: int) -> int:
+        """Return the gpa of the first byte of RAM page `page`. Raises IndexError outside RAM."""
+        self._check(page, 1)
+        return (page if page < self._low_pages else page + _HOLE_PAGES) << PAGE_SHIFT
+
+    def runs(self, first: int, count: int) -> list[tuple[int, int, int]]:
+        """Split `count` RAM pages from `first` on into runs contiguous in guest-physical space.
+
+        Returns (gpa, first, count) by ascending gpa: two of them if the pages lie on both sides of the hole,
+        else one. Raises IndexError if the pages are not all RAM, ValueError if `count` is below 1.
+        """
+        self._check(first, count)
+        above = first + count - self._low_pages
+        if above <= 0 or first >= self._low_pages:
+            return [(self.gpa_of_page(first), first, count)]
+        return [(first << PAGE_SHIFT, first, count - above), (HIGH_RAM_BASE, self._low_pages, above)]
+
+    def _check(self, first: int, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"a run of {count} pages: the least is 1")
+        if first < 0 or first + count > self.pages:
+            raise IndexError(f"pages {first} to {first + count - 1} are not all in the {self.pages} of RAM")

@@ -1,0 +1,73 @@
+"""A mapping of memory with an owner: address, length, and a view that cannot outlive it unseen.
+
+Python's own `mmap` object does not tell its address, which is what KVM and userfaultfd want.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import TracebackType
+from typing import Self
+
+from kvmdp.abi import libc
+from kvmdp.abi.mman import (
+    MADV_DONTNEED,
+    MAP_ANONYMOUS,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PROT_NONE,
+    PROT_READ,
+    PROT_WRITE,
+)
+
+
+class Mapping:
+    """`length` bytes of this process's address space.
+
+    Attributes: `hva`, the address; `length`, bytes; `view`, a writable memoryview of the bytes. Whoever slices
+    `view` or makes an array on it gives that up before `close`: what is left would point into nothing.
+    """
+
+    def __init__(self, length: int, *, prot: int, flags: int, fd: int = -1, offset: int = 0) -> None:
+        self.length = length
+        self.hva = libc.mmap(length, prot, flags | MAP_NORESERVE, fd, offset)
+        self.view = memoryview((ctypes.c_char * length).from_address(self.hva)).cast("B")
+
+    @classmethod
+    def shared(cls, fd: int, length: int) -> Self:
+        """Map `length` bytes of the file `fd`, for reading and writing, seen by all who map it."""
+        return cls(length, prot=PROT_READ | PROT_WRITE, flags=MAP_SHARED, fd=fd)
+
+    @classmethod
+    def anonymous(cls, length: int) -> Self:
+        """Map `length` bytes of private memory that reads as zeros and takes none until it is written."""
+        return cls(length, prot=PROT_READ | PROT_WRITE, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+
+    @classmethod
+    def reserved(cls, length: int) -> Self:
+        """Reserve `length` bytes of addresses at which every access fails."""
+        return cls(length, prot=PROT_NONE, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+
+    def advise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
+        """Call madvise(`advice`) for `length` bytes at `offset`, by default for all."""
+        libc.madvise(self.hva + offset, self.length - offset if length is None else length, advice)
+
+    def drop(self, offset: int, length: int) -> None:
+        """Unmap the pages of a range from the page table: private ones lose their bytes, shared ones do not."""
+        self.advise(MADV_DONTNEED, offset, length)
+
+    def close(self) -> None:
+        """Unmap; a second call does nothing."""
+        if self.hva:
+            self.view.release()
+            libc.munmap(self.hva, self.length)
+            self.hva = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

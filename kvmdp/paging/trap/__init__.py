@@ -1,0 +1,4 @@
+"""Ways to make a non-present page trap, one module each; `registry` lists them.
+
+A trap knows page tables, memslots and views. It does not know where pages come from, nor who decides.
+"""

@@ -1,0 +1,89 @@
+"""What every trap can do, and what it may ask of the pager.
+
+Units: RAM pages, unless a name says bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvmdp.memory.bitmap import PresentBitmapView
+from kvmdp.paging.fault import PagingError
+
+
+class Presence(Protocol):
+    """What a trap may ask of the pager."""
+
+    @property
+    def bitmap(self) -> PresentBitmapView:
+        """Which pages are present."""
+        ...
+
+    def hold(self, page: int) -> bool:
+        """Pin a page that is present and admitted; False if it is not. Undo with `release`."""
+        ...
+
+    def release(self, page: int) -> None:
+        """Undo one `hold`."""
+        ...
+
+    def abort(self, error: PagingError) -> None:
+        """Pause the pager: the trap can no longer serve faults."""
+        ...
+
+
+class Trap(Protocol):
+    """Makes absent pages trap.
+
+    The pager calls `admit` and `revoke` under a claim on exactly these pages, from any thread, for different
+    pages at the same time; `arm` and `disarm` with every vCPU out of KVM_RUN.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        ...
+
+    @property
+    def granule(self) -> int:
+        """Bytes that become present or absent as one; a power of two, a page or more."""
+        ...
+
+    @property
+    def needs_quiesce(self) -> bool:
+        """Whether every vCPU must be out of KVM_RUN while pages are revoked."""
+        ...
+
+    @property
+    def fill_view(self) -> memoryview:
+        """All of RAM as bytes: where the content of an absent page is to be put before it is admitted."""
+        ...
+
+    @property
+    def memslots(self) -> int:
+        """How many memslots RAM takes now."""
+        ...
+
+    def arm(self, presence: Presence) -> None:
+        """Make every page trap that is not present in `presence.bitmap`; RAM may have been plain before."""
+        ...
+
+    def disarm(self) -> None:
+        """Make RAM plain memory; every page is present."""
+        ...
+
+    def admit(self, first: int, count: int) -> None:
+        """Let the guest into absent pages whose content is in place."""
+        ...
+
+    def revoke(self, first: int, count: int) -> None:
+        """Shut the guest out of present pages and keep their bytes, so that `admit` brings them back."""
+        ...
+
+    def reassert(self, first: int, count: int) -> None:
+        """Mend what made present pages trap, if this trap knows how that can be; else do nothing."""
+        ...
+
+    def close(self) -> None:
+        """Stop what serves the trap and give back what it holds; memslots go with the VM."""
+        ...

@@ -1,0 +1,273 @@
+"""Which memory an x86-64 instruction touches, from its bytes and the registers.
+
+KVM stops with an emulation failure, without an address, where its emulator does not know an instruction that
+touched non-present memory. This finds the address. It need not know what an instruction does, only where its
+bytes end (for RIP-relative operands) and what its memory operand is. The length of an operand is an upper bound.
+
+Source: Intel SDM volume 2, chapter 2 (instruction format) and appendix A (opcode maps). Addresses are linear.
+Operands whose address lies in a vector register (VSIB: gather and scatter) are not found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmdp.abi.kvm_x86 import kvm_regs
+
+MAX_INSTRUCTION = 15  # bytes
+
+_MASK64 = (1 << 64) - 1
+_REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
+_LEGACY_PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+
+
+def _opcodes(*ranges: tuple[int, int]) -> frozenset[int]:
+    return frozenset(code for first, last in ranges for code in range(first, last + 1))
+
+
+# One-byte opcodes with a ModRM byte: the arithmetic block, and what follows it in the map.
+_MODRM_ONE_BYTE = _opcodes(*((base, base + 3) for base in range(0x00, 0x40, 8))) | _opcodes(
+    (0x63, 0x63), (0x69, 0x69), (0x6B, 0x6B), (0x80, 0x8F), (0xC0, 0xC1), (0xC6, 0xC7), (0xD0, 0xD3),
+    (0xD8, 0xDF), (0xF6, 0xF7), (0xFE, 0xFF),
+)  # fmt: skip
+# Two-byte opcodes (0F xx) without one.
+_NO_MODRM_TWO_BYTE = _opcodes(
+    (0x05, 0x09), (0x0B, 0x0B), (0x0E, 0x0E), (0x30, 0x37), (0x77, 0x77), (0x80, 0x8F), (0xA0, 0xA2),
+    (0xA8, 0xAA), (0xC8, 0xCF),
+)  # fmt: skip
+_IMMEDIATE_1_ONE_BYTE = frozenset((0x6B, 0x80, 0x83, 0xC0, 0xC1, 0xC6))
+_IMMEDIATE_Z_ONE_BYTE = frozenset((0x69, 0x81, 0xC7))
+_IMMEDIATE_1_TWO_BYTE = frozenset((0x70, 0x71, 0x72, 0x73, 0xA4, 0xAC, 0xBA, 0xC2, 0xC4, 0xC5, 0xC6))
+
+_PUSHES = _opcodes((0x50, 0x57), (0x68, 0x68), (0x6A, 0x6A), (0x9C, 0x9C), (0xE8, 0xE8))
+_POPS = _opcodes((0x58, 0x5F), (0x9D, 0x9D), (0xC2, 0xC3), (0xCF, 0xCF))
+_STRING_SOURCE = _opcodes((0x6E, 0x6F), (0xA4, 0xA7), (0xAC, 0xAD))
+_STRING_DESTINATION = _opcodes((0x6C, 0x6D), (0xA4, 0xA7), (0xAA, 0xAB), (0xAE, 0xAF))
+
+_X87_STATE = 108  # FNSAVE
+_FX_STATE = 512  # FXSAVE
+_X_STATE = 4096  # XSAVE: more than any CPU's state so far without AMX tiles
+
+
+class TruncatedError(Exception):
+    """The instruction goes on beyond the bytes at hand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Memory an instruction touches: linear address and length in bytes, the latter an upper bound."""
+
+    address: int
+    length: int
+
+
+@dataclass(slots=True)
+class _Reader:
+    code: bytes
+    position: int = 0
+
+    def byte(self) -> int:
+        if self.position >= len(self.code):
+            raise TruncatedError
+        self.position += 1
+        return self.code[self.position - 1]
+
+    def signed(self, length: int) -> int:
+        end = self.position + length
+        if end > len(self.code):
+            raise TruncatedError
+        value = int.from_bytes(self.code[self.position : end], "little", signed=True)
+        self.position = end
+        return value
+
+
+@dataclass(slots=True)
+class _Instruction:
+    """The parts of an instruction that decide about its memory operand."""
+
+    opcode_map: int = 0  # 0: one byte, 1: 0F, 2: 0F 38, 3: 0F 3A
+    opcode: int = 0
+    rex: int = 0
+    vector_length: int = 0  # bytes; 0 if there is no VEX or EVEX prefix
+    evex: bool = False
+    operand_16: bool = False
+    address_32: bool = False
+    segment_base: int = 0
+
+
+def memory_operands(code: bytes, regs: kvm_regs, fs_base: int = 0, gs_base: int = 0) -> tuple[Operand, ...]:
+    """Return the memory operands of the 64-bit instruction that begins `code`.
+
+    `regs` are the registers before it runs, with RIP at its first byte. Returns none for an instruction that
+    touches no memory or that is not known. Raises TruncatedError if `code` ends before the instruction does.
+    """
+    reader = _Reader(code[:MAX_INSTRUCTION])
+    instruction = _prefixes(reader, fs_base, gs_base)
+    if instruction.opcode_map == 0:
+        implicit = _implicit(instruction, reader, regs)
+        if implicit is not None:
+            return implicit
+        has_modrm = instruction.opcode in _MODRM_ONE_BYTE
+    else:
+        has_modrm = instruction.opcode_map != 1 or instruction.opcode not in _NO_MODRM_TWO_BYTE
+    if not has_modrm:
+        return ()
+    return _explicit(instruction, reader, regs)
+
+
+def _prefixes(reader: _Reader, fs_base: int, gs_base: int) -> _Instruction:
+    """Read prefixes and opcode."""
+    instruction = _Instruction()
+    byte = reader.byte()
+    while byte in _LEGACY_PREFIXES:
+        if byte == 0x66:
+            instruction.operand_16 = True
+        elif byte == 0x67:
+            instruction.address_32 = True
+        elif byte == 0x64:
+            instruction.segment_base = fs_base
+        elif byte == 0x65:
+            instruction.segment_base = gs_base
+        byte = reader.byte()
+    if byte & 0xF0 == 0x40:
+        instruction.rex = byte
+        byte = reader.byte()
+    if byte in (0xC4, 0xC5, 0x62):
+        _vector_prefix(byte, instruction, reader)
+        instruction.opcode = reader.byte()
+        return instruction
+    if byte == 0x0F:
+        instruction.opcode_map = 1
+        byte = reader.byte()
+        if byte in (0x38, 0x3A):
+            instruction.opcode_map = 2 if byte == 0x38 else 3
+            byte = reader.byte()
+    instruction.opcode = byte
+    return instruction
+
+
+def _vector_prefix(first: int, instruction: _Instruction, reader: _Reader) -> None:
+    """Read the rest of a VEX (C5, C4) or EVEX (62) prefix; their register bits are REX's, inverted."""
+    payload = reader.byte()
+    inverted = ~payload
+    if first == 0xC5:
+        instruction.rex = 0x40 | (inverted >> 5 & 4)
+        instruction.opcode_map = 1
+        instruction.vector_length = 32 if payload & 4 else 16
+        return
+    instruction.rex = 0x40 | (inverted >> 5 & 7)
+    instruction.opcode_map = payload & (0x1F if first == 0xC4 else 0x07)
+    payload = reader.byte()
+    instruction.rex |= payload >> 4 & 8
+    if first == 0xC4:
+        instruction.vector_length = 32 if payload & 4 else 16
+    else:
+        instruction.evex = True
+        instruction.vector_length = 16 << min(reader.byte() >> 5 & 3, 2)
+
+
+def _implicit(instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> tuple[Operand, ...] | None:
+    """Return the operands of instructions that name their address by opcode alone, None for others."""
+    opcode, base = instruction.opcode, instruction.segment_base
+    found = []
+    if opcode in _STRING_SOURCE:
+        found.append(Operand(_wrap(base + regs.rsi), 8))
+    if opcode in _STRING_DESTINATION:
+        found.append(Operand(regs.rdi, 8))
+    if opcode in _PUSHES:
+        found.append(Operand(_wrap(regs.rsp - 8), 8))
+    elif opcode in _POPS:
+        found.append(Operand(regs.rsp, 40 if opcode == 0xCF else 8))
+    elif opcode == 0xC9:  # LEAVE
+        found.append(Operand(regs.rbp, 8))
+    elif opcode == 0xD7:  # XLAT
+        found.append(Operand(_wrap(base + regs.rbx + (regs.rax & 0xFF)), 1))
+    elif 0xA0 <= opcode <= 0xA3:  # MOV with an absolute address
+        length = 4 if instruction.address_32 else 8
+        address = reader.signed(length) & ((1 << 8 * length) - 1)
+        found.append(Operand(_wrap(base + address), 8))
+    return tuple(found) or None
+
+
+def _explicit(instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> tuple[Operand, ...]:
+    """Return the operand that ModRM names, and the stack where the instruction uses it too."""
+    modrm = reader.byte()
+    mod, reg = modrm >> 6, modrm >> 3 & 7
+    one_byte = instruction.opcode_map == 0
+    stack: tuple[Operand, ...] = ()
+    if one_byte and instruction.opcode == 0xFF and reg in (2, 6):  # CALL, PUSH
+        stack = (Operand(_wrap(regs.rsp - 8), 8),)
+    elif one_byte and instruction.opcode == 0x8F:  # POP
+        stack = (Operand(regs.rsp, 8),)
+    if mod == 3:
+        if instruction.opcode_map == 1 and instruction.opcode == 0xF7:  # MASKMOVDQU
+            return (Operand(_wrap(instruction.segment_base + regs.rdi), 16),)
+        return stack
+    address = _effective_address(modrm, instruction, reader, regs)
+    if one_byte and instruction.opcode == 0x8D:  # LEA
+        return ()
+    return (Operand(address, _length(instruction, reg)), *stack)
+
+
+def _effective_address(modrm: int, instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> int:
+    mod, rm = modrm >> 6, modrm & 7
+    address = 0
+    relative = False
+    if rm == 4:
+        sib = reader.byte()
+        index = (sib >> 3 & 7) | (instruction.rex & 2) << 2
+        if index != 4:
+            address = getattr(regs, _REGISTERS[index]) << (sib >> 6)
+        rm = sib & 7
+        if rm == 5 and mod == 0:
+            address += reader.signed(4)
+        else:
+            address += getattr(regs, _REGISTERS[rm | (instruction.rex & 1) << 3])
+    elif rm == 5 and mod == 0:
+        relative = True
+        address = reader.signed(4)
+    else:
+        address = getattr(regs, _REGISTERS[rm | (instruction.rex & 1) << 3])
+    if mod == 1:
+        # EVEX scales an 8-bit displacement by the operand's size; the full vector is the common case.
+        address += reader.signed(1) * (instruction.vector_length if instruction.evex else 1)
+    elif mod == 2:
+        address += reader.signed(4)
+    if relative:
+        address += regs.rip + reader.position + _immediate_length(instruction, modrm >> 3 & 7)
+    if instruction.address_32:
+        address &= 0xFFFFFFFF
+    return _wrap(address + instruction.segment_base)
+
+
+def _immediate_length(instruction: _Instruction, reg: int) -> int:
+    """Return the bytes of immediate operand behind ModRM and displacement."""
+    opcode = instruction.opcode
+    full = 2 if instruction.operand_16 else 4
+    if instruction.opcode_map == 3:
+        return 1
+    if instruction.opcode_map == 1:
+        return 1 if opcode in _IMMEDIATE_1_TWO_BYTE else 0
+    if instruction.opcode_map == 0:
+        if opcode in _IMMEDIATE_1_ONE_BYTE or (opcode == 0xF6 and reg < 2):
+            return 1
+        if opcode in _IMMEDIATE_Z_ONE_BYTE or (opcode == 0xF7 and reg < 2):
+            return full
+    return 0
+
+
+def _length(instruction: _Instruction, reg: int) -> int:
+    """Return an upper bound for the length of the memory operand, in bytes."""
+    if instruction.vector_length:
+        return instruction.vector_length
+    if instruction.opcode_map == 0:
+        return _X87_STATE if instruction.opcode in (0xD9, 0xDD) and reg in (4, 6) else 16
+    if instruction.opcode_map == 1 and instruction.opcode == 0xAE:
+        return _FX_STATE if reg < 2 else 4 if reg < 4 else _X_STATE
+    if instruction.opcode_map == 1 and instruction.opcode == 0xC7:
+        return 16 if reg == 1 else _X_STATE
+    return 16
+
+
+def _wrap(address: int) -> int:
+    return address & _MASK64

@@ -1,0 +1,45 @@
+"""The traps there are, by the names users call them. A new trap is one module and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvmdp.kvm import Vm
+from kvmdp.memory.backing import Backing
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.paging.trap.base import Trap
+from kvmdp.paging.trap.marker import MarkerTrap
+from kvmdp.paging.trap.memory_fault import MemoryFaultTrap
+from kvmdp.paging.trap.mmio import MmioTrap
+from kvmdp.paging.trap.slots import MAX_GRANULE, RamSlots, least_granule
+
+_TrapFactory = Callable[[RamSlots, Backing], Trap]
+
+TRAPS: dict[str, _TrapFactory] = {
+    "marker": MarkerTrap,
+    "memory-fault": MemoryFaultTrap,
+    "mmio": MmioTrap,
+}
+SLOT_TRAPS = frozenset(("memory-fault", "mmio"))
+
+
+def create_trap(name: str, vm: Vm, layout: GuestLayout, backing: Backing, granule: int | None) -> Trap:
+    """Make the trap `name`, not yet armed.
+
+    `granule` is bytes (a power of two) for the traps that work by memslot; None takes the smallest that keeps
+    them within 16,384 slots. Raises ValueError for an unknown name or a granule the trap cannot have, KvmError or
+    UffdError where the kernel lacks what the trap needs.
+    """
+    if name not in TRAPS:
+        raise ValueError(f"there is no trap {name!r}: choose from {', '.join(TRAPS)}")
+    if name not in SLOT_TRAPS:
+        if granule is not None and granule != 4096:
+            raise ValueError(f"the trap {name} always works by 4 KiB pages: leave the granule out")
+        slots = RamSlots(vm, layout, backing.guest, MAX_GRANULE)
+    else:
+        slots = RamSlots(vm, layout, backing.guest, granule or least_granule(layout))
+    try:
+        return TRAPS[name](slots, backing)
+    except BaseException:
+        slots.close()
+        raise

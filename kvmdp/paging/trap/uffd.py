@@ -1,0 +1,189 @@
+"""A userfaultfd descriptor: opening it with the privilege at hand, registering, resolving, reading events.
+
+Source: `linux/userfaultfd.h`, `Documentation/admin-guide/mm/userfaultfd.rst`. Addresses (hva) and lengths in
+bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+from ctypes import byref
+
+from kvmdp.abi import libc
+from kvmdp.abi import userfaultfd as abi
+
+_DEVICE = "/dev/userfaultfd"
+
+_REMEDIES = (
+    "run as root, or give yourself /dev/userfaultfd (sudo setfacl -m u:$USER:rw /dev/userfaultfd), "
+    "or allow it for all (sudo sysctl vm.unprivileged_userfaultfd=1)"
+)
+
+
+class UffdError(OSError):
+    """userfaultfd cannot be had, or cannot do what is wanted; the message says the remedy."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def _open(user_mode_only: bool) -> int:
+    """Return a new descriptor: from the device, which has its own permissions, else by system call."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (abi.UFFD_USER_MODE_ONLY if user_mode_only else 0)
+    try:
+        device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        pass  # absent before Linux 6.1, or not permitted: the system call has rules of its own
+    else:
+        try:
+            return libc.ioctl(device, abi.USERFAULTFD_IOC_NEW, flags, "USERFAULTFD_IOC_NEW")
+        finally:
+            os.close(device)
+    return libc.syscall(abi.NR_userfaultfd, flags, what="userfaultfd")
+
+
+def _open_permitted(kernel_faults: bool) -> int:
+    """Return a descriptor that takes kernel-mode faults too, if that is permitted or demanded."""
+    try:
+        return _open(user_mode_only=False)
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise UffdError(
+                errno.ENOSYS, "this kernel has no userfaultfd: use one built with CONFIG_USERFAULTFD"
+            ) from None
+        if kernel_faults or error.errno != errno.EPERM:
+            raise UffdError(
+                error.errno,
+                f"no userfaultfd that takes the kernel's own faults ({error.strerror}): {_REMEDIES}",
+            ) from None
+    return _open(user_mode_only=True)
+
+
+@functools.cache
+def supported_features() -> int:
+    """Return the feature bits (`UFFD_FEATURE_*`) this kernel offers. Raises UffdError."""
+    fd = _open_permitted(kernel_faults=False)
+    try:
+        request = abi.uffdio_api(api=abi.UFFD_API, features=0)
+        libc.ioctl(fd, abi.UFFDIO_API, byref(request), "UFFDIO_API")
+        return int(request.features)
+    finally:
+        os.close(fd)
+
+
+class Uffd:
+    """A userfaultfd; owns the descriptor, which is non-blocking.
+
+    Arguments: `features`, bits that must be there, or UffdError says which are not; `kernel_faults`, whether
+    faults taken inside the kernel (KVM's own mapping of a page is one) must reach the reader.
+    """
+
+    def __init__(self, features: int, *, kernel_faults: bool) -> None:
+        missing = features & ~supported_features()
+        if missing:
+            raise UffdError(
+                errno.EOPNOTSUPP,
+                f"this kernel's userfaultfd lacks the feature bits {missing:#x}: use a newer kernel",
+            )
+        self.fd = _open_permitted(kernel_faults)
+        # One argument structure a call and thread would be safest; they are made per call because the calls
+        # come from many threads at once. Keeping the GIL is right for those that never sleep long.
+        self._ioctl = libc.libc_held.ioctl
+        try:
+            request = abi.uffdio_api(api=abi.UFFD_API, features=features)
+            libc.ioctl(self.fd, abi.UFFDIO_API, byref(request), "UFFDIO_API")
+        except BaseException:
+            self.close()
+            raise
+
+    def register(self, hva: int, length: int, mode: int) -> None:
+        """Register a range; `mode` is of `UFFDIO_REGISTER_MODE_*`."""
+        request = abi.uffdio_register(abi.uffdio_range(hva, length), mode)
+        libc.ioctl(self.fd, abi.UFFDIO_REGISTER, byref(request), f"UFFDIO_REGISTER of {length} bytes")
+
+    def unregister(self, hva: int, length: int) -> None:
+        """Unregister a range, and wake whoever sleeps on it."""
+        request = abi.uffdio_range(hva, length)
+        libc.ioctl(self.fd, abi.UFFDIO_UNREGISTER, byref(request), f"UFFDIO_UNREGISTER of {length} bytes")
+
+    def wake(self, hva: int, length: int) -> None:
+        """Wake whoever sleeps on a range: the access is tried again."""
+        request = abi.uffdio_range(hva, length)
+        libc.ioctl(self.fd, abi.UFFDIO_WAKE, byref(request), "UFFDIO_WAKE")
+
+    def continue_(self, hva: int, length: int) -> None:
+        """Map pages that the page cache holds. Pages already mapped are left as they are."""
+        request = abi.uffdio_continue()
+        self._each(abi.UFFDIO_CONTINUE, request, request.range, hva, length, "UFFDIO_CONTINUE")
+
+    def poison(self, hva: int, length: int) -> bool:
+        """Put markers on absent pages; False if a page was mapped or had a marker already."""
+        request = abi.uffdio_poison()
+        return self._each(abi.UFFDIO_POISON, request, request.range, hva, length, "UFFDIO_POISON")
+
+    def copy(self, hva: int, source: int, length: int) -> None:
+        """Fill absent private pages from `source` (hva). Pages already there are left as they are."""
+        done = 0
+        while done < length:
+            request = abi.uffdio_copy(hva + done, source + done, length - done)
+            if self._ioctl(self.fd, abi.UFFDIO_COPY, byref(request)) == 0:
+                return
+            done += self._progress(int(request.copy), hva + done, "UFFDIO_COPY")[0]
+
+    def _each(
+        self,
+        number: int,
+        request: ctypes.Structure,
+        range_: abi.uffdio_range,
+        hva: int,
+        length: int,
+        call: str,
+    ) -> bool:
+        """Make a ranged call to the range's end; False if it skipped pages that were there already."""
+        result = type(request)._fields_[-1][0]
+        done, complete = 0, True
+        while done < length:
+            range_.start, range_.len = hva + done, length - done
+            if self._ioctl(self.fd, number, byref(request)) == 0:
+                break
+            step, skipped = self._progress(int(getattr(request, result)), hva + done, call)
+            done += step
+            complete = complete and not skipped
+        return complete
+
+    def _progress(self, result: int, hva: int, call: str) -> tuple[int, bool]:
+        """Return how many bytes a failed ranged call got past, and whether it got past them by skipping.
+
+        Positive: it stopped in the middle. EAGAIN with none done: the address space was changing, try again.
+        EEXIST: a page is there already. The page behind is somebody else's doing, which is no error.
+        """
+        if result > 0:
+            return result, False
+        number = ctypes.get_errno() if result == 0 else -result
+        if number == errno.EAGAIN:
+            return 0, False
+        if number == errno.EEXIST:
+            # Whoever sleeps on the page was meant to be woken by the call that found it there.
+            self.wake(hva, _PAGE)
+            return _PAGE, True
+        raise OSError(number, f"{call} at {hva:#x}: {os.strerror(number)}")
+
+    def read(self, messages: ctypes.Array[abi.uffd_msg]) -> int:
+        """Read as many events as wait, up to the array's length; return how many, 0 if none."""
+        try:
+            length = os.readv(self.fd, [memoryview(messages).cast("B")])
+        except BlockingIOError:
+            return 0
+        return length // ctypes.sizeof(abi.uffd_msg)
+
+    def close(self) -> None:
+        """Close the descriptor, which unregisters all; a second call does nothing."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+_PAGE = 4096

@@ -1,0 +1,224 @@
+"""A vCPU's side of demand paging: from the exit KVM gave to the page it was about, and back into the guest.
+
+Common to all traps, because an exit of any kind can come under any of them: KVM's emulator (all of ring 0 on some
+hosts) meets a marker and exits as MMIO; a vCPU that looks for a memslot while another thread flips it exits as
+MMIO too; and an instruction the emulator does not know becomes an emulation failure.
+
+An access is *retried* where KVM left the instruction unexecuted, and *completed* where it emulated half of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from kvmdp.abi.signal import BUS_MCEERR_AR
+from kvmdp.kvm import BusError, Exit, InternalError, Interrupted, MemoryFault, Mmio, Vcpu
+from kvmdp.memory.backing import Backing
+from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
+from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.trap.operand import MAX_INSTRUCTION, TruncatedError, memory_operands
+
+# How often one instruction may fault on one page while nothing is revoked. One repeat is normal (a SIGBUS that
+# was on its way when another thread admitted the page); this many are a livelock.
+_MAX_REPEATS = 64
+_NO_PAGE = -1
+
+_FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+class LivelockError(PagingError):
+    """The same access faults again and again although its page is present."""
+
+
+class VcpuPaging:
+    """Turns the exits of one vCPU into page faults, resolves them, completes what KVM emulated.
+
+    `read_physical(gpa, length)` returns bytes of present guest memory for decoding an instruction, or None
+    where there is none. Belongs to the vCPU's thread.
+    """
+
+    def __init__(
+        self,
+        pager: DemandPager,
+        vcpu: Vcpu,
+        backing: Backing,
+        read_physical: Callable[[int, int], bytes | None],
+    ) -> None:
+        self._pager = pager
+        self._vcpu = vcpu
+        self._gate = pager.gate
+        self._layout = pager.layout
+        self._read_physical = read_physical
+        self._view = backing.vmm.view
+        self._guest_hva = backing.guest.hva
+        self._guest_size = backing.size
+        self._repeats: dict[
+            int, int
+        ] = {}  # page -> faults without effect at _repeat_rip, since the last revocation
+        self._repeat_rip = -1
+        self._repeat_revoked = -1
+
+    def handle(self, exit: Exit) -> Exit | None:
+        """Deal with `exit` if it is about an absent page.
+
+        Returns None if the vCPU is to be entered again, `exit` itself if it was none of ours, or the exit
+        with which the completion of an emulated access ended. Raises PagingError if the page cannot be had, or
+        the access does not get anywhere.
+        """
+        if type(exit) is BusError:
+            self._retry(self._page_of_bus_error(exit))
+            return None
+        if type(exit) is MemoryFault:
+            page = self._layout.page_of_gpa(exit.gpa)
+            if page is None:
+                return exit
+            self._retry(page)
+            return None
+        if type(exit) is Mmio:
+            page = self._layout.page_of_gpa(exit.gpa)
+            return exit if page is None else self._complete(exit, page)
+        if type(exit) is InternalError and exit.is_emulation_failure:
+            return None if self._resolve_instruction(exit) else exit
+        return exit
+
+    def _retry(self, page: int) -> None:
+        """Make the page present; the instruction has not run, and runs when the vCPU is entered again."""
+        outcome = self._pager.resolve(PageFault(page, Origin.VCPU, self._vcpu.index))
+        if outcome is Outcome.ADMITTED:
+            return
+        self._check(outcome, page)
+        if self._repeats_of(page) > _MAX_REPEATS:
+            raise LivelockError(
+                f"vCPU {self._vcpu.index} at RIP {self._vcpu.regs.rip:#x} faults again and again on gpa "
+                f"{self._layout.gpa_of_page(page):#x}, which is present: the host page may be broken hardware, or "
+                "this KVM does not retry the access; try another trap"
+            )
+        # Present, and yet it trapped: on its way before the admit, or the trap is wrong about the page.
+        self._pager.reassert(page)
+
+    def _check(self, outcome: Outcome, page: int) -> None:
+        if outcome in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.CANCELLED):
+            return
+        if outcome is Outcome.FAILED and self._pager.error is not None:
+            raise self._pager.error
+        raise PagingError(f"the page at gpa {self._layout.gpa_of_page(page):#x} is {outcome.value}")
+
+    def _repeats_of(self, key: int) -> int:
+        """Count a fault without effect at the present RIP, on a page or on none; return how many it has been."""
+        rip = self._vcpu.regs.rip
+        revoked = self._pager.counters.pages_revoked
+        if rip != self._repeat_rip or revoked != self._repeat_revoked:
+            self._repeat_rip, self._repeat_revoked = rip, revoked
+            self._repeats.clear()
+        count = self._repeats[key] = self._repeats.get(key, 0) + 1
+        return count
+
+    def _page_of_bus_error(self, error: BusError) -> int:
+        """Return the RAM page a SIGBUS is about; one that is not about the guest view is real, and fatal."""
+        offset = error.hva - self._guest_hva
+        if error.code != BUS_MCEERR_AR or not 0 <= offset < self._guest_size:
+            raise PagingError(
+                f"vCPU {self._vcpu.index} got SIGBUS code {error.code} at host address {error.hva:#x}, which is no "
+                "marker of ours: a hardware memory error, or memory that was taken away"
+            )
+        return offset >> PAGE_SHIFT
+
+    # Accesses that KVM emulated
+
+    def _complete(self, mmio: Mmio, page: int) -> Exit | None:
+        """Supply or store the bytes of an access that KVM took for device I/O, and let it finish.
+
+        The page is pinned until KVM_RUN, entered with immediate_exit, has finished the instruction. Without that
+        the page could be taken away between the bytes supplied here and KVM's own access in the instruction's
+        second half: a LOCK-prefixed one, which KVM does as compare-and-exchange on present memory, would be done
+        as a plain write, and another vCPU's update lost.
+        """
+        with self._pager.held(PageFault(page, Origin.VCPU, self._vcpu.index)) as outcome:
+            if outcome is not Outcome.PRESENT:
+                self._check(outcome, page)
+                return None
+            self._transfer(mmio, page)
+            if not self._gate.enter(self._vcpu, only_complete=True):
+                return None
+            try:
+                following = self._vcpu.run()
+            finally:
+                self._gate.leave(self._vcpu)
+        return None if type(following) is Interrupted else following
+
+    def _transfer(self, mmio: Mmio, page: int) -> None:
+        """Copy between RAM and the exit; an aligned access is one load or store."""
+        size = mmio.size
+        offset = page * PAGE_SIZE + mmio.gpa % PAGE_SIZE
+        ram = self._view[offset : offset + size]
+        if size in _FORMATS and offset % size == 0:
+            ram, data = ram.cast(_FORMATS[size]), mmio.data.cast(_FORMATS[size])
+            if mmio.is_write:
+                ram[0] = data[0]
+            else:
+                data[0] = ram[0]
+        elif mmio.is_write:
+            ram[:] = mmio.data
+        else:
+            mmio.data[:] = ram
+
+    # Instructions that KVM cannot emulate, or on which it spins
+
+    def _resolve_instruction(self, failure: InternalError) -> bool:
+        """Make one page present that the instruction at RIP needs; False if all of them are."""
+        rip = self._vcpu.regs.rip
+        for page in self._pages_of_instruction(rip):
+            if not self._pager.bitmap.test(page):
+                self._retry(page)
+                return True
+        # All are present: another thread has been faster, or KVM cannot emulate the instruction at all.
+        return self._repeats_of(_NO_PAGE) <= _MAX_REPEATS
+
+    def resolve_stall(self) -> bool:
+        """Make present what the instruction at RIP needs, for a vCPU that sat in KVM_RUN without an exit.
+
+        Returns whether a page was absent; if not, the guest was merely busy.
+        """
+        for page in self._pages_of_instruction(self._vcpu.regs.rip):
+            if not self._pager.bitmap.test(page):
+                self._retry(page)
+                return True
+        return False
+
+    def _pages_of_instruction(self, rip: int) -> list[int]:
+        """Return the RAM pages the instruction at `rip` may touch: its own bytes', then its operands'."""
+        page = self._ram_page(rip)
+        if page is not None and not self._pager.bitmap.test(page):
+            return [page]
+        code = self._code_at(rip)
+        sregs = self._vcpu.sregs
+        pages = []
+        try:
+            operands = memory_operands(code, self._vcpu.regs, sregs.fs.base, sregs.gs.base)
+        except TruncatedError:
+            pages.append(self._ram_page(rip + len(code)))
+        else:
+            for operand in operands:
+                last = operand.address + operand.length - 1
+                for address in {operand.address: None, last: None}:
+                    pages.append(self._ram_page(address))
+        return [page for page in pages if page is not None]
+
+    def _ram_page(self, address: int) -> int | None:
+        gpa = self._vcpu.translate(address)
+        return None if gpa is None else self._layout.page_of_gpa(gpa)
+
+    def _code_at(self, rip: int) -> bytes:
+        """Return up to 15 bytes at `rip`, fewer if the next page is not there."""
+        code = b""
+        while len(code) < MAX_INSTRUCTION:
+            address = rip + len(code)
+            count = min(MAX_INSTRUCTION - len(code), PAGE_SIZE - address % PAGE_SIZE)
+            gpa = self._vcpu.translate(address)
+            piece = None if gpa is None else self._read_physical(gpa, count)
+            if piece is None:
+                break
+            code += piece
+        return code

@@ -1,0 +1,130 @@
+"""A raw memory image in a file or on a block device: byte n of the file is byte n of guest RAM.
+
+Holes of the file are found with SEEK_DATA and SEEK_HOLE (lseek(2)) and never read.
+
+Units: bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from kvmdp.source.base import PAGE_SIZE, SourceError, check_range, page_extents
+
+# The read did not take place. EIO is not among them: by the time the kernel says so, it has made its own
+# retries.
+_TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR})
+
+_REFUSED = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a character device"}
+_WANTED = "give a regular file or a block device that holds raw memory"
+
+
+class ImageError(ValueError):
+    """A path cannot serve as an image, for a reason its user can mend; the text is one sentence."""
+
+
+class ImageSource:
+    """The image at `path`; a `PageSource`.
+
+    Attributes: `name`, the path; `size`, the file's size rounded up to whole pages; `tail_bytes`, how many
+    bytes of the last page the file has if that is not all of them (the rest is zeros), else 0.
+
+    Size and holes are those of the moment of opening: what is appended later is never read, and a file that
+    has become shorter is a `SourceError`. The content is read when it is asked for, so the file must stay as
+    it is.
+
+    Raises `ImageError` if there is no such file, or it is empty, unreadable or of a kind that cannot be read
+    at any offset; OSError if the kernel fails.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = os.fspath(path)
+        self._fd = _open(self.name)
+        try:
+            self._file_size = os.lseek(self._fd, 0, os.SEEK_END)
+            if not self._file_size:
+                raise ImageError(f"image {self.name!r} is empty: there is nothing to page in")
+            self._extents = page_extents(_data_ranges(self._fd, self._file_size))
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.tail_bytes = self._file_size % PAGE_SIZE
+        self.size = -(-self._file_size // PAGE_SIZE) * PAGE_SIZE
+
+    def fill(self, offset: int, destination: memoryview) -> None:
+        """Read the pages from `offset` on straight into `destination`.
+
+        Raises `SourceError`: transient for EAGAIN and EINTR; permanent for any other error, and if the file
+        ends before its size at opening.
+        """
+        length = destination.nbytes
+        check_range(self, offset, length)
+        wanted = min(length, self._file_size - offset)
+        done = 0
+        while done < wanted:
+            try:
+                count = os.preadv(self._fd, [destination[done:wanted]], offset + done)
+            except OSError as error:
+                transient = error.errno in _TRANSIENT
+                raise SourceError(self.name, offset, length, str(error), transient=transient) from error
+            if count == 0:
+                reason = (
+                    f"the file ends at {offset + done:#x} and had {self._file_size} bytes when it was "
+                    "opened; restore it and start again"
+                )
+                raise SourceError(self.name, offset, length, reason)
+            done += count
+        if done < length:
+            destination[done:] = bytes(length - done)
+
+    def extents(self) -> list[tuple[int, int]]:
+        """Return the sorted (offset, length) ranges of whole pages that the file has data in."""
+        return list(self._extents)
+
+    def close(self) -> None:
+        """Close the file; closing again does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open(path: str) -> int:
+    """Open the image for reading; `ImageError` unless it is a regular file or a block device."""
+    try:
+        # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError:
+        raise ImageError(f"image {path!r} does not exist: check the path") from None
+    except PermissionError:
+        raise ImageError(f"image {path!r} is not readable for this user: change its mode") from None
+    except OSError as error:
+        # ENXIO is what open(2) says of a socket.
+        absent = "is a socket, or its device is absent"
+        what = absent if error.errno == errno.ENXIO else f"cannot be opened ({error.strerror})"
+        raise ImageError(f"image {path!r} {what}: {_WANTED}") from None
+    mode = stat.S_IFMT(os.fstat(fd).st_mode)
+    if mode not in (stat.S_IFREG, stat.S_IFBLK):
+        os.close(fd)
+        raise ImageError(f"image {path!r} is {_REFUSED.get(mode, 'no file')}: {_WANTED}")
+    os.set_blocking(fd, True)
+    return fd
+
+
+def _data_ranges(fd: int, size: int) -> list[tuple[int, int]]:
+    """Return the (start, end) ranges of bytes in which the file has data."""
+    ranges: list[tuple[int, int]] = []
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here on
+                break
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # block devices, file systems without holes
+                return [(0, size)]
+            raise
+        ranges.append((start, min(end, size)))
+    return ranges

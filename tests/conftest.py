@@ -1,0 +1,75 @@
+"""Skips what this machine cannot run, and fails every test that leaves something behind.
+
+A test marked with a need that is not met (tests/requirements.py) is skipped with the reason and the
+remedy.  Where the environment variable KVMDP_REQUIRE names the need, it fails instead.  A test in
+which a thread dies of an exception fails too: pytest warns of it, and `filterwarnings` in
+pyproject.toml makes warnings errors.
+"""
+
+import gc
+import os
+import threading
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+from requirements import CHECKS, missing, required
+
+_REQUIRED = pytest.StashKey[frozenset[str]]()
+_FAILED = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[_REQUIRED] = required(os.environ.get("KVMDP_REQUIRE", ""))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needs = [need for need in CHECKS if item.get_closest_marker(need)]
+    unmet = {need: reason for need in needs if (reason := missing(need))}
+    demanded = item.config.stash[_REQUIRED]
+    for need in unmet.keys() & demanded:
+        pytest.fail(f"KVMDP_REQUIRE names {need}, but: {unmet[need]}", pytrace=False)
+    for need, reason in unmet.items():
+        pytest.skip(f"needs {need}: {reason}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    if call.when == "call":
+        item.stash[_FAILED] = call.excinfo is not None
+    return (yield)
+
+
+def _descriptors() -> dict[int, str]:
+    """Open descriptors and what each one is."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            found[int(entry.name)] = str(entry.readlink())
+        except FileNotFoundError:  # the one that listed the directory
+            continue
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test after which there are more threads or descriptors than before."""
+    threads = set(threading.enumerate())
+    descriptors = _descriptors()
+    yield
+    if request.node.stash.get(_FAILED, False):
+        return  # its traceback keeps objects alive, and one failure is enough
+    if left_threads := set(threading.enumerate()) - threads:
+        names = ", ".join(sorted(thread.name for thread in left_threads))
+        pytest.fail(f"the test left threads running: {names}", pytrace=False)
+    if _descriptors().keys() - descriptors.keys():
+        gc.collect()  # an exception's traceback may be all that holds them
+        after = _descriptors()
+        if left := after.keys() - descriptors.keys():
+            names = ", ".join(f"{number} ({after[number]})" for number in sorted(left))
+            pytest.fail(f"the test left descriptors open: {names}", pytrace=False)

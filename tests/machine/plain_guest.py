@@ -1,0 +1,100 @@
+"""A guest on memory that is always present: what demand paging must not change."""
+
+import contextlib
+import ctypes
+import threading
+
+import numpy as np
+
+from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE
+from kvmdp.abi.mman import MADV_NOHUGEPAGE
+from kvmdp.kvm import Interrupted, Io, Kvm
+from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.mapping import Mapping
+
+TIMEOUT_SECONDS = 60
+
+
+class PlainGuest:
+    """RAM of `memory_bytes`, zeros to begin with, and as many vCPUs as `blocks` has parameter blocks.
+
+    `ram` is RAM as uint64[pages, 512]; `blocks` the parameter blocks in place; `vcpus` the vCPUs.
+    """
+
+    def __init__(self, memory_bytes, blocks, program=b""):
+        with contextlib.ExitStack() as stack:
+            layout = GuestLayout(memory_bytes)
+            self._mapping = stack.enter_context(contextlib.closing(Mapping.anonymous(memory_bytes)))
+            self._mapping.advise(MADV_NOHUGEPAGE)
+            self.ram = np.frombuffer(self._mapping.view, dtype=np.uint64).reshape(layout.pages, -1)
+            stack.callback(self._drop_views)
+            kvm = stack.enter_context(Kvm())
+            vm = stack.enter_context(kvm.create_vm())
+            if vm.check_extension(KVM_CAP_EXIT_ON_EMULATION_FAILURE):
+                vm.enable_cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
+            self.boot = stack.enter_context(contextlib.closing(BootSlot(layout, stock_image(), program)))
+            self.boot.map_into(vm)
+            for slot, region in enumerate(layout.regions, start=1):
+                vm.set_user_memory_region(slot, region.gpa, region.size, self._mapping.hva + region.offset)
+            cpuid = guest_cpuid(kvm)
+            self.vector_flags = vector_flags(kvm)
+            self.blocks, self.vcpus = [], []
+            for index, block in enumerate(blocks):
+                place = self.boot.parameters(index)
+                ctypes.pointer(place)[0] = block
+                vcpu = stack.enter_context(vm.create_vcpu(index))
+                set_boot_state(vcpu, cpuid, self.vector_flags)
+                self.blocks.append(place)
+                self.vcpus.append(vcpu)
+            self._stack = stack.pop_all()
+
+    def run(self):
+        """Run all vCPUs to their first report, halt or error; return that of each: a number or the exit."""
+        self.ends = [None] * len(self.vcpus)
+        threads = [threading.Thread(target=self._run, args=(vcpu,)) for vcpu in self.vcpus]
+        for thread in threads:
+            thread.start()
+        for thread, vcpu in zip(threads, self.vcpus, strict=True):
+            thread.join(TIMEOUT_SECONDS)
+            if thread.is_alive():
+                vcpu.kick()
+                thread.join()
+        return self.ends
+
+    def _run(self, vcpu):
+        vcpu.attach_thread()
+        exit_ = vcpu.run()
+        if isinstance(exit_, Io):
+            self.ends[vcpu.index] = int.from_bytes(exit_.data, "little")
+        elif isinstance(exit_, Interrupted):
+            self.ends[vcpu.index] = f"timeout at {vcpu.regs.rip:#x}"
+        else:
+            self.ends[vcpu.index] = exit_
+        vcpu.detach_thread()
+
+    def pages_in_memory(self):
+        """Return the numbers of the RAM pages that have been accessed by whomever (Documentation: pagemap)."""
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(self._mapping.hva // PAGE_SIZE * 8)
+            entries = np.frombuffer(pagemap.read(len(self.ram) * 8), dtype=np.uint64)
+        return np.flatnonzero(entries >> np.uint64(62))  # present or swapped
+
+    def _drop_views(self):
+        del self.ram
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.blocks.clear()
+        self._stack.close()
+
+
+def random_ram(patches, memory_bytes, seed=1):
+    """Return random RAM with the patches in it: uint64[pages, 512]."""
+    ram = np.random.default_rng(seed).integers(0, 1 << 64, memory_bytes // 8, dtype=np.uint64)
+    raw = ram.view(np.uint8)
+    for offset, data in patches:
+        raw[offset : offset + len(data)] = np.frombuffer(data, dtype=np.uint8)
+    return ram.reshape(-1, PAGE_SIZE // 8)
