@@ -23,6 +23,9 @@ from vmtest_lib.newc import NewcWriter  # noqa: E402
 from vmtest_lib.streams import KernelLog, Stream  # noqa: E402
 
 VMTEST = CHECKOUT / "tools" / "vmtest"
+NEEDS_LDD = pytest.mark.skipif(
+    not shutil.which("ldd"), reason="looks for libraries with ldd: apt-get install libc-bin"
+)
 
 
 def kernel(version: str) -> Kernel:
@@ -191,6 +194,7 @@ def test_symbolic_links_on_the_way_to_a_file_come_along(tmp_path):
         assert str(tmp_path / name).lstrip("/").encode() + b"\0" in output.getvalue()
 
 
+@NEEDS_LDD
 def test_the_python_tree_has_what_a_test_run_needs_and_no_test_suites():
     names = {str(path) for path in python_tree.files()}
     assert sys.executable in names
@@ -201,6 +205,7 @@ def test_the_python_tree_has_what_a_test_run_needs_and_no_test_suites():
     assert all(Path(name).is_file() for name in names)
 
 
+@NEEDS_LDD
 @pytest.mark.skipif(not shutil.which("busybox"), reason="copies busybox: apt-get install busybox-static")
 def test_the_image_holds_the_checkout_the_modules_and_the_command(tmp_path):
     (tmp_path / "kvm.ko").write_bytes(b"module")

@@ -1,0 +1,159 @@
+"""Run a workload under demand paging and prove the result: the guest's checksums and every present page's bytes.
+
+Units: seconds, pages of 4 KiB, latencies in nanoseconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmdp.machine.guest_abi import ParameterBlock
+from kvmdp.machine.hostinfo import resident_memory
+from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.runloop import EXIT_NAMES
+from kvmdp.machine.workloads import Workload, combined_checksum
+from kvmdp.paging.pager import Counters
+from kvmdp.source.base import PageSource, read_pages
+from kvmdp.source.patched import PatchedSource
+
+_CHUNK_PAGES = 1024
+_MAX_NAMED = 8  # wrong pages named in a result
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What came of a run.
+
+    `expected_checksum` is None for a program of the user's own, about which the host expects nothing. `wrong_pages`
+    are the gpas of the first pages whose bytes are not what they must be, `pages_checked` how many were compared.
+    `cpu_seconds` is this process's CPU time from its start to the guest's first instruction.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    resident_bytes: int
+    counters: Counters
+    pages_present: int
+    memslots: int
+    slot_bytes: int
+    granule: int
+    exits: dict[str, int]
+    latencies: npt.NDArray[np.uint64]
+    stalls: int
+    stops: int
+    longest_stop: float
+    setup_seconds: dict[str, float]
+    guest_checksum: int
+    expected_checksum: int | None
+    accesses: int
+    pages_checked: int
+    wrong_pages: list[int]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that the host can expect holds."""
+        return not self.wrong_pages and self.expected_checksum in (None, self.guest_checksum)
+
+
+def run_workload(
+    options: MachineOptions,
+    workload: Workload,
+    source: PageSource,
+    *,
+    timeout: float | None = None,
+    on_tick: Callable[[Machine], None] | None = None,
+) -> RunResult:
+    """Boot a machine, run `workload` on the memory that `source` delivers, compare. The source stays the caller's.
+
+    Raises what `Machine` and `Machine.run` raise.
+    """
+    patched = PatchedSource(source, workload.patches) if workload.patches else source
+
+    def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        return read_pages(patched, pages)
+
+    with Machine(options, patched) as machine:
+        measured = _run(machine, workload.blocks, timeout, on_tick)
+        expected = combined_checksum(workload.expected_checksums(image))
+        checked, wrong = 0, []
+        for pages in _present_pages(machine):
+            checked += len(pages)
+            rows = machine.memory.read_pages(pages) != workload.expected_pages(image, pages)
+            wrong += [machine.layout.gpa_of_page(page) for page in pages[rows.any(axis=1)].tolist()]
+        return measured(expected, checked, wrong[:_MAX_NAMED])
+
+
+def run_program(
+    options: MachineOptions,
+    blocks: list[ParameterBlock],
+    source: PageSource,
+    *,
+    timeout: float | None = None,
+    on_tick: Callable[[Machine], None] | None = None,
+) -> RunResult:
+    """Boot a machine with a program of the user's own (`options.program`) and run it to its end.
+
+    Raises what `Machine` and `Machine.run` raise.
+    """
+    with Machine(options, source) as machine:
+        return _run(machine, blocks, timeout, on_tick)(None, 0, [])
+
+
+def _run(
+    machine: Machine,
+    blocks: list[ParameterBlock],
+    timeout: float | None,
+    on_tick: Callable[[Machine], None] | None,
+) -> Callable[[int | None, int, list[int]], RunResult]:
+    """Run the machine; returns what makes the result once the comparison is known."""
+    machine.set_parameters(blocks)
+    cpu_seconds = time.process_time()
+    started = time.perf_counter()
+    machine.run(timeout, None if on_tick is None else lambda: on_tick(machine))
+    seconds = time.perf_counter() - started
+    resident = resident_memory()
+    exits: Counter[str] = Counter()
+    for thread in machine.threads:
+        for kind, count in thread.exits.items():
+            exits[EXIT_NAMES.get(kind, kind.__name__)] += count
+    pager, threads = machine.pager, machine.threads
+    present = pager.bitmap.count()
+    latencies = np.concatenate([np.frombuffer(thread.latencies, dtype=np.uint64) for thread in threads])
+
+    def result(expected: int | None, checked: int, wrong: list[int]) -> RunResult:
+        return RunResult(
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
+            resident_bytes=resident,
+            counters=pager.counters,
+            pages_present=present,
+            memslots=pager.trap.memslots,
+            slot_bytes=machine.slot_bytes,
+            granule=pager.trap.granule,
+            exits=dict(exits),
+            latencies=latencies,
+            stalls=sum(thread.stalls for thread in threads),
+            stops=machine.gate.stops,
+            longest_stop=machine.gate.longest_stop,
+            setup_seconds=machine.setup_seconds,
+            guest_checksum=combined_checksum(thread.parameters.checksum for thread in threads),
+            expected_checksum=expected,
+            accesses=sum(thread.parameters.accesses for thread in threads),
+            pages_checked=checked,
+            wrong_pages=wrong,
+        )
+
+    return result
+
+
+def _present_pages(machine: Machine) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the numbers of all present pages, a chunk at a time."""
+    for first, count in machine.pager.bitmap.present_runs().tolist():
+        for start in range(first, first + count, _CHUNK_PAGES):
+            yield np.arange(start, min(start + _CHUNK_PAGES, first + count))
