@@ -1,8 +1,13 @@
-"""Facts about this process and its host, from procfs. Units: bytes."""
+"""Facts about this process and its host, from procfs and sysfs. Units: bytes."""
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
+
+_FLAVOURS = ("kvm_intel", "kvm_amd", "kvm_pvm")
+_TDP_PARAMETERS = {"kvm_intel": "ept", "kvm_amd": "npt"}
 
 
 def _kib_field(path: str, name: str) -> int:
@@ -26,3 +31,61 @@ def resident_memory() -> int:
 def page_table_memory() -> int:
     """Return what this process's page tables take."""
     return _kib_field("/proc/self/status", "VmPTE")
+
+
+def _read(path: str | Path) -> str:
+    """Return a sysfs or procfs file's text, empty if it is not there."""
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _chosen(text: str) -> str:
+    """Return the bracketed one of a sysfs file that lists choices: "always [madvise] never"."""
+    return text.partition("[")[2].partition("]")[0]
+
+
+def cpu_model() -> str:
+    """Return the CPU's name."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def kvm_flavour() -> str:
+    """Return which KVM module there is: kvm_intel, kvm_amd, kvm_pvm, or "unknown" (built in, or not visible)."""
+    return next((name for name in _FLAVOURS if Path("/sys/module", name).exists()), "unknown")
+
+
+def uses_nested_paging() -> bool:
+    """Return whether KVM gives guests page tables of their own in hardware (TDP), or shadows them."""
+    flavour = kvm_flavour()
+    parameter = _TDP_PARAMETERS.get(flavour)
+    return parameter is not None and _read(f"/sys/module/{flavour}/parameters/{parameter}") in ("Y", "1")
+
+
+def huge_page_pools() -> dict[int, dict[str, int]]:
+    """Return the HugeTLB pools: size of a page in bytes -> {"total": pages, "free": pages}."""
+    pools = {}
+    for folder in sorted(Path("/sys/kernel/mm/hugepages").glob("hugepages-*kB")):
+        size = int(folder.name.removeprefix("hugepages-").removesuffix("kB")) * 1024
+        total, free = (int(_read(folder / name) or 0) for name in ("nr_hugepages", "free_hugepages"))
+        pools[size] = {"total": total, "free": free}
+    return pools
+
+
+def host_facts() -> dict[str, str | int | bool]:
+    """Return what a reader of a measurement wants to know about the host."""
+    return {
+        "cpu": cpu_model(),
+        "cpus": os.cpu_count() or 0,
+        "memory_bytes": _kib_field("/proc/meminfo", "MemTotal"),
+        "kernel": platform.release(),
+        "kvm": kvm_flavour(),
+        "nested_paging": uses_nested_paging(),
+        "thp": _chosen(_read("/sys/kernel/mm/transparent_hugepage/enabled")) or "none",
+        "thp_shmem": _chosen(_read("/sys/kernel/mm/transparent_hugepage/shmem_enabled")) or "none",
+        "python": platform.python_version(),
+    }

@@ -57,11 +57,12 @@ class MachineOptions:
 class Machine:
     """A guest with demand-paged RAM; owns all it is made of.
 
-    Made in the order in which it is torn down backwards; the source belongs to the caller. `set_parameters`
-    comes before `run`. `setup_seconds` says what each phase took, `slot_bytes` what kernel memory (vmalloc)
-    arming took; the rest of the machine's state is in `pager`, `memory` and `threads`.
+    The source belongs to the caller. `set_parameters` comes before `run`. `setup_seconds` says what each phase
+    took, `slot_bytes` what kernel memory (vmalloc) arming took; the rest of the machine's state is in `pager`,
+    `memory` and `threads`.
 
-    Raises ValueError for options that make no sense, KvmError or UffdError where the host lacks what they need.
+    Raises ValueError for options that make no sense, KvmError or UnsupportedError where the host lacks what they
+    need.
     """
 
     def __init__(self, options: MachineOptions, source: PageSource) -> None:
@@ -136,8 +137,8 @@ class Machine:
         """Run the guest until every vCPU has reported that it is done.
 
         `timeout` is in seconds; `on_tick` is called about ten times a second. Raises the first error of a
-        vCPU: PagingError (a page cannot be had), GuestError (the guest did something it must not, or was not
-        done in time), KvmError. Whatever happens, all vCPU threads have ended when this returns.
+        vCPU: PagingError (a page cannot be had) or GuestError (the guest did something it must not, or was
+        not done in time). Whatever happens, all vCPU threads have ended when this returns.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         try:

@@ -120,8 +120,10 @@ class VcpuThread:
         self.vcpu.attach_thread()
         try:
             self._loop()
-        except (PagingError, GuestError, KvmError) as error:
+        except (PagingError, GuestError) as error:
             self.error = error
+        except KvmError as error:
+            self.error = GuestError(str(error))
         except Exception as error:
             # Whatever it is, the machine must stop, and the message must get out.
             self.error = GuestError(f"vCPU {self.vcpu.index}: internal error: {error!r}")

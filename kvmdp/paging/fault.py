@@ -38,3 +38,7 @@ class Outcome(enum.Enum):
 
 class PagingError(Exception):
     """Demand paging cannot go on: the message says where, why, and what to do."""
+
+
+class UnsupportedError(Exception):
+    """This host lacks what is wanted: the message says what, and what would provide it."""

@@ -198,12 +198,13 @@ class VcpuPaging:
         try:
             operands = memory_operands(code, self._vcpu.regs, sregs.fs.base, sregs.gs.base)
         except TruncatedError:
+            operands = ()
+        for operand in operands:
+            last = operand.address + operand.length - 1
+            pages += [self._ram_page(address) for address in (operand.address, last)]
+        if len(code) < MAX_INSTRUCTION:
+            # It may go on in the next page. Last, because a short one does not.
             pages.append(self._ram_page(rip + len(code)))
-        else:
-            for operand in operands:
-                last = operand.address + operand.length - 1
-                for address in {operand.address: None, last: None}:
-                    pages.append(self._ram_page(address))
         return [page for page in pages if page is not None]
 
     def _ram_page(self, address: int) -> int | None:

@@ -22,7 +22,6 @@ from vmtest_lib.kernels import Kernel, Store, resolve, select  # noqa: E402
 from vmtest_lib.newc import NewcWriter  # noqa: E402
 from vmtest_lib.streams import KernelLog, Stream  # noqa: E402
 
-VMTEST = CHECKOUT / "tools" / "vmtest"
 NEEDS_LDD = pytest.mark.skipif(
     not shutil.which("ldd"), reason="looks for libraries with ldd: apt-get install libc-bin"
 )
@@ -343,7 +342,13 @@ def cached_kernel() -> str:
 
 
 def vmtest(*arguments: str, timeout: str = "300") -> list[str]:
-    return [sys.executable, str(VMTEST), "--kernel", cached_kernel(), "--timeout", timeout, "--", *arguments]
+    options = ["--kernel", cached_kernel(), "--timeout", timeout]
+    return [sys.executable, "-m", "vmtest_lib", *options, "--", *arguments]
+
+
+@pytest.fixture(autouse=True)
+def vmtest_can_be_started(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT / "tools"))
 
 
 def emulators_of(parent: int) -> list[str]:

@@ -86,8 +86,9 @@ def _add_system(image: NewcWriter) -> None:
         image.symlink(f"/bin/{applet}", "busybox")
     image.data("/init", Path(__file__).with_name("init.sh").read_bytes(), 0o755)
     image.device("/dev/console", 5, 1)
-    for folder in ("/proc", "/sys", "/run", "/tmp", "/root"):
+    for folder in ("/proc", "/sys", "/run", "/root"):
         image.directory(folder)
+    image.directory("/tmp", 0o1777)
     image.data("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n")
     image.data("/etc/group", b"root:x:0:\nkvm:x:106:\nnogroup:x:65534:\n")
     image.data("/etc/hosts", b"127.0.0.1 localhost vmtest\n")

@@ -20,6 +20,7 @@ import select
 import threading
 
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
@@ -37,7 +38,7 @@ class MarkerTrap:
     name = "marker"
     granule = PAGE_SIZE
 
-    def __init__(self, slots: RamSlots, backing: Backing) -> None:
+    def __init__(self, _vm: Vm, slots: RamSlots, backing: Backing) -> None:
         self._slots = slots
         self._backing = backing
         self._guest = backing.guest

@@ -9,8 +9,12 @@ Needs KVM_CAP_GUEST_MEMFD_FLAGS (6.18) with GUEST_MEMFD_FLAG_MMAP, and no privil
 
 from __future__ import annotations
 
+from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS
+from kvmdp.kvm import Vm
+from kvmdp.memory.backing import Backing
+from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.trap.base import Presence
-from kvmdp.paging.trap.slots import SlotTrap
+from kvmdp.paging.trap.slots import RamSlots, SlotTrap
 
 
 class MemoryFaultTrap(SlotTrap):
@@ -23,6 +27,14 @@ class MemoryFaultTrap(SlotTrap):
 
     name = "memory-fault"
     needs_quiesce = True
+
+    def __init__(self, vm: Vm, slots: RamSlots, backing: Backing) -> None:
+        super().__init__(vm, slots, backing)
+        if not vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
+            raise UnsupportedError(
+                "the trap memory-fault needs guest_memfd with GUEST_MEMFD_FLAG_MMAP (KVM_CAP_GUEST_MEMFD_FLAGS), "
+                "which this kernel's KVM lacks: use Linux 6.18 or later, or another trap"
+            )
 
     def arm(self, presence: Presence) -> None:
         """Make one slot a granule: closed where it is absent, ordinary where it is present."""

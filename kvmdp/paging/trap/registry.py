@@ -6,15 +6,16 @@ from collections.abc import Callable
 
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import GuestLayout
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.trap.base import Trap
 from kvmdp.paging.trap.marker import MarkerTrap
 from kvmdp.paging.trap.memory_fault import MemoryFaultTrap
 from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.slots import MAX_GRANULE, RamSlots, least_granule
 
-_TrapFactory = Callable[[RamSlots, Backing], Trap]
+_TrapFactory = Callable[[Vm, RamSlots, Backing], Trap]
 
+# The fastest first, as measured on every host seen so far: the order in which `auto` tries them.
 TRAPS: dict[str, _TrapFactory] = {
     "marker": MarkerTrap,
     "memory-fault": MemoryFaultTrap,
@@ -27,19 +28,19 @@ def create_trap(name: str, vm: Vm, layout: GuestLayout, backing: Backing, granul
     """Make the trap `name`, not yet armed.
 
     `granule` is bytes (a power of two) for the traps that work by memslot; None takes the smallest that keeps
-    them within 16,384 slots. Raises ValueError for an unknown name or a granule the trap cannot have, KvmError or
-    UffdError where the kernel lacks what the trap needs.
+    them within 16,384 slots. Raises ValueError for an unknown name or a granule the trap cannot have,
+    UnsupportedError or KvmError where the kernel lacks what the trap needs.
     """
     if name not in TRAPS:
         raise ValueError(f"there is no trap {name!r}: choose from {', '.join(TRAPS)}")
     if name not in SLOT_TRAPS:
-        if granule is not None and granule != 4096:
+        if granule is not None and granule != PAGE_SIZE:
             raise ValueError(f"the trap {name} always works by 4 KiB pages: leave the granule out")
         slots = RamSlots(vm, layout, backing.guest, MAX_GRANULE)
     else:
         slots = RamSlots(vm, layout, backing.guest, granule or least_granule(layout))
     try:
-        return TRAPS[name](slots, backing)
+        return TRAPS[name](vm, slots, backing)
     except BaseException:
         slots.close()
         raise

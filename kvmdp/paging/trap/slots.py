@@ -153,7 +153,7 @@ class RamSlots:
 class SlotTrap:
     """What the traps that work by memslot have in common."""
 
-    def __init__(self, slots: RamSlots, backing: Backing) -> None:
+    def __init__(self, _vm: Vm, slots: RamSlots, backing: Backing) -> None:
         self._slots = slots
         self._backing = backing
 

@@ -14,20 +14,15 @@ from ctypes import byref
 
 from kvmdp.abi import libc
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.paging.fault import UnsupportedError
 
 _DEVICE = "/dev/userfaultfd"
+_PAGE = 4096
 
 _REMEDIES = (
     "run as root, or give yourself /dev/userfaultfd (sudo setfacl -m u:$USER:rw /dev/userfaultfd), "
     "or allow it for all (sudo sysctl vm.unprivileged_userfaultfd=1)"
 )
-
-
-class UffdError(OSError):
-    """userfaultfd cannot be had, or cannot do what is wanted; the message says the remedy."""
-
-    def __str__(self) -> str:
-        return str(self.strerror)
 
 
 def _open(user_mode_only: bool) -> int:
@@ -51,20 +46,19 @@ def _open_permitted(kernel_faults: bool) -> int:
         return _open(user_mode_only=False)
     except OSError as error:
         if error.errno == errno.ENOSYS:
-            raise UffdError(
-                errno.ENOSYS, "this kernel has no userfaultfd: use one built with CONFIG_USERFAULTFD"
+            raise UnsupportedError(
+                "this kernel has no userfaultfd: use one built with CONFIG_USERFAULTFD"
             ) from None
         if kernel_faults or error.errno != errno.EPERM:
-            raise UffdError(
-                error.errno,
-                f"no userfaultfd that takes the kernel's own faults ({error.strerror}): {_REMEDIES}",
+            raise UnsupportedError(
+                f"no userfaultfd that takes the kernel's own faults ({os.strerror(error.errno or 0)}): {_REMEDIES}"
             ) from None
     return _open(user_mode_only=True)
 
 
 @functools.cache
 def supported_features() -> int:
-    """Return the feature bits (`UFFD_FEATURE_*`) this kernel offers. Raises UffdError."""
+    """Return the feature bits (`UFFD_FEATURE_*`) this kernel offers. Raises UnsupportedError."""
     fd = _open_permitted(kernel_faults=False)
     try:
         request = abi.uffdio_api(api=abi.UFFD_API, features=0)
@@ -74,19 +68,27 @@ def supported_features() -> int:
         os.close(fd)
 
 
+_NEEDED_FROM = {
+    abi.UFFD_FEATURE_MISSING_SHMEM: "missing faults on shared memory (Linux 4.11)",
+    abi.UFFD_FEATURE_MINOR_SHMEM: "minor faults on shared memory (Linux 5.14)",
+    abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM: "write protection of shared memory (Linux 5.19)",
+    abi.UFFD_FEATURE_POISON: "poison markers (UFFDIO_POISON, Linux 6.6)",
+}
+
+
 class Uffd:
     """A userfaultfd; owns the descriptor, which is non-blocking.
 
-    Arguments: `features`, bits that must be there, or UffdError says which are not; `kernel_faults`, whether
+    Arguments: `features`, bits that must be there, or UnsupportedError says which are not; `kernel_faults`, whether
     faults taken inside the kernel (KVM's own mapping of a page is one) must reach the reader.
     """
 
     def __init__(self, features: int, *, kernel_faults: bool) -> None:
         missing = features & ~supported_features()
         if missing:
-            raise UffdError(
-                errno.EOPNOTSUPP,
-                f"this kernel's userfaultfd lacks the feature bits {missing:#x}: use a newer kernel",
+            names = ", ".join(name for bit, name in _NEEDED_FROM.items() if bit & missing)
+            raise UnsupportedError(
+                f"this kernel's userfaultfd lacks {names}: use a newer kernel, or another trap"
             )
         self.fd = _open_permitted(kernel_faults)
         # One argument structure a call and thread would be safest; they are made per call because the calls
@@ -184,6 +186,3 @@ class Uffd:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-_PAGE = 4096

@@ -1,0 +1,137 @@
+"""`kvmdp probe`: what this host can do, and for what it cannot, the one command that mends it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from kvmdp.cli.output import EXIT_LACKING, EXIT_OK, check_json_target, write_json
+from kvmdp.kvm import Kvm, KvmError
+from kvmdp.machine.hostinfo import host_facts, huge_page_pools
+from kvmdp.machine.probe import ACCESSES, Proof, capabilities, proofs, userfaultfd_facts
+from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.size import format_size
+from kvmdp.paging.trap.registry import TRAPS
+
+SCHEMA = "kvmdp.probe/1"
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "probe",
+        help="what this host can do",
+        description="Prove each trap with a micro guest on this host. Exit status 0 if one works, else 4.",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON to FILE (- is stdout)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Probe, print, return the exit status."""
+    check_json_target(options.json)
+    document = probe_document()
+    if options.json != "-":
+        print_document(document)
+    if options.json:
+        write_json(options.json, document)
+    return EXIT_OK if document["ok"] else EXIT_LACKING
+
+
+def probe_document() -> dict[str, Any]:
+    """Return all that is to be known, as the JSON document has it."""
+    document: dict[str, Any] = {"schema": SCHEMA, "ok": False, "host": host_facts()}
+    try:
+        with Kvm() as kvm:
+            document["capabilities"] = capabilities(kvm)
+        found = {trap: {backing: proofs(trap, backing) for backing in BACKINGS} for trap in TRAPS}
+    except KvmError as error:
+        document["error"] = str(error)
+        document["missing"] = [{"what": "/dev/kvm", "why": error.call, "remedy": error.remedy}]
+        return document
+    document["traps"] = {
+        trap: {
+            backing: {
+                proof.access: {"ok": proof.ok, "exits": proof.exits, "error": proof.error}
+                for proof in trap_proofs
+            }
+            for backing, trap_proofs in backings.items()
+        }
+        for trap, backings in found.items()
+    }
+    document["working"] = [
+        trap for trap, backings in found.items() if any(_all_ok(each) for each in backings.values())
+    ]
+    document["ok"] = bool(document["working"])
+    document["userfaultfd"] = userfaultfd_facts()
+    document["hugepages"] = [{"size_bytes": size, **counts} for size, counts in huge_page_pools().items()]
+    document["missing"] = _missing(document)
+    return document
+
+
+def _all_ok(trap_proofs: tuple[Proof, ...]) -> bool:
+    return all(proof.ok for proof in trap_proofs)
+
+
+def _missing(document: dict[str, Any]) -> list[dict[str, str]]:
+    """Return what this host lacks, each with why it is lacking and the command that mends it."""
+    missing = []
+    for trap, backings in document["traps"].items():
+        for backing, accesses in backings.items():
+            errors = {access["error"] for access in accesses.values()} - {""}
+            if errors:
+                why = "; ".join(sorted(errors))
+                missing.append({"what": f"trap {trap} on {backing}", "why": why, "remedy": ""})
+    uffd = document["userfaultfd"]
+    if not uffd["kernel_faults"]:
+        missing.append(
+            {"what": "userfaultfd for kernel faults", "why": uffd["error"], "remedy": uffd["remedy"]}
+        )
+    for pool in document["hugepages"]:
+        if not pool["total"]:
+            size = format_size(pool["size_bytes"])
+            kib = pool["size_bytes"] // 1024
+            prefix = "" if os.geteuid() == 0 else "sudo "
+            path = f"/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"
+            missing.append(
+                {
+                    "what": f"{size} huge pages",
+                    "why": "none are reserved",
+                    "remedy": f"echo N | {prefix}tee {path}",
+                }
+            )
+    return missing
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """Print the result for people."""
+    host = document["host"]
+    paging = "nested paging" if host["nested_paging"] else "shadow paging"
+    print(f"host        {host['cpu']}, {host['cpus']} CPUs, {format_size(host['memory_bytes'] >> 20 << 20)}")
+    print(
+        f"kernel      {host['kernel']}, {host['kvm']} with {paging}, THP {host['thp']} (shmem {host['thp_shmem']})"
+    )
+    if "error" in document:
+        print(f"/dev/kvm    {document['error']}")
+        return
+    print("capability  " + ", ".join(f"{name} {value}" for name, value in document["capabilities"].items()))
+    uffd = document["userfaultfd"]
+    kind = "all faults" if uffd["kernel_faults"] else "user-mode faults only" if uffd["available"] else "none"
+    print(f"userfaultfd {kind}; features {', '.join(uffd['features']) or 'none'}")
+    for pool in document["hugepages"]:
+        print(
+            f"huge pages  {format_size(pool['size_bytes'])}: {pool['free']} free of {pool['total']} reserved"
+        )
+    print()
+    print(f"{'trap':<14}{'backing':<12}" + "".join(f"{access:<10}" for access in ACCESSES) + "exits seen")
+    for trap, backings in document["traps"].items():
+        for backing, accesses in backings.items():
+            kinds = {kind for access in accesses.values() for kind in access["exits"]}
+            cells = "".join(f"{'exact' if access['ok'] else 'NO':<10}" for access in accesses.values())
+            print(f"{trap:<14}{backing:<12}{cells}{', '.join(sorted(kinds))}")
+    if document["missing"]:
+        print("\nmissing")
+        for lack in document["missing"]:
+            remedy = f"\n    {lack['remedy']}" if lack["remedy"] else ""
+            print(f"  {lack['what']}: {lack['why']}{remedy}")

@@ -1,0 +1,83 @@
+"""What `kvmdp run` says of a run: as a JSON document and as lines for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvmdp.machine.experiment import RunResult
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.size import format_size
+
+
+def results(result: RunResult) -> dict[str, Any]:
+    """Return the part of the JSON document that the run decides."""
+    counters = result.counters
+    expected = result.expected_checksum
+    return {
+        "ok": result.ok,
+        "granule": result.granule,
+        "pages_present": result.pages_present,
+        "pages_fetched": counters.pages_fetched,
+        "pages_zeroed": counters.pages_zeroed,
+        "faults": counters.claims,
+        "waits": counters.waits,
+        "retries": counters.retries,
+        "seconds": result.seconds,
+        "exits": result.exits,
+        "stalls": result.stalls,
+        "latency_us": _latency(result),
+        "memslots": result.memslots,
+        "slot_bytes": result.slot_bytes,
+        "resident_bytes": result.resident_bytes,
+        "setup_seconds": {**result.setup_seconds, "cpu_to_first_instruction": result.cpu_seconds},
+        "accesses": result.accesses,
+        "guest_checksum": f"{result.guest_checksum:#018x}",
+        "expected_checksum": None if expected is None else f"{expected:#018x}",
+        "pages_checked": result.pages_checked,
+        "wrong_pages": [f"{gpa:#x}" for gpa in result.wrong_pages],
+    }
+
+
+def _latency(result: RunResult) -> dict[str, float | None]:
+    if not len(result.latencies):
+        return {"p50": None, "p99": None, "max": None}
+    p50, p99, most = np.percentile(result.latencies, [50, 99, 100]) / 1000
+    return {"p50": round(float(p50), 1), "p99": round(float(p99), 1), "max": round(float(most), 1)}
+
+
+def print_summary(document: dict[str, Any]) -> None:
+    """Print the result for people."""
+    pages = document["memory_bytes"] // PAGE_SIZE
+    seconds = document["seconds"]
+    exits = ", ".join(f"{kind} {count}" for kind, count in sorted(document["exits"].items()))
+    fetched = f"{document['pages_fetched']} fetched"
+    if document["pages_zeroed"]:
+        fetched += f", {document['pages_zeroed']} zero (holes)"
+    print(f"pages      {document['pages_present']} of {pages} present: {fetched}")
+    print(
+        f"faults     {document['faults']} in {seconds:.3f} s, {document['faults'] / seconds:.0f} a second; "
+        f"exits: {exits}"
+    )
+    latency = document["latency_us"]
+    if latency["p50"] is not None:
+        print(f"latency    p50 {latency['p50']} us, p99 {latency['p99']} us, max {latency['max']} us")
+    granule = format_size(document["granule"])
+    print(
+        f"memslots   {document['memslots']} at the end, granule {granule}, "
+        f"{document['slot_bytes'] / (1 << 20):.1f} MiB of kernel memory to arm"
+    )
+    phases = ", ".join(f"{name} {1000 * value:.1f}" for name, value in document["setup_seconds"].items())
+    print(f"set-up ms  {phases}")
+    if document["stalls"]:
+        print(
+            f"stalls     {document['stalls']} times KVM spun on an access without an exit; the watchdog resolved it"
+        )
+    if document["expected_checksum"] is None:
+        print(f"checksum   guest {document['guest_checksum']} (nothing is expected of a program)")
+        return
+    same = "equal" if document["guest_checksum"] == document["expected_checksum"] else "DIFFERENT"
+    print(f"checksum   guest {document['guest_checksum']}, host {document['expected_checksum']}: {same}")
+    wrong = f"WRONG at gpa {', '.join(document['wrong_pages'])}" if document["wrong_pages"] else "all exact"
+    print(f"bytes      {document['pages_checked']} present pages compared with the source: {wrong}")

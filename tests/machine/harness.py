@@ -1,0 +1,186 @@
+"""What the tests of a machine under demand paging share: making one, running it, seeing all of its memory."""
+
+import contextlib
+import functools
+import threading
+
+import numpy as np
+import pytest
+
+from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS
+from kvmdp.abi.userfaultfd import UFFD_FEATURE_POISON
+from kvmdp.kvm import Kvm
+from kvmdp.machine.boot import vector_flags
+from kvmdp.machine.experiment import run_workload
+from kvmdp.machine.guest_abi import PROGRAM_BASE, VectorFlag
+from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.trap.uffd import UffdError, supported_features
+from kvmdp.source.base import read_pages
+from kvmdp.source.patched import PatchedSource
+from kvmdp.source.synthetic import SyntheticSource
+
+TRAPS = ("memory-fault", "marker", "mmio")
+BACKINGS = ("memfd", "anonymous")
+MEMORY = 2 << 20
+SEED = 11
+TIMEOUT = 60  # seconds: a guest that hangs fails its test, it does not hang the suite
+
+
+@functools.cache
+def _lacks(trap):
+    """Why this kernel cannot have the trap, or None."""
+    if trap == "memory-fault":
+        with Kvm() as kvm:
+            if not kvm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
+                return "no KVM_CAP_GUEST_MEMFD_FLAGS with MMAP: use Linux 6.18 or later"
+    if trap == "marker":
+        try:
+            features = supported_features()
+        except UffdError as error:
+            return str(error)
+        if not features & UFFD_FEATURE_POISON:
+            return "no UFFD_FEATURE_POISON: use Linux 6.6 or later"
+    return None
+
+
+def require_trap(trap):
+    """Skip the test if this kernel cannot have the trap."""
+    if reason := _lacks(trap):
+        pytest.skip(f"needs the trap {trap}: {reason}")
+
+
+@functools.cache
+def host_vectors():
+    """The vector instructions a guest on this host may use beyond SSE2."""
+    with Kvm() as kvm:
+        return vector_flags(kvm)
+
+
+def plan(name, *, vcpus=1, memory=MEMORY, **options):
+    """Plan a workload with this suite's seed."""
+    return make_workload(name, WorkloadOptions(memory_bytes=memory, vcpus=vcpus, seed=SEED, **options))
+
+
+def prove(trap, backing, workload, *, granule=None, fault_around=1):
+    """Run a planned workload on the synthetic image; its result must be exact."""
+    require_trap(trap)
+    memory, vcpus = workload.options.memory_bytes, workload.options.vcpus
+    options = MachineOptions(memory, trap, backing, vcpus, granule, fault_around)
+    result = run_workload(options, workload, SyntheticSource(memory, SEED), timeout=TIMEOUT)
+    assert result.wrong_pages == []
+    assert result.guest_checksum == result.expected_checksum
+    assert result.pages_checked == result.pages_present
+    assert result.ok
+    return result
+
+
+def make_machine(trap, backing="memfd", *, workload=None, source=None, **options):
+    """Make a machine for a planned workload; the source is the synthetic image with the workload's patches."""
+    require_trap(trap)
+    if workload is not None:
+        options = {"memory_bytes": workload.options.memory_bytes, "vcpus": workload.options.vcpus, **options}
+    options = {"memory_bytes": MEMORY, **options}
+    source = source or SyntheticSource(options["memory_bytes"], SEED)
+    if workload is not None and workload.patches:
+        source = PatchedSource(source, workload.patches)
+    machine = Machine(MachineOptions(trap=trap, backing=backing, **options), source)
+    if workload is not None:
+        machine.set_parameters(workload.blocks)
+    return machine
+
+
+def program_machine(trap, code, backing="memfd", *, ring=3, vcpus=1, patches=(), source=None, **options):
+    """Make a machine that runs `code` in the program area; `patches` are (offset in RAM, bytes)."""
+    assert len(code) <= PAGE_SIZE, "longer than any program of these tests"
+    if source is None:
+        memory = options.get("memory_bytes", MEMORY)
+        source = PatchedSource(SyntheticSource(memory, SEED), list(patches))
+    machine = make_machine(trap, backing, source=source, vcpus=vcpus, program=code, **options)
+    flags = host_vectors() if ring == 3 else VectorFlag.NONE
+    machine.set_parameters(
+        program_blocks(
+            WorkloadOptions(
+                memory_bytes=machine.options.memory_bytes, vcpus=vcpus, ring=ring, seed=SEED, vector=flags
+            )
+        )
+    )
+    return machine
+
+
+def image_of(machine_or_source, pages):
+    """Return what the source has for `pages`: uint64[n, 512]."""
+    return read_pages(machine_or_source, np.asarray(pages, dtype=np.int64))
+
+
+def all_of_ram(machine):
+    """Return every page's bytes wherever the trap keeps them, absent ones included: uint64[pages, 512].
+
+    Only for a machine whose vCPUs have ended. A page that was never fetched is whatever lies there.
+    """
+    present = np.zeros(machine.layout.pages, dtype=bool)
+    for first, count in machine.pager.bitmap.present_runs().tolist():
+        present[first : first + count] = True
+    ram = np.empty((machine.layout.pages, PAGE_SIZE // 8), dtype=np.uint64)
+    rows = memoryview(ram).cast("B")
+    for page in range(machine.layout.pages):
+        # Reading an absent page of anonymous memory where the guest has it would kill this process.
+        view = machine.backing.vmm.view if present[page] else machine.pager.trap.fill_view
+        rows[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = view[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+    return ram
+
+
+@contextlib.contextmanager
+def meanwhile(*actions):
+    """Run each action again and again in a thread of its own for the time of the block; errors come out at its end.
+
+    An action is called with the number of the call, from 0, and says with False that it is done.
+    """
+    stop = threading.Event()
+    errors = []
+
+    def repeat(action):
+        number = 0
+        try:
+            while not stop.is_set() and action(number) is not False:
+                number += 1
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=repeat, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
+def loop_forever():
+    """A program that never reports: jmp to itself."""
+    return b"\xeb\xfe"
+
+
+__all__ = [
+    "BACKINGS",
+    "MEMORY",
+    "PROGRAM_BASE",
+    "SEED",
+    "TIMEOUT",
+    "TRAPS",
+    "all_of_ram",
+    "host_vectors",
+    "image_of",
+    "loop_forever",
+    "make_machine",
+    "meanwhile",
+    "plan",
+    "program_machine",
+    "prove",
+    "require_trap",
+]

@@ -1,0 +1,105 @@
+"""Every workload under every trap: results exact, and each touched page read from the source once."""
+
+import functools
+
+import numpy as np
+import pytest
+from harness import BACKINGS, TRAPS, host_vectors, plan, prove
+from plain_guest import PlainGuest, random_ram
+
+from kvmdp.kvm import InternalError
+from kvmdp.machine.guest_abi import VectorFlag
+from kvmdp.machine.workloads import WORKLOADS
+
+pytestmark = pytest.mark.kvm
+
+# Ring 0 is emulated where KVM has no hardware behind it, at a few million instructions a second.
+PAGES = {3: 128, 0: 48}
+LARGE = (3 << 30) + (64 << 20)
+BEYOND_HOLE = (3 << 30) // 4096  # number of the first page above the hole
+
+
+@functools.cache
+def refuses_always_present(name, ring, vcpus):
+    """Whether KVM fails to emulate the workload with all memory present, where no trap is to blame."""
+    workload = plan(name, vcpus=vcpus, ring=ring, pages=PAGES[ring])
+    ram = random_ram(workload.patches, workload.options.memory_bytes)
+    with PlainGuest(workload.options.memory_bytes, workload.blocks) as guest:
+        guest.ram[:] = ram
+        ends = guest.run()
+    return any(isinstance(end, InternalError) and end.is_emulation_failure for end in ends)
+
+
+@pytest.mark.parametrize("ring", [3, 0])
+@pytest.mark.parametrize("vcpus", [1, 2, 4])
+@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_each_touched_page_is_fetched_once_and_the_result_is_exact(name, trap, backing, vcpus, ring):
+    if name == "vector" and ring == 0 and refuses_always_present(name, ring, vcpus):
+        pytest.skip("this host emulates ring 0, without vector instructions, on present memory too")
+    workload = plan(name, vcpus=vcpus, ring=ring, pages=PAGES[ring])
+    result = prove(trap, backing, workload)
+    assert result.granule == 4096
+    assert result.counters.pages_fetched == len(workload.touched) == result.pages_present
+    assert result.counters.pages_zeroed == result.counters.pages_backed == result.counters.pages_revoked == 0
+    assert result.counters.retries == result.stalls == 0
+
+
+@pytest.mark.parametrize("options", [{"order": "random", "touches": 60}, {"order": "strided", "stride": 9}])
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("fault_around", [2, 16, 512])
+@pytest.mark.parametrize("trap", TRAPS)
+def test_fault_around_fetches_the_aligned_blocks_that_were_touched(trap, fault_around, write, options):
+    workload = plan("touch", vcpus=2, write=write, overlap=True, memory=4 << 20, **options)
+    result = prove(trap, "memfd", workload, fault_around=fault_around)
+    blocks = np.unique(workload.touched // fault_around)
+    assert result.counters.pages_fetched == len(blocks) * fault_around
+    assert result.counters.claims <= result.counters.pages_fetched // fault_around + result.counters.waits
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
+def test_a_granule_of_64_kib_comes_as_one(trap, backing):
+    workload = plan("touch", vcpus=2, order="random", touches=20, overlap=True, write=True)
+    result = prove(trap, backing, workload, granule=64 << 10)
+    assert result.granule == 64 << 10
+    assert result.counters.pages_fetched == 16 * len(np.unique(workload.touched // 16))
+
+
+@pytest.mark.parametrize(("granule", "fault_around"), [(8192, 512), (64 << 10, 2), (1 << 20, 16)])
+@pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
+def test_granule_and_fault_around_go_together_whichever_is_larger(trap, granule, fault_around):
+    result = prove(
+        trap, "memfd", plan("checksum", vcpus=2), granule=granule, fault_around=fault_around
+    )
+    assert result.counters.pages_fetched == result.pages_present == 512
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize("trap", TRAPS)
+def test_vector_instructions_of_this_host_are_exact_across_pages(trap, backing):
+    if host_vectors() is VectorFlag.NONE:
+        pytest.skip("this host's CPU has no AVX for a guest: use one that has")
+    workload = plan("vector", vcpus=2, pages=96, vector=host_vectors())
+    result = prove(trap, backing, workload)
+    assert result.counters.pages_fetched == len(workload.touched)
+
+
+@pytest.mark.parametrize(("trap", "granule"), [("marker", None), ("mmio", 1 << 20), ("memory-fault", 1 << 20)])
+def test_memory_on_both_sides_of_the_hole_is_exact(trap, granule):
+    workload = plan("touch", memory=LARGE, order="strided", stride=8009, touches=100, write=True)
+    assert workload.touched[0] < BEYOND_HOLE <= workload.touched[-1]
+    result = prove(trap, "memfd", workload, granule=granule)
+    unit = (granule or 4096) // 4096
+    assert result.counters.pages_fetched == unit * len(np.unique(workload.touched // unit))
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_seed_gives_the_same_checksum_under_every_trap_and_backing(trap):
+    checksums = {
+        prove(trap, backing, plan("checksum", vcpus=vcpus, pages=64)).guest_checksum
+        for backing in BACKINGS
+        for vcpus in (1, 3)
+    }
+    assert checksums == {prove("mmio", "memfd", plan("checksum", pages=64)).guest_checksum}
