@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = _Parser(
         prog="kvmdp",
+        allow_abbrev=False,
         description="KVM demand paging from user space, on unpatched kernels.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

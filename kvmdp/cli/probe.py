@@ -21,6 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the subcommand."""
     parser = commands.add_parser(
         "probe",
+        allow_abbrev=False,
         help="what this host can do",
         description="Prove each trap with a micro guest on this host. Exit status 0 if one works, else 4.",
     )

@@ -50,6 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the subcommand."""
     parser = commands.add_parser(
         "run",
+        allow_abbrev=False,
         help="boot a guest under demand paging and prove what it saw",
         description="Boot a guest whose memory starts non-present, fetch pages as it touches them, and compare "
         "what it saw and wrote with what the host expects.",

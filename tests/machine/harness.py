@@ -7,17 +7,14 @@ import threading
 import numpy as np
 import pytest
 
-from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS
-from kvmdp.abi.userfaultfd import UFFD_FEATURE_POISON
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.experiment import run_workload
-from kvmdp.machine.guest_abi import PROGRAM_BASE, VectorFlag
+from kvmdp.machine.guest_abi import VectorFlag
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.trap.uffd import UffdError, supported_features
-from kvmdp.source.base import read_pages
+from kvmdp.paging.fault import UnsupportedError
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -30,25 +27,18 @@ TIMEOUT = 60  # seconds: a guest that hangs fails its test, it does not hang the
 
 @functools.cache
 def _lacks(trap):
-    """Why this kernel cannot have the trap, or None."""
-    if trap == "memory-fault":
-        with Kvm() as kvm:
-            if not kvm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
-                return "no KVM_CAP_GUEST_MEMFD_FLAGS with MMAP: use Linux 6.18 or later"
-    if trap == "marker":
-        try:
-            features = supported_features()
-        except UffdError as error:
-            return str(error)
-        if not features & UFFD_FEATURE_POISON:
-            return "no UFFD_FEATURE_POISON: use Linux 6.6 or later"
-    return None
+    """Why this host cannot have the trap, or None."""
+    try:
+        with Machine(MachineOptions(MEMORY, trap), SyntheticSource(MEMORY)):
+            return None
+    except UnsupportedError as error:
+        return str(error)
 
 
 def require_trap(trap):
-    """Skip the test if this kernel cannot have the trap."""
+    """Skip the test if this host cannot have the trap."""
     if reason := _lacks(trap):
-        pytest.skip(f"needs the trap {trap}: {reason}")
+        pytest.skip(reason)
 
 
 @functools.cache
@@ -96,7 +86,9 @@ def program_machine(trap, code, backing="memfd", *, ring=3, vcpus=1, patches=(),
     assert len(code) <= PAGE_SIZE, "longer than any program of these tests"
     if source is None:
         memory = options.get("memory_bytes", MEMORY)
-        source = PatchedSource(SyntheticSource(memory, SEED), list(patches))
+        source = SyntheticSource(memory, SEED)
+    if patches:
+        source = PatchedSource(source, list(patches))
     machine = make_machine(trap, backing, source=source, vcpus=vcpus, program=code, **options)
     flags = host_vectors() if ring == 3 else VectorFlag.NONE
     machine.set_parameters(
@@ -107,11 +99,6 @@ def program_machine(trap, code, backing="memfd", *, ring=3, vcpus=1, patches=(),
         )
     )
     return machine
-
-
-def image_of(machine_or_source, pages):
-    """Return what the source has for `pages`: uint64[n, 512]."""
-    return read_pages(machine_or_source, np.asarray(pages, dtype=np.int64))
 
 
 def all_of_ram(machine):
@@ -164,23 +151,3 @@ def meanwhile(*actions):
 def loop_forever():
     """A program that never reports: jmp to itself."""
     return b"\xeb\xfe"
-
-
-__all__ = [
-    "BACKINGS",
-    "MEMORY",
-    "PROGRAM_BASE",
-    "SEED",
-    "TIMEOUT",
-    "TRAPS",
-    "all_of_ram",
-    "host_vectors",
-    "image_of",
-    "loop_forever",
-    "make_machine",
-    "meanwhile",
-    "plan",
-    "program_machine",
-    "prove",
-    "require_trap",
-]

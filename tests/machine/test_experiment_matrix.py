@@ -70,9 +70,7 @@ def test_a_granule_of_64_kib_comes_as_one(trap, backing):
 @pytest.mark.parametrize(("granule", "fault_around"), [(8192, 512), (64 << 10, 2), (1 << 20, 16)])
 @pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
 def test_granule_and_fault_around_go_together_whichever_is_larger(trap, granule, fault_around):
-    result = prove(
-        trap, "memfd", plan("checksum", vcpus=2), granule=granule, fault_around=fault_around
-    )
+    result = prove(trap, "memfd", plan("checksum", vcpus=2), granule=granule, fault_around=fault_around)
     assert result.counters.pages_fetched == result.pages_present == 512
 
 
@@ -86,7 +84,9 @@ def test_vector_instructions_of_this_host_are_exact_across_pages(trap, backing):
     assert result.counters.pages_fetched == len(workload.touched)
 
 
-@pytest.mark.parametrize(("trap", "granule"), [("marker", None), ("mmio", 1 << 20), ("memory-fault", 1 << 20)])
+@pytest.mark.parametrize(
+    ("trap", "granule"), [("marker", None), ("mmio", 1 << 20), ("memory-fault", 1 << 20)]
+)
 def test_memory_on_both_sides_of_the_hole_is_exact(trap, granule):
     workload = plan("touch", memory=LARGE, order="strided", stride=8009, touches=100, write=True)
     assert workload.touched[0] < BEYOND_HOLE <= workload.touched[-1]

@@ -62,7 +62,10 @@ def test_an_unknown_word_is_a_usage_error(run):
 
 def test_a_thread_that_dies_fails_its_test(run):
     status, output = run(
-        "def test_it():\n    thread = threading.Thread(target=lambda: 1 / 0)\n    thread.start()\n    thread.join()\n"
+        "def test_it():\n"
+        "    thread = threading.Thread(target=lambda: 1 / 0)\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
     )
     assert status == 1
     assert "1 failed" in output

@@ -32,7 +32,7 @@ STAND_IN = """#!/bin/sh
 case "$*" in
 *"print(sys.version)"*) echo "stand-in 3.14" ;;
 "-c "*) exit 0 ;;
-"-m venv --clear "*) rm -rf "$4"/*; mkdir "$4/bin"; cat "$0" >"$4/bin/python"; chmod +x "$4/bin/python" ;;
+"-m venv "*) mkdir "$3/bin"; cat "$0" >"$3/bin/python"; chmod +x "$3/bin/python" ;;
 "-m pip install "*) echo "$*" >>"$CALLS"; . "$PIP"; cat "$KVMDP" >"${0%/*}/kvmdp"; chmod +x "${0%/*}/kvmdp" ;;
 "-m pytest"*) echo "$PWD: $*"; exit 5 ;;
 esac
