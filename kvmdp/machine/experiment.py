@@ -18,7 +18,7 @@ from kvmdp.machine.hostinfo import resident_memory
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.runloop import EXIT_NAMES
 from kvmdp.machine.workloads import Workload, combined_checksum
-from kvmdp.paging.pager import Counters
+from kvmdp.paging.claim import Counters
 from kvmdp.source.base import PageSource, read_pages
 from kvmdp.source.patched import PatchedSource
 

@@ -19,7 +19,6 @@ Units: RAM pages. A *unit* is the block of pages the trap can flip on its own (1
 from __future__ import annotations
 
 import contextlib
-import enum
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ import numpy as np
 
 from kvmdp.memory.bitmap import PresentBitmap, Words, runs_of
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.paging.claim import Claim, Counters, State, Wait
 from kvmdp.paging.fault import Outcome, PageFault, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.policy import FaultPolicy
@@ -39,86 +39,11 @@ _MAX_CLAIM = 512  # pages claimed at once when a range is made present: 2 MiB
 _REVOKE_BATCH = 512  # pages revoked at once: bounds how long vCPUs are kept out of KVM_RUN
 
 
-class State(enum.IntEnum):
-    """Where a page's bytes are; one byte a page."""
-
-    SOURCE = 0  # at the source, never fetched
-    INFLIGHT = 1  # being made present by the owner of a claim
-    PRESENT = 2  # in RAM, the guest may enter
-    BACKED = 3  # in RAM, the guest is shut out: admitted again without a fetch
-    ZERO = 4  # a hole of the source: reads as zeros
-    EVICTING = 5  # in RAM, being taken away by the owner of a claim
-
-
 # Looked up in the hot path, where an enum member costs an attribute access and a comparison by method.
 _SOURCE, _INFLIGHT, _PRESENT, _BACKED, _ZERO, _EVICTING = (bytes([state]) for state in State)
 _CLAIMABLE = frozenset((State.SOURCE, State.BACKED, State.ZERO))
 _PRESENT_BYTE = int(State.PRESENT)
 _SOURCE_BYTE = int(State.SOURCE)
-
-
-class Claim:
-    """Pages [first, first + count) belong to one owner until it commits or fails.
-
-    `before` holds their states when they were claimed, a byte a page.
-    """
-
-    __slots__ = ("_done", "before", "count", "first")
-
-    def __init__(self, first: int, count: int, before: bytes) -> None:
-        self.first = first
-        self.count = count
-        self.before = before
-        self._done: threading.Event | None = None  # made by the first who waits, under the pager's mutex
-
-    def event(self) -> threading.Event:
-        """Return the event set when the claim ends; only under the pager's mutex."""
-        if self._done is None:
-            self._done = threading.Event()
-        return self._done
-
-    def wake(self) -> None:
-        """Wake all who wait; the claim is no longer listed, so nobody can begin to."""
-        if self._done is not None:
-            self._done.set()
-
-
-class Wait:
-    """Somebody else has the page: wait for the claim's end, then begin again."""
-
-    __slots__ = ("_event",)
-
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until the claim has ended; False after `timeout` seconds."""
-        return self._event.wait(timeout)
-
-
-class Counters:
-    """What the pager has done so far; each is changed under its mutex only."""
-
-    __slots__ = (
-        "claims",
-        "pages_admitted",
-        "pages_backed",
-        "pages_fetched",
-        "pages_revoked",
-        "pages_zeroed",
-        "retries",
-        "waits",
-    )
-
-    def __init__(self) -> None:
-        self.claims = 0  # claims begun on account of a fault
-        self.waits = 0  # times an access found the page claimed by another
-        self.retries = 0  # transient errors of the source
-        self.pages_fetched = 0  # read from the source
-        self.pages_zeroed = 0  # holes of the source
-        self.pages_backed = 0  # admitted again without a fetch
-        self.pages_admitted = 0
-        self.pages_revoked = 0
 
 
 class DemandPager:
