@@ -10,21 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PROGRAMS = (
-    "cat",
-    "cksum",
-    "cut",
-    "dirname",
-    "env",
-    "flock",
-    "mkdir",
-    "readlink",
-    "rm",
-    "sed",
-    "sh",
-    "sha256sum",
-)
-PROGRAMS += ("sleep", "tail", "touch")
+PROGRAMS = "cat chmod cksum cut dirname env find flock mkdir readlink sed sh sha256sum sleep tail touch"
 
 # Makes a "virtual environment" whose python is this script again and whose kvmdp says how it was called.
 # $PIP names a file of shell commands that stand for what pip does.
@@ -53,7 +39,7 @@ class Sandbox:
         for name in ("kvmdp", "test", "environment"):
             shutil.copy(CHECKOUT / "tools" / name, self.checkout / "tools")
         (self.checkout / "pyproject.toml").write_text("[project]\n")
-        for name in (*PROGRAMS, "chmod"):
+        for name in PROGRAMS.split():
             (self._path / name).symlink_to(shutil.which(name))
         self.python = self._path / "python3.14"
         self._script(self.python, STAND_IN)
