@@ -124,7 +124,8 @@ def _run(
             exits[EXIT_NAMES.get(kind, kind.__name__)] += count
     pager, threads = machine.pager, machine.threads
     present = pager.bitmap.count()
-    latencies = np.concatenate([np.frombuffer(thread.latencies, dtype=np.uint64) for thread in threads])
+    arrays = [thread.latencies for thread in threads] + list(pager.trap.latencies)
+    latencies = np.concatenate([np.frombuffer(each, dtype=np.uint64) for each in arrays])
 
     def result(expected: int | None, checked: int, wrong: list[int]) -> RunResult:
         return RunResult(

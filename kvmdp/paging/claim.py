@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from collections.abc import Callable
 
 
 class State(enum.IntEnum):
@@ -26,13 +27,14 @@ class Claim:
     `before` holds their states when they were claimed, a byte a page.
     """
 
-    __slots__ = ("_done", "before", "count", "first")
+    __slots__ = ("_done", "_parked", "before", "count", "first")
 
     def __init__(self, first: int, count: int, before: bytes) -> None:
         self.first = first
         self.count = count
         self.before = before
         self._done: threading.Event | None = None  # made by the first who waits, under the pager's mutex
+        self._parked: list[Callable[[], None]] = []
 
     def event(self) -> threading.Event:
         """Return the event set when the claim ends; only under the pager's mutex."""
@@ -40,19 +42,26 @@ class Claim:
             self._done = threading.Event()
         return self._done
 
+    def park(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called when the claim ends; only under the pager's mutex."""
+        self._parked.append(wake)
+
     def wake(self) -> None:
-        """Wake all who wait; the claim is no longer listed, so nobody can begin to."""
+        """Wake all who wait or are parked; the claim is no longer listed, so nobody can begin to."""
         if self._done is not None:
             self._done.set()
+        for wake in self._parked:
+            wake()
 
 
 class Wait:
-    """Somebody else has the page: wait for the claim's end, then begin again."""
+    """Somebody else has the page: wait for the end of `claim`, then begin again. Made under the pager's mutex."""
 
-    __slots__ = ("_event",)
+    __slots__ = ("_event", "claim")
 
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self._event = claim.event()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until the claim has ended; False after `timeout` seconds."""

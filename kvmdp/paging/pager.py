@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -42,6 +42,7 @@ _REVOKE_BATCH = 512  # pages revoked at once: bounds how long vCPUs are kept out
 # Looked up in the hot path, where an enum member costs an attribute access and a comparison by method.
 _SOURCE, _INFLIGHT, _PRESENT, _BACKED, _ZERO, _EVICTING = (bytes([state]) for state in State)
 _CLAIMABLE = frozenset((State.SOURCE, State.BACKED, State.ZERO))
+_IN_RAM = frozenset((State.PRESENT, State.BACKED))
 _PRESENT_BYTE = int(State.PRESENT)
 _SOURCE_BYTE = int(State.SOURCE)
 
@@ -93,15 +94,29 @@ class DemandPager:
                 return step
             step.wait()
 
-    def begin(self, fault: PageFault) -> Claim | Wait | Outcome:
+    def resolve_or_park(self, fault: PageFault, wake: Callable[[], None]) -> Outcome | None:
+        """Make the faulting page present, but never wait for whoever is at it.
+
+        For userfaultfd readers and servers of other processes. Returns None if the page is claimed: then `wake` is
+        called, from another thread, when the claim has ended in whatever way.
+        """
+        step = self.begin(fault, wake)
+        if isinstance(step, Claim):
+            return self._carry_out(step)
+        return None if isinstance(step, Wait) else step
+
+    def begin(self, fault: PageFault, wake: Callable[[], None] | None = None) -> Claim | Wait | Outcome:
         """Claim the pages that a fault is to fetch, or say why not.
 
-        Never sleeps. Whoever gets a Claim fills it and commits, or fails it.
+        Never sleeps. Whoever gets a Claim fills it and commits, or fails it. Whoever gets a Wait waits, or has
+        left `wake` to be called instead.
         """
         page = fault.page
         with self._mutex:
             step = self._obstacle(page)
             if step is not None:
+                if wake is not None and isinstance(step, Wait):
+                    step.claim.park(wake)
                 return step
             self.counters.claims += 1
             first, count = self._policy.window(page)
@@ -117,7 +132,7 @@ class DemandPager:
         claim = None if state in _CLAIMABLE else self._claim_over(page)
         if claim is not None:
             self.counters.waits += 1
-            return Wait(claim.event())
+            return Wait(claim)
         if state == _PRESENT_BYTE:
             return Outcome.PRESENT
         return Outcome.FAILED if self.error is not None else None
@@ -292,6 +307,18 @@ class DemandPager:
             outcome = self.resolve(fault)
         yield outcome
 
+    def discarded(self, first: int, count: int) -> None:
+        """Take note that the bytes of these pages are gone, or going: those nobody has claimed read as zeros now.
+
+        Somebody discarded them behind the pager's back (a balloon). Pages that are claimed are left to whoever
+        has them: a revocation drops pages too, and is announced in the same way.
+        """
+        with self._mutex:
+            for page in range(first, min(first + count, self.layout.pages)):
+                if self._states[page] in _IN_RAM and self._claim_over(page) is None:
+                    self._states[page] = State.ZERO
+                    self.bitmap.clear_range(page, 1)
+
     def reassert(self, page: int) -> None:
         """Have the trap admit a present page once more: an access has trapped although it is present."""
         if self.hold(page):
@@ -357,7 +384,7 @@ class DemandPager:
             for other in self._claims:
                 if other.first <= first < other.first + other.count:
                     self.counters.waits += 1
-                    return Wait(other.event()), first
+                    return Wait(other), first
                 if first < other.first < last:
                     last = other.first
             claim = Claim(first, last - first, _PRESENT * (last - first))
@@ -438,7 +465,8 @@ class DemandPager:
     def cancel(self) -> None:
         """Begin no more claims: every fault on an absent page ends as CANCELLED.
 
-        Claims under way end in their own time; whoever waits for one is woken now.
+        Claims under way end in their own time; whoever waits for one, or sleeps in the kernel on an absent
+        page, is woken now.
         """
         with self._mutex:
             self._cancelled = True
@@ -446,6 +474,8 @@ class DemandPager:
             self._unpinned.notify_all()
         for event in waiting:
             event.set()
+        if self.enabled:
+            self.trap.release_sleepers()
 
     def abort(self, error: PagingError) -> None:
         """Pause with `error`: something that serves faults has broken."""

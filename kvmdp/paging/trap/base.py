@@ -5,10 +5,12 @@ Units: RAM pages, unless a name says bytes.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvmdp.memory.bitmap import PresentBitmapView
-from kvmdp.paging.fault import PagingError
+from kvmdp.paging.fault import Outcome, PageFault, PagingError
 
 
 class Presence(Protocol):
@@ -25,6 +27,17 @@ class Presence(Protocol):
 
     def release(self, page: int) -> None:
         """Undo one `hold`."""
+        ...
+
+    def resolve_or_park(self, fault: PageFault, wake: Callable[[], None]) -> Outcome | None:
+        """Resolve a fault without ever waiting for a claim.
+
+        Returns None if somebody else is at the page: then `wake` is called when that has ended.
+        """
+        ...
+
+    def discarded(self, first: int, count: int) -> None:
+        """Take note that the bytes of these pages have gone, or are going: they read as zeros from now on."""
         ...
 
     def abort(self, error: PagingError) -> None:
@@ -64,6 +77,11 @@ class Trap(Protocol):
         """How many memslots RAM takes now."""
         ...
 
+    @property
+    def latencies(self) -> Sequence[array[int]]:
+        """Nanoseconds from event to wake of the faults served by threads of the trap's own, an array a thread."""
+        ...
+
     def arm(self, presence: Presence) -> None:
         """Make every page trap that is not present in `presence.bitmap`; RAM may have been plain before."""
         ...
@@ -82,6 +100,10 @@ class Trap(Protocol):
 
     def reassert(self, first: int, count: int) -> None:
         """Mend what made present pages trap, if this trap knows how that can be; else do nothing."""
+        ...
+
+    def release_sleepers(self) -> None:
+        """Wake every vCPU that sleeps in the kernel on an absent page: the machine is stopping."""
         ...
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from kvmdp.paging.trap.marker import MarkerTrap
 from kvmdp.paging.trap.memory_fault import MemoryFaultTrap
 from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.slots import MAX_GRANULE, RamSlots, least_granule
+from kvmdp.paging.trap.userfaultfd import UserfaultfdTrap
 
 _TrapFactory = Callable[[Vm, RamSlots, Backing], Trap]
 
@@ -20,6 +21,7 @@ TRAPS: dict[str, _TrapFactory] = {
     "marker": MarkerTrap,
     "memory-fault": MemoryFaultTrap,
     "mmio": MmioTrap,
+    "userfaultfd": UserfaultfdTrap,
 }
 SLOT_TRAPS = frozenset(("memory-fault", "mmio"))
 

@@ -13,7 +13,8 @@ Units: bytes, unless a name says pages; granules are numbered in the order of RA
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 
 from kvmdp.abi.kvm import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
@@ -153,6 +154,8 @@ class RamSlots:
 class SlotTrap:
     """What the traps that work by memslot have in common."""
 
+    latencies: Sequence[array[int]] = ()
+
     def __init__(self, _vm: Vm, slots: RamSlots, backing: Backing) -> None:
         self._slots = slots
         self._backing = backing
@@ -179,6 +182,9 @@ class SlotTrap:
 
     def reassert(self, first: int, count: int) -> None:
         """Do nothing: a slot does not go away by itself."""
+
+    def release_sleepers(self) -> None:
+        """Do nothing: an access to an absent page is an exit, nobody sleeps."""
 
     def close(self) -> None:
         """Give back the slots' reserved addresses."""

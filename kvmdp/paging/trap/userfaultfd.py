@@ -1,0 +1,116 @@
+"""The `userfaultfd` mode: absent pages are holes in the guest view, and whoever touches one sleeps in the kernel.
+
+The baseline that the other traps are compared with. There is no exit of KVM_RUN: reader threads take the faults
+from the descriptor, resolve them through the same pager, and the page's arrival wakes the sleeper. One descriptor
+for all of RAM with any number of readers, or one a vCPU (`shards`).
+
+Needs a userfaultfd that takes the kernel's own faults, since it is KVM that faults: a privilege.
+
+A reader never waits for a claim: a fault on a page that somebody else is at is parked until the claim ends, and is
+then woken to fault again if it still has to. Why no wake-up is lost: a sleeper checks the page table after it has
+queued itself and before it sleeps; so it either sees the page, or is in the queue when UFFDIO_CONTINUE, UFFDIO_COPY
+or UFFDIO_WAKE empties it, or its event is still to be read.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable
+
+from kvmdp.abi import userfaultfd as abi
+from kvmdp.kvm import Vm
+from kvmdp.memory.backing import Backing
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.fault import Origin, Outcome, PageFault
+from kvmdp.paging.trap.slots import RamSlots
+from kvmdp.paging.trap.uffd import supported_features
+from kvmdp.paging.trap.view import UffdView
+
+
+class UserfaultfdTrap(UffdView):
+    """Absent pages are not mapped; the faults go to readers.
+
+    `latencies` has an array for each reader, filled by it: nanoseconds from the event's read to the sleeper's wake.
+    """
+
+    name = "userfaultfd"
+
+    def __init__(self, _vm: Vm, slots: RamSlots, backing: Backing, readers: int = 1, shards: int = 1) -> None:
+        super().__init__(
+            slots, backing, abi.UFFD_FEATURE_EVENT_REMOVE, kernel_faults=True, readers=readers, shards=shards
+        )
+        self.latencies: list[array[int]] = []
+
+    def revoke(self, first: int, count: int) -> None:
+        """Unmap present pages, whose bytes stay in the memory file or move to the staging area.
+
+        From the drop on an access sleeps; its event is parked, because the page is claimed, and woken when the
+        claim ends. Each drop sleeps until a reader has taken the event that announces it.
+        """
+        self._stage(first, count)
+        self._guest.drop(first * PAGE_SIZE, count * PAGE_SIZE)
+
+    def reassert(self, first: int, count: int) -> None:
+        """Map present pages that something took out of the page table."""
+        if self._staging is None:
+            self.admit(first, count)
+
+    def release_sleepers(self) -> None:
+        """Let go of every vCPU that sleeps on an absent page, so that it can leave KVM_RUN for good.
+
+        A signal frees most sleepers, but not one whose fault was taken inside KVM's emulator.
+        """
+        if supported_features() & abi.UFFD_FEATURE_POISON:
+            self.poison_absent()
+        else:
+            # Sleepers go on with pages of zeros, until they leave KVM_RUN; nobody looks at what comes of it.
+            self.unregister()
+
+    def _reader(self) -> Callable[[abi.uffd_msg], None]:
+        latencies = array("Q")
+        self.latencies.append(latencies)
+
+        def serve(message: abi.uffd_msg) -> None:
+            started = time.perf_counter_ns()
+            if message.event == abi.UFFD_EVENT_PAGEFAULT:
+                page = (message.arg.pagefault.address - self._guest.hva) // PAGE_SIZE
+                if self._serve(page):
+                    latencies.append(time.perf_counter_ns() - started)
+            elif message.event == abi.UFFD_EVENT_REMOVE:
+                self._removed(message.arg.remove.start, message.arg.remove.end)
+
+        return serve
+
+    def _serve(self, page: int) -> bool:
+        """Resolve a fault, or park it; True if the sleeper has been woken."""
+        assert self._presence is not None
+        uffd, hva = self._uffd_of(page), self._hva(page)
+        outcome = self._presence.resolve_or_park(
+            PageFault(page, Origin.VCPU), lambda: uffd.wake(hva, PAGE_SIZE)
+        )
+        if outcome is Outcome.PRESENT:
+            self._map_again(page)
+            return True
+        # Parked, or never to be resolved: the source has failed, or the machine is stopping and lets go of all.
+        return outcome is Outcome.ADMITTED
+
+    def _map_again(self, page: int) -> None:
+        """Map a present page that had gone from the page table, pinned so that no revocation ends meanwhile."""
+        assert self._presence is not None
+        uffd, hva = self._uffd_of(page), self._hva(page)
+        if not self._presence.hold(page):
+            uffd.wake(hva, PAGE_SIZE)  # claimed since: it faults again, and finds the claim
+            return
+        try:
+            if self._staging is None:
+                uffd.continue_(hva, PAGE_SIZE)
+            uffd.wake(hva, PAGE_SIZE)
+        finally:
+            self._presence.release(page)
+
+    def _removed(self, start: int, end: int) -> None:
+        """Take note that somebody discards a range of the guest view (a balloon): it reads as zeros from now on."""
+        assert self._presence is not None
+        first = (start - self._guest.hva) // PAGE_SIZE
+        self._presence.discarded(first, (end - start) // PAGE_SIZE)

@@ -1,0 +1,199 @@
+"""The guest view of RAM registered with userfaultfd, and the threads that read its faults.
+
+What the traps `marker` and `userfaultfd` have in common. Shared memory is filled through the VMM view and mapped
+with UFFDIO_CONTINUE. It is registered MISSING as well as MINOR: with MISSING alone the kernel could map the page
+cache's page behind our back. Private memory has no second view: it is filled in a staging area and moved into place
+with UFFDIO_COPY.
+
+Units: RAM pages, unless a name says bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+
+from kvmdp.abi import userfaultfd as abi
+from kvmdp.memory.backing import Backing
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.mapping import Mapping
+from kvmdp.paging.fault import PagingError
+from kvmdp.paging.trap.base import Presence
+from kvmdp.paging.trap.slots import RamSlots
+from kvmdp.paging.trap.uffd import Uffd, supported_features
+
+_BATCH = 32  # events taken with one read
+
+
+class UffdView:
+    """A guest view whose faults on absent pages go to userfaultfd; RAM has one plain memslot a region.
+
+    `shards` descriptors share RAM out evenly; each has `readers` threads. A trap derives from it and says what an
+    event means.
+    """
+
+    granule = PAGE_SIZE
+    latencies: Sequence[array[int]] = ()
+
+    def __init__(
+        self,
+        slots: RamSlots,
+        backing: Backing,
+        features: int,
+        *,
+        kernel_faults: bool,
+        readers: int = 1,
+        shards: int = 1,
+    ) -> None:
+        self._slots = slots
+        self._backing = backing
+        self._guest = backing.guest
+        self._mode = abi.UFFDIO_REGISTER_MODE_MISSING
+        if backing.shared:
+            features |= abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_MINOR_SHMEM
+            self._mode |= abi.UFFDIO_REGISTER_MODE_MINOR
+        if supported_features() & features & abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM:
+            self._mode |= abi.UFFDIO_REGISTER_MODE_WP
+        pages = backing.size // PAGE_SIZE
+        self._shard = -(-pages // shards)  # pages a descriptor has
+        self._readers_each = readers
+        self._readers: list[threading.Thread] = []
+        self._wakeup = -1
+        self._presence: Presence | None = None
+        self._staging: Mapping | None = None
+        self._uffds: list[Uffd] = []
+        try:
+            for _ in range(-(-pages // self._shard)):
+                self._uffds.append(Uffd(features, kernel_faults=kernel_faults))
+            if not backing.shared:
+                # Of RAM's size, of which only what is on its way, or shut out, takes memory.
+                self._staging = Mapping.anonymous(backing.size)
+        except BaseException:
+            for uffd in self._uffds:
+                uffd.close()
+            raise
+
+    @property
+    def needs_quiesce(self) -> bool:
+        """Private pages must stand still while their bytes move to the staging area; shared ones need not."""
+        return self._staging is not None
+
+    @property
+    def fill_view(self) -> memoryview:
+        """The VMM view of shared memory, the staging area of private memory."""
+        return (self._staging or self._backing.vmm).view
+
+    @property
+    def memslots(self) -> int:
+        """How many memslots RAM takes now."""
+        return self._slots.count
+
+    def arm(self, presence: Presence) -> None:
+        """Register the guest view and start the readers."""
+        if not self._slots.count:
+            self._slots.map_plain()
+        self._presence = presence
+        for first, count, uffd in self._pieces(0, self._backing.size // PAGE_SIZE):
+            uffd.register(self._hva(first), count * PAGE_SIZE, self._mode)
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        for shard, uffd in enumerate(self._uffds):
+            for number in range(self._readers_each):
+                name = f"uffd-reader-{shard}.{number}"
+                self._readers.append(threading.Thread(target=self._read, args=(uffd,), name=name))
+                self._readers[-1].start()
+
+    def disarm(self) -> None:
+        """Stop the readers and unregister the guest view."""
+        self._stop_readers()
+        self.unregister()
+
+    def unregister(self) -> None:
+        """Make the guest view plain memory, which wakes whoever sleeps on it."""
+        for first, count, uffd in self._pieces(0, self._backing.size // PAGE_SIZE):
+            uffd.unregister(self._hva(first), count * PAGE_SIZE)
+
+    def admit(self, first: int, count: int) -> None:
+        """Map pages whose content is in place, over nothing or over markers, and wake who sleeps on them."""
+        for start, number, uffd in self._pieces(first, count):
+            length = number * PAGE_SIZE
+            if self._staging is None:
+                uffd.continue_(self._hva(start), length)
+            else:
+                uffd.copy(self._hva(start), self._staging.hva + start * PAGE_SIZE, length)
+                self._staging.drop(start * PAGE_SIZE, length)
+
+    def _stage(self, first: int, count: int) -> None:
+        """Put aside the bytes of private pages that are about to go; no vCPU is in KVM_RUN."""
+        if self._staging is not None:
+            start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
+            self._staging.view[start:end] = self._guest.view[start:end]
+
+    def _hva(self, page: int) -> int:
+        return self._guest.hva + page * PAGE_SIZE
+
+    def _uffd_of(self, page: int) -> Uffd:
+        return self._uffds[page // self._shard]
+
+    def _pieces(self, first: int, count: int) -> list[tuple[int, int, Uffd]]:
+        """Split a run of pages by the descriptors that have them: (first, count, descriptor)."""
+        shard = self._shard
+        if first // shard == (first + count - 1) // shard:  # always so with one descriptor
+            return [(first, count, self._uffds[first // shard])]
+        pieces = []
+        end = first + count
+        while first < end:
+            border = min((first // shard + 1) * shard, end)
+            pieces.append((first, border - first, self._uffds[first // shard]))
+            first = border
+        return pieces
+
+    # The readers
+
+    def _reader(self) -> Callable[[abi.uffd_msg], None]:
+        """Return what serves one event, made anew for each reader thread."""
+        raise NotImplementedError
+
+    def _read(self, uffd: Uffd) -> None:
+        try:
+            self._serve_until_stopped(uffd)
+        except Exception as error:
+            assert self._presence is not None
+            self._presence.abort(PagingError(f"a userfaultfd reader broke: {error!r}"))
+
+    def _serve_until_stopped(self, uffd: Uffd) -> None:
+        messages = (abi.uffd_msg * _BATCH)()
+        serve = self._reader()
+        with select.epoll(flags=select.EPOLL_CLOEXEC) as poll:
+            # Of several readers of one descriptor the kernel wakes one.
+            poll.register(uffd.fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            poll.register(self._wakeup, select.EPOLLIN)
+            while not any(fd == self._wakeup for fd, _ in poll.poll()):
+                for index in range(uffd.read(messages)):
+                    serve(messages[index])
+
+    def _stop_readers(self) -> None:
+        if self._readers:
+            os.eventfd_write(self._wakeup, 1)
+            for reader in self._readers:
+                reader.join()
+            self._readers.clear()
+            os.close(self._wakeup)
+
+    def poison_absent(self) -> None:
+        """Put markers on all that is absent: an access there is an exit."""
+        assert self._presence is not None
+        for first, count in self._presence.bitmap.absent_runs().tolist():
+            for start, number, uffd in self._pieces(first, count):
+                uffd.poison(self._hva(start), number * PAGE_SIZE)
+
+    def close(self) -> None:
+        """Stop the readers, close the descriptors, give back the staging area."""
+        self._stop_readers()
+        for uffd in self._uffds:
+            uffd.close()
+        if self._staging is not None:
+            self._staging.close()
+        self._slots.close()
