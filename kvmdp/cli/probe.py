@@ -12,7 +12,7 @@ from kvmdp.machine.hostinfo import host_facts, huge_page_pools
 from kvmdp.machine.probe import ACCESSES, Proof, capabilities, proofs, userfaultfd_facts
 from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.size import format_size
-from kvmdp.paging.trap.registry import TRAPS
+from kvmdp.paging.trap.registry import EXIT_TRAPS, TRAPS
 
 SCHEMA = "kvmdp.probe/1"
 
@@ -61,9 +61,7 @@ def probe_document() -> dict[str, Any]:
         }
         for trap, backings in found.items()
     }
-    document["working"] = [
-        trap for trap, backings in found.items() if any(_all_ok(each) for each in backings.values())
-    ]
+    document["working"] = [trap for trap in EXIT_TRAPS if any(_all_ok(each) for each in found[trap].values())]
     document["ok"] = bool(document["working"])
     document["userfaultfd"] = userfaultfd_facts()
     document["hugepages"] = [{"size_bytes": size, **counts} for size, counts in huge_page_pools().items()]

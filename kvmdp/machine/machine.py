@@ -7,7 +7,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SYNC_REGS
@@ -25,6 +25,7 @@ from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import create_trap
+from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.paging.vcpu import VcpuPaging
 from kvmdp.source.base import PageSource
 
@@ -42,7 +43,8 @@ class MachineOptions:
     """What the machine is to be.
 
     `memory_bytes` of RAM; `trap` and `backing` by name; `granule` in bytes or None for the trap's choice;
-    `fault_around` in pages; `program`, a flat binary for the guest's program area.
+    `fault_around` in pages; `program`, a flat binary for the guest's program area. `uffd` is for the trap
+    userfaultfd. `pin` has a host CPU for each vCPU, or none.
     """
 
     memory_bytes: int
@@ -52,6 +54,8 @@ class MachineOptions:
     granule: int | None = None
     fault_around: int = 1
     program: bytes = b""
+    uffd: UffdOptions = field(default_factory=UffdOptions)
+    pin: tuple[int, ...] = ()
 
 
 class Machine:
@@ -88,7 +92,9 @@ class Machine:
             boot.map_into(self.vm)
             self._boot = boot
         with self._phase("trap"):
-            trap = create_trap(options.trap, self.vm, self.layout, self.backing, options.granule)
+            trap = create_trap(
+                options.trap, self.vm, self.layout, self.backing, options.granule, options.uffd
+            )
             stack.callback(trap.close)
             self.gate = VcpuGate()
             self.pager = DemandPager(self.layout, trap, source, policy, self.gate)
@@ -110,8 +116,10 @@ class Machine:
                 self.threads.append(self._thread_of(vcpu))
 
     def _thread_of(self, vcpu: Vcpu) -> VcpuThread:
+        pin = self.options.pin
+        cpu = pin[vcpu.index] if pin else None
         paging = VcpuPaging(self.pager, vcpu, self.backing, self._read_physical)
-        return VcpuThread(vcpu, paging, self.gate, self._boot.parameters(vcpu.index), self._wake)
+        return VcpuThread(vcpu, paging, self.gate, self._boot.parameters(vcpu.index), self._wake, cpu)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:

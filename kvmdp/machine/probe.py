@@ -20,7 +20,7 @@ from kvmdp.machine.runloop import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.memory.backing import BACKINGS
 from kvmdp.paging.fault import PagingError, UnsupportedError
-from kvmdp.paging.trap.registry import SLOT_TRAPS, TRAPS
+from kvmdp.paging.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS
 from kvmdp.paging.trap.uffd import Uffd, supported_features
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -91,7 +91,7 @@ def prove(trap: str, backing: str, access: str) -> Proof:
     exits = {kind: count for kind, count in result.exits.items() if kind != "io"}
     if not result.ok:
         return Proof(access, exits, "the guest saw other bytes than the source's")
-    if not exits:
+    if not exits and not len(result.latencies):
         return Proof(access, exits, "no access trapped: the guest ran on memory that nobody had filled")
     return Proof(access, exits, "")
 
@@ -108,18 +108,21 @@ def works(trap: str, backing: str) -> bool:
 
 
 def working_traps(backing: str) -> list[str]:
-    """Return the traps proven on `backing`, the fastest first."""
+    """Return the traps proven on `backing`, in the order of the registry."""
     return [trap for trap in TRAPS if works(trap, backing)]
 
 
 def choose_trap(backing: str) -> str:
-    """Return the fastest trap that a micro guest proves on `backing`. Raises UnsupportedError if there is none."""
+    """Return the fastest exit-style trap that a micro guest proves on `backing`.
+
+    Raises UnsupportedError if there is none.
+    """
     if backing not in BACKINGS:
         raise ValueError(f"there is no backing {backing!r}: choose from {', '.join(BACKINGS)}")
-    for trap in TRAPS:
+    for trap in EXIT_TRAPS:
         if works(trap, backing):
             return trap
-    reasons = "; ".join(f"{trap}: {proofs(trap, backing)[0].error}" for trap in TRAPS)
+    reasons = "; ".join(f"{trap}: {proofs(trap, backing)[0].error}" for trap in EXIT_TRAPS)
     raise UnsupportedError(f"no trap works on this host ({reasons}): kvmdp probe says what would help")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from array import array
@@ -81,6 +82,7 @@ class VcpuThread:
         gate: VcpuGate,
         parameters: guest.ParameterBlock,
         on_end: Callable[[], None],
+        cpu: int | None = None,
     ) -> None:
         self.vcpu = vcpu
         self.parameters = parameters
@@ -92,6 +94,7 @@ class VcpuThread:
         self._paging = paging
         self._gate = gate
         self._on_end = on_end
+        self._cpu = cpu
         self._suspected = False  # set by the watchdog: in KVM_RUN for long without an exit
         self._thread = threading.Thread(target=self._main, name=f"vcpu-{vcpu.index}")
         self.stalls = 0  # how often KVM was found to spin on an access without an exit
@@ -117,6 +120,8 @@ class VcpuThread:
         self.vcpu.kick()
 
     def _main(self) -> None:
+        if self._cpu is not None:
+            os.sched_setaffinity(0, {self._cpu})
         self.vcpu.attach_thread()
         try:
             self._loop()

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvmdp.abi import userfaultfd as abi
-from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.trap.base import Presence
@@ -29,7 +28,7 @@ class MarkerTrap(UffdView):
 
     name = "marker"
 
-    def __init__(self, _vm: Vm, slots: RamSlots, backing: Backing) -> None:
+    def __init__(self, slots: RamSlots, backing: Backing) -> None:
         # Write protection not for its faults: with it, markers survive a collapse into a huge page.
         protection = supported_features() & abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
         super().__init__(slots, backing, abi.UFFD_FEATURE_POISON | protection, kernel_faults=False)

@@ -29,7 +29,7 @@ class MemoryFaultTrap(SlotTrap):
     needs_quiesce = True
 
     def __init__(self, vm: Vm, slots: RamSlots, backing: Backing) -> None:
-        super().__init__(vm, slots, backing)
+        super().__init__(slots, backing)
         if not vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
             raise UnsupportedError(
                 "the trap memory-fault needs guest_memfd with GUEST_MEMFD_FLAG_MMAP (KVM_CAP_GUEST_MEMFD_FLAGS), "

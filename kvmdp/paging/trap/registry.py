@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
@@ -12,28 +13,48 @@ from kvmdp.paging.trap.marker import MarkerTrap
 from kvmdp.paging.trap.memory_fault import MemoryFaultTrap
 from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.slots import MAX_GRANULE, RamSlots, least_granule
-from kvmdp.paging.trap.userfaultfd import UserfaultfdTrap
+from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 
-_TrapFactory = Callable[[Vm, RamSlots, Backing], Trap]
 
-# The fastest first, as measured on every host seen so far: the order in which `auto` tries them.
-TRAPS: dict[str, _TrapFactory] = {
-    "marker": MarkerTrap,
-    "memory-fault": MemoryFaultTrap,
-    "mmio": MmioTrap,
-    "userfaultfd": UserfaultfdTrap,
+@dataclass(frozen=True, slots=True)
+class _Materials:
+    """What a trap is made from."""
+
+    vm: Vm
+    slots: RamSlots
+    backing: Backing
+    uffd: UffdOptions
+
+
+_TRAPS: dict[str, Callable[[_Materials], Trap]] = {
+    "marker": lambda made_of: MarkerTrap(made_of.slots, made_of.backing),
+    "memory-fault": lambda made_of: MemoryFaultTrap(made_of.vm, made_of.slots, made_of.backing),
+    "mmio": lambda made_of: MmioTrap(made_of.slots, made_of.backing),
+    "userfaultfd": lambda made_of: UserfaultfdTrap(made_of.slots, made_of.backing, made_of.uffd),
 }
+
+TRAPS = tuple(_TRAPS)
+# Those whose faults are exits of KVM_RUN, the fastest first, as measured on every host seen so far: the order in
+# which `auto` tries them.
+EXIT_TRAPS = ("marker", "memory-fault", "mmio")
 SLOT_TRAPS = frozenset(("memory-fault", "mmio"))
 
 
-def create_trap(name: str, vm: Vm, layout: GuestLayout, backing: Backing, granule: int | None) -> Trap:
+def create_trap(
+    name: str,
+    vm: Vm,
+    layout: GuestLayout,
+    backing: Backing,
+    granule: int | None,
+    uffd: UffdOptions,
+) -> Trap:
     """Make the trap `name`, not yet armed.
 
     `granule` is bytes (a power of two) for the traps that work by memslot; None takes the smallest that keeps
-    them within 16,384 slots. Raises ValueError for an unknown name or a granule the trap cannot have,
-    UnsupportedError or KvmError where the kernel lacks what the trap needs.
+    them within 16,384 slots. `uffd` is for the trap userfaultfd. Raises ValueError for an unknown name or a granule
+    the trap cannot have, UnsupportedError or KvmError where the kernel lacks what the trap needs.
     """
-    if name not in TRAPS:
+    if name not in _TRAPS:
         raise ValueError(f"there is no trap {name!r}: choose from {', '.join(TRAPS)}")
     if name not in SLOT_TRAPS:
         if granule is not None and granule != PAGE_SIZE:
@@ -42,7 +63,7 @@ def create_trap(name: str, vm: Vm, layout: GuestLayout, backing: Backing, granul
     else:
         slots = RamSlots(vm, layout, backing.guest, granule or least_granule(layout))
     try:
-        return TRAPS[name](vm, slots, backing)
+        return _TRAPS[name](_Materials(vm, slots, backing, uffd))
     except BaseException:
         slots.close()
         raise

@@ -156,7 +156,7 @@ class SlotTrap:
 
     latencies: Sequence[array[int]] = ()
 
-    def __init__(self, _vm: Vm, slots: RamSlots, backing: Backing) -> None:
+    def __init__(self, slots: RamSlots, backing: Backing) -> None:
         self._slots = slots
         self._backing = backing
 

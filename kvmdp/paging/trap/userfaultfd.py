@@ -17,15 +17,23 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from kvmdp.abi import userfaultfd as abi
-from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.fault import Origin, Outcome, PageFault
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
 from kvmdp.paging.trap.view import UffdView
+
+
+@dataclass(frozen=True, slots=True)
+class UffdOptions:
+    """How many descriptors share RAM out evenly (`shards`), and how many reader threads each has."""
+
+    readers: int = 1
+    shards: int = 1
 
 
 class UserfaultfdTrap(UffdView):
@@ -36,9 +44,14 @@ class UserfaultfdTrap(UffdView):
 
     name = "userfaultfd"
 
-    def __init__(self, _vm: Vm, slots: RamSlots, backing: Backing, readers: int = 1, shards: int = 1) -> None:
+    def __init__(self, slots: RamSlots, backing: Backing, options: UffdOptions) -> None:
         super().__init__(
-            slots, backing, abi.UFFD_FEATURE_EVENT_REMOVE, kernel_faults=True, readers=readers, shards=shards
+            slots,
+            backing,
+            abi.UFFD_FEATURE_EVENT_REMOVE,
+            kernel_faults=True,
+            readers=options.readers,
+            shards=options.shards,
         )
         self.latencies: list[array[int]] = []
 

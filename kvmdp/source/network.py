@@ -1,0 +1,121 @@
+"""A source at the far end of a simulated network: each fetch takes a latency, and all share a bandwidth.
+
+Units: seconds, bytes a second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+import time
+
+from kvmdp.abi.libc import libc
+from kvmdp.source.base import PageSource
+
+_PR_SET_TIMERSLACK = 29  # linux/prctl.h
+_SHORTEST_SLACK = 1  # nanoseconds; the default of 50,000 would add that to each delay
+
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_BITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+class NetworkSource:
+    """Delivers what `inner` delivers, as late as a network would.
+
+    A fetch sends a request, which takes `latency` seconds there and back, and then occupies the link for its bytes
+    at `bandwidth` bytes a second (0: no limit), after those asked for before it. Fetches of several threads overlap
+    but for that. The delay is a sleep without the GIL.
+
+    `in_flight` is the mean number of fetches under way while there was at least one.
+    """
+
+    def __init__(self, inner: PageSource, latency: float, bandwidth: float = 0.0) -> None:
+        if latency < 0 or bandwidth < 0:
+            raise ValueError("latency and bandwidth of a network cannot be negative")
+        self._inner = inner
+        self._latency = latency
+        self._seconds_a_byte = 1 / bandwidth if bandwidth else 0.0
+        self._slack = threading.local()
+        self._mutex = threading.Lock()  # guards all below
+        self._link_free = 0.0
+        self._flying = 0
+        self._changed = 0.0  # when _flying last changed
+        self._busy = 0.0  # seconds with a fetch under way
+        self._area = 0.0  # fetches under way, summed over these seconds
+
+    @property
+    def name(self) -> str:
+        """The inner source's name."""
+        return self._inner.name
+
+    @property
+    def size(self) -> int:
+        """The inner source's size."""
+        return self._inner.size
+
+    def extents(self) -> list[tuple[int, int]]:
+        """Return the inner source's extents: which pages are holes is known in advance."""
+        return self._inner.extents()
+
+    def fill(self, offset: int, destination: memoryview) -> None:
+        """Fill from the inner source, then wait until the network would have delivered."""
+        self._sharpen_sleep()
+        now = time.monotonic()
+        with self._mutex:
+            arrival = max(now + self._latency, self._link_free) + len(destination) * self._seconds_a_byte
+            self._link_free = arrival
+            self._count(now, +1)
+        try:
+            self._inner.fill(offset, destination)
+            delay = arrival - time.monotonic()
+            if delay > 0:
+                time.sleep(delay)
+        finally:
+            with self._mutex:
+                self._count(time.monotonic(), -1)
+
+    def _count(self, now: float, change: int) -> None:
+        if self._flying:
+            self._busy += now - self._changed
+            self._area += self._flying * (now - self._changed)
+        self._flying += change
+        self._changed = now
+
+    @property
+    def in_flight(self) -> float:
+        """Mean number of fetches under way, over the time in which there were any."""
+        with self._mutex:
+            return self._area / self._busy if self._busy else 0.0
+
+    def _sharpen_sleep(self) -> None:
+        """Let the calling thread's sleeps end when they should, once a thread."""
+        if not getattr(self._slack, "set", False):
+            libc.prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_SHORTEST_SLACK), 0, 0, 0)
+            self._slack.set = True
+
+    def close(self) -> None:
+        """Close the inner source."""
+        self._inner.close()
+
+
+def parse_latency(text: str) -> float:
+    """Return the seconds that `text` names: "30us", "0.5ms", "0". Raises ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ns|us|ms|s)", text.strip())
+    if match:
+        return float(match[1]) * _SECONDS[match[2]]
+    if text.strip() == "0":
+        return 0.0
+    raise ValueError(f"{text!r} is not a latency: give a number with ns, us, ms or s, such as 30us")
+
+
+def parse_bandwidth(text: str) -> float:
+    """Return the bytes a second that `text` names in bits: "10Gbit", "0" for no limit. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)bit", text.strip(), re.IGNORECASE)
+    if match:
+        return float(match[1]) * _BITS[match[2].upper()] / 8
+    if text.strip() == "0":
+        return 0.0
+    raise ValueError(
+        f"{text!r} is not a bandwidth: give a number with Kbit, Mbit, Gbit or Tbit, such as 10Gbit"
+    )
