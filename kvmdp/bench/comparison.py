@@ -1,0 +1,162 @@
+"""A comparison: the contenders take turns, round after round, and the result is one document (kvmdp.bench/1).
+
+Figures of one comparison were taken next to each other; between two comparisons only ratios carry over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvmdp import __version__
+from kvmdp.bench.contender import PRESENT, Contender
+from kvmdp.bench.measure import FLOOR_TRAPS, Measurement, Work, floor, measure
+from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
+from kvmdp.kvm import KvmError
+from kvmdp.machine.hostinfo import host_facts
+from kvmdp.paging.fault import UnsupportedError
+
+SCHEMA = "kvmdp.bench/1"
+BASELINE = "userfaultfd"
+_METRICS = ("pages_per_second", "cpu_us_per_fault")
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What has been measured so far; complete when `rounds` have been done.
+
+    `skipped` says why a contender cannot run on this host.
+    """
+
+    work: Work
+    contenders: list[Contender]
+    rounds: int
+    measurements: dict[str, list[Measurement]] = field(default_factory=dict)
+    floors: dict[str, list[float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def run(self, warm_up: int, on_round: Callable[[str, int, Measurement | None], None]) -> None:
+        """Let the contenders take turns. `on_round` is told of each measurement (None: of a floor).
+
+        May be interrupted at any time: what has been measured stays.
+        """
+        for turn in range(-warm_up, self.rounds):
+            for each in list(self.contenders):
+                measurement = self._try(each)
+                if measurement is not None and turn >= 0:
+                    self.measurements.setdefault(each.name, []).append(measurement)
+                    on_round(each.name, turn, measurement)
+            if turn >= 0:
+                self._measure_floors(turn, on_round)
+
+    def _try(self, contender: Contender) -> Measurement | None:
+        try:
+            return measure(contender, self.work)
+        except (UnsupportedError, KvmError) as error:
+            # Not a failure of the comparison: this host cannot do it.
+            self.skipped[contender.name] = str(error)
+            self.contenders.remove(contender)
+            return None
+
+    def _measure_floors(self, turn: int, on_round: Callable[[str, int, Measurement | None], None]) -> None:
+        for trap in FLOOR_TRAPS:
+            if any(each.trap == trap for each in self.contenders):
+                seconds = floor(trap, self.work)
+                if seconds is not None:
+                    self.floors.setdefault(trap, []).append(seconds)
+                    on_round(f"floor of {trap}", turn, None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every contender that can run has done all rounds."""
+        return all(len(self.measurements.get(each.name, ())) == self.rounds for each in self.contenders)
+
+    def document(self) -> dict[str, Any]:
+        """Return everything as the JSON document has it."""
+        names = [each.name for each in self.contenders if self.measurements.get(each.name)]
+        traps = {each.name: each for each in self.contenders}
+        return {
+            "schema": SCHEMA,
+            "version": __version__,
+            "complete": self.complete,
+            "host": host_facts(),
+            "options": asdict(self.work) | {"memory_bytes": self.work.memory_bytes, "rounds": self.rounds},
+            "floor_us": {
+                trap: _spread(Spread.of([1e6 * seconds for seconds in self.floors[trap]]))
+                if trap in self.floors
+                else None
+                for trap in dict.fromkeys(traps[name].trap for name in names if traps[name].trap)
+            },
+            "contenders": [self._contender(traps[name], self.measurements[name]) for name in names],
+            "ratios": self._ratios(names),
+            "skipped": self.skipped,
+        }
+
+    def _contender(self, contender: Contender, measured: Sequence[Measurement]) -> dict[str, Any]:
+        rates = [each.round.pages_per_second for each in measured]
+        latencies = np.concatenate([each.latencies for each in measured])
+        micros = Spread.of([1e6 / rate for rate in rates])
+        own = None
+        if contender.trap in self.floors:
+            floors = self.floors[str(contender.trap)]
+            own = _spread(
+                Spread.of([1e6 / rate - 1e6 * low for rate, low in zip(rates, floors, strict=False)])
+            )
+        return {
+            "name": contender.name,
+            "trap": contender.trap,
+            "vcpus": self.work.vcpus,
+            "rounds": [asdict(each.round) for each in measured],
+            "pages_per_second": _spread(Spread.of(rates)),
+            "page_us": _spread(micros),
+            "own_cost_us": own,
+            "cpu_us_per_fault": _spread(Spread.of([_cpu_us(each) for each in measured])),
+            "switches_per_fault": _spread(Spread.of([_switches(each) for each in measured])),
+            "latency_us": {**percentiles(latencies), "buckets": buckets(latencies)},
+            "in_flight": round(float(np.mean([each.in_flight for each in measured])), 2),
+            "memory": {
+                "vmpte_kib": max(each.vmpte_bytes for each in measured) // 1024,
+                "bitmap_bytes": measured[0].bitmap_bytes,
+                "memslots": max(each.memslots for each in measured),
+                "slot_kib": max(each.slot_bytes for each in measured) // 1024,
+            },
+        }
+
+    def _ratios(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return each contender against the baselines, by rounds that both have done."""
+        rows = []
+        for b in (BASELINE, PRESENT):
+            for a in names:
+                if a == b or b not in names:
+                    continue
+                for metric in _METRICS:
+                    first, second = (self._figures(name, metric) for name in (a, b))
+                    both = min(len(first), len(second))
+                    if both and all(second[:both]):
+                        spread = _spread(ratios(first[:both], second[:both]))
+                        rows.append({"a": a, "b": b, "metric": metric, "vcpus": self.work.vcpus, **spread})
+        return rows
+
+    def _figures(self, name: str, metric: str) -> list[float]:
+        measured = self.measurements[name]
+        if metric == "pages_per_second":
+            return [each.round.pages_per_second for each in measured]
+        return [_cpu_us(each) for each in measured if each.round.faults]
+
+
+def _cpu_us(measurement: Measurement) -> float:
+    """CPU microseconds, guest included, a fault; a page where there were none."""
+    each = measurement.round
+    return 1e6 * (each.user_s + each.system_s) / (each.faults or each.pages)
+
+
+def _switches(measurement: Measurement) -> float:
+    each = measurement.round
+    return (each.voluntary_switches + each.involuntary_switches) / (each.faults or each.pages)
+
+
+def _spread(spread: Spread) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in asdict(spread).items()}

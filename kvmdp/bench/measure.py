@@ -1,0 +1,212 @@
+"""One measurement: a contender does the work once, in a machine of its own.
+
+Units: seconds, pages of 4 KiB, latencies in nanoseconds.
+"""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmdp.bench.contender import Contender
+from kvmdp.kvm import BusError, Kvm, MemoryFault
+from kvmdp.machine.boot import vector_flags
+from kvmdp.machine.hostinfo import page_table_memory
+from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.paging.trap.registry import SLOT_TRAPS
+from kvmdp.paging.trap.slots import least_granule
+from kvmdp.source.base import PageSource
+from kvmdp.source.network import NetworkSource
+from kvmdp.source.patched import PatchedSource
+from kvmdp.source.synthetic import SyntheticSource
+
+_TIMEOUT = 300.0
+_FLOOR_EXITS = 2000
+FLOOR_TRAPS = ("marker", "memory-fault")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What all contenders do.
+
+    `bytes_per_vcpu` of RAM a vCPU; `overlap`: every vCPU touches all of it, else each its share. `latency`
+    (seconds) and `bandwidth` (bytes a second, 0 is no limit) of the simulated network. `pin`: host CPUs, one a
+    vCPU, or none.
+    """
+
+    bytes_per_vcpu: int = 64 << 20
+    vcpus: int = 1
+    ring: int = 3
+    workload: str = "touch"
+    order: str = "sequential"
+    write: bool = True
+    touches: int | None = None
+    overlap: bool = False
+    backing: str = "memfd"
+    granule: int | None = None
+    fault_around: int = 1
+    latency: float = 0.0
+    bandwidth: float = 0.0
+    seed: int = 0
+    pin: tuple[int, ...] = ()
+
+    @property
+    def memory_bytes(self) -> int:
+        """RAM of the machine."""
+        return self.bytes_per_vcpu * self.vcpus
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round took."""
+
+    seconds: float
+    pages: int
+    faults: int
+    user_s: float
+    system_s: float
+    voluntary_switches: int
+    involuntary_switches: int
+
+    @property
+    def pages_per_second(self) -> float:
+        """Rate at which the guest got through the pages it touched."""
+        return self.pages / self.seconds
+
+
+@dataclass(slots=True)
+class Measurement:
+    """A round with what is not part of the JSON's round: latencies, memory, network."""
+
+    round: Round
+    latencies: npt.NDArray[np.uint64]
+    vmpte_bytes: int
+    bitmap_bytes: int
+    memslots: int
+    slot_bytes: int
+    in_flight: float
+
+
+def measure(contender: Contender, work: Work) -> Measurement:
+    """Do the work once. Raises what `Machine` and `Machine.run` raise; PagingError if the result is wrong."""
+    source: PageSource = SyntheticSource(work.memory_bytes, work.seed)
+    network = None
+    if work.latency or work.bandwidth:
+        source = network = NetworkSource(source, work.latency, work.bandwidth)
+    workload = plan(work)
+    if workload.patches:
+        source = PatchedSource(source, workload.patches)
+    tables = page_table_memory()
+    with Machine(machine_options(contender, work), source) as machine:
+        if contender.trap is None:
+            _make_plain(machine)
+        machine.set_parameters(workload.blocks)
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        faults = machine.pager.counters.claims
+        started = time.perf_counter()
+        machine.run(_TIMEOUT)
+        seconds = time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        latencies = [thread.latencies for thread in machine.threads]
+        latencies += machine.pager.trap.latencies
+        touched = workload.touched
+        return Measurement(
+            Round(
+                seconds=seconds,
+                pages=len(touched),
+                faults=machine.pager.counters.claims - faults,
+                user_s=after.ru_utime - before.ru_utime,
+                system_s=after.ru_stime - before.ru_stime,
+                voluntary_switches=after.ru_nvcsw - before.ru_nvcsw,
+                involuntary_switches=after.ru_nivcsw - before.ru_nivcsw,
+            ),
+            latencies=np.concatenate([np.frombuffer(each, dtype=np.uint64) for each in latencies]),
+            vmpte_bytes=max(page_table_memory() - tables, 0),
+            bitmap_bytes=-(-machine.layout.pages // 64) * 8,
+            memslots=machine.pager.trap.memslots,
+            slot_bytes=machine.slot_bytes,
+            in_flight=network.in_flight if network else 0.0,
+        )
+
+
+def plan(work: Work) -> Workload:
+    """Return the workload. Raises ValueError if it cannot be done."""
+    with Kvm() as kvm:
+        vector = vector_flags(kvm)
+    options = WorkloadOptions(
+        memory_bytes=work.memory_bytes,
+        vcpus=work.vcpus,
+        ring=work.ring,
+        seed=work.seed,
+        order=work.order,
+        write=work.write,
+        overlap=work.overlap,
+        touches=work.touches,
+        vector=vector,
+    )
+    return make_workload(work.workload, options)
+
+
+def machine_options(contender: Contender, work: Work) -> MachineOptions:
+    """Return the machine a contender runs in; slot traps are armed at the granule of what is fetched together."""
+    trap = contender.trap or "mmio"  # present: any trap whose disarming leaves nothing behind
+    granule = None
+    if trap in SLOT_TRAPS:
+        least = least_granule(GuestLayout(work.memory_bytes))
+        granule = work.granule or max(least, work.fault_around * PAGE_SIZE)
+    return MachineOptions(
+        memory_bytes=work.memory_bytes,
+        trap=trap,
+        backing=work.backing,
+        vcpus=work.vcpus,
+        granule=granule,
+        fault_around=work.fault_around,
+        uffd=contender.uffd_options(work.vcpus),
+        pin=work.pin,
+    )
+
+
+def _make_plain(machine: Machine) -> None:
+    """Put everything in place and switch demand paging off."""
+    outcome = machine.pager.mark_present(0, machine.layout.pages)
+    if outcome is not Outcome.PRESENT:
+        raise machine.pager.error or PagingError(f"memory could not be made present: {outcome.value}")
+    machine.pager.disable()
+
+
+def floor(trap: str, work: Work) -> float | None:
+    """Return what a bare fault exit costs in seconds: the vCPU is entered again and again on a page left absent.
+
+    None for a trap whose fault cannot be left unresolved. It is KVM_RUN and the decoding of its exit, no more.
+    """
+    if trap not in FLOOR_TRAPS:
+        return None
+    workload = plan(work)
+    with Machine(machine_options(Contender(trap, trap), work), SyntheticSource(work.memory_bytes)) as machine:
+        machine.set_parameters(workload.blocks)
+        vcpu = machine.threads[0].vcpu
+        seconds: list[float] = []
+
+        def run() -> None:
+            vcpu.attach_thread()
+            while not isinstance(vcpu.run(), (BusError, MemoryFault)):
+                pass
+            started = time.perf_counter()
+            for _ in range(_FLOOR_EXITS):
+                vcpu.run()
+            seconds.append((time.perf_counter() - started) / _FLOOR_EXITS)
+            vcpu.detach_thread()
+
+        # In a thread like any vCPU's: the signals it blocks stay blocked for the thread's life.
+        thread = threading.Thread(target=run, name="floor")
+        thread.start()
+        thread.join()
+        return seconds[0]
