@@ -13,8 +13,9 @@ import numpy as np
 
 from kvmdp import __version__
 from kvmdp.bench.contender import PRESENT, Contender
-from kvmdp.bench.measure import FLOOR_TRAPS, Measurement, Work, floor, measure
+from kvmdp.bench.measure import FLOOR_TRAPS, Measurement, floor, measure
 from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
+from kvmdp.bench.work import Work
 from kvmdp.kvm import KvmError
 from kvmdp.machine.hostinfo import host_facts
 from kvmdp.paging.fault import UnsupportedError
@@ -54,7 +55,7 @@ class Comparison:
 
     def _try(self, contender: Contender) -> Measurement | None:
         try:
-            return measure(contender, self.work)
+            return measure(contender)
         except (UnsupportedError, KvmError) as error:
             # Not a failure of the comparison: this host cannot do it.
             self.skipped[contender.name] = str(error)
@@ -62,12 +63,11 @@ class Comparison:
             return None
 
     def _measure_floors(self, turn: int, on_round: Callable[[str, int, Measurement | None], None]) -> None:
-        for trap in FLOOR_TRAPS:
-            if any(each.trap == trap for each in self.contenders):
-                seconds = floor(trap, self.work)
-                if seconds is not None:
-                    self.floors.setdefault(trap, []).append(seconds)
-                    on_round(f"floor of {trap}", turn, None)
+        """Measure the floor once a round for each trap that has one, in the machine of its first contender."""
+        first = {each.trap: each for each in reversed(self.contenders) if each.trap in FLOOR_TRAPS}
+        for trap, each in first.items():
+            self.floors.setdefault(str(trap), []).append(floor(each))
+            on_round(f"floor of {trap}", turn, None)
 
     @property
     def complete(self) -> bool:
@@ -108,7 +108,7 @@ class Comparison:
         return {
             "name": contender.name,
             "trap": contender.trap,
-            "vcpus": self.work.vcpus,
+            "vcpus": contender.work.vcpus,
             "rounds": [asdict(each.round) for each in measured],
             "pages_per_second": _spread(Spread.of(rates)),
             "page_us": _spread(micros),
@@ -137,7 +137,7 @@ class Comparison:
                     both = min(len(first), len(second))
                     if both and all(second[:both]):
                         spread = _spread(ratios(first[:both], second[:both]))
-                        rows.append({"a": a, "b": b, "metric": metric, "vcpus": self.work.vcpus, **spread})
+                        rows.append({"a": a, "b": b, "metric": metric, **spread})
         return rows
 
     def _figures(self, name: str, metric: str) -> list[float]:

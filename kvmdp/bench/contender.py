@@ -1,12 +1,22 @@
-"""The contenders of a comparison, by name: ways of demand paging, and the limits they are held against."""
+"""The contenders of a comparison, by name: ways of demand paging, and the limits they are held against.
+
+A name may be followed by what this contender does otherwise than the rest: `marker:vcpus=2`,
+`userfaultfd-r4:vcpus=4,bytes=16M`, `mmio:fault-around=16`. So anything can be compared with anything in one
+interleaved run.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
+from kvmdp.bench.work import Work
+from kvmdp.memory.size import parse_size
 from kvmdp.paging.trap.registry import TRAPS
 from kvmdp.paging.trap.userfaultfd import UffdOptions
+from kvmdp.source.network import parse_bandwidth, parse_latency
 
 PRESENT = "present"
 SHARDED = "userfaultfd-sharded"
@@ -15,10 +25,24 @@ _READERS = re.compile(r"userfaultfd-r([1-9][0-9]?)")
 # What is compared if the user names nothing.
 DEFAULT = (PRESENT, "marker", "memory-fault", "mmio", "userfaultfd", "userfaultfd-r2", SHARDED)
 
+# What a contender may do otherwise: key -> (field of Work, how its value is read)
+_OVERRIDES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "vcpus": ("vcpus", int),
+    "bytes": ("bytes_per_vcpu", parse_size),
+    "ring": ("ring", int),
+    "order": ("order", str),
+    "touches": ("touches", int),
+    "backing": ("backing", str),
+    "granule": ("granule", parse_size),
+    "fault-around": ("fault_around", int),
+    "latency": ("latency", parse_latency),
+    "bandwidth": ("bandwidth", parse_bandwidth),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to run the work.
+    """One way to do some work.
 
     `trap` is None for `present`: all memory is in place and demand paging switched off. `readers` and `sharded` are
     for userfaultfd: threads a descriptor, and whether each vCPU's share of RAM has a descriptor of its own.
@@ -26,27 +50,40 @@ class Contender:
 
     name: str
     trap: str | None
+    work: Work
     readers: int = 1
     sharded: bool = False
 
-    def uffd_options(self, vcpus: int) -> UffdOptions:
-        """Return the options of the trap userfaultfd for a machine of `vcpus` vCPUs."""
-        return UffdOptions(self.readers, vcpus if self.sharded else 1)
+    @property
+    def uffd_options(self) -> UffdOptions:
+        """The options of the trap userfaultfd."""
+        return UffdOptions(self.readers, self.work.vcpus if self.sharded else 1)
 
 
-def contender(name: str) -> Contender:
-    """Return the contender called `name`. Raises ValueError if there is none.
+def contender(text: str, work: Work) -> Contender:
+    """Return the contender that `text` names, which does `work` but for what `text` says.
 
-    Names are `present`, those of the traps, `userfaultfd-rN` (N readers) and `userfaultfd-sharded`.
+    Names are `present`, those of the traps, `userfaultfd-rN` (N readers) and `userfaultfd-sharded`. Raises
+    ValueError, one sentence, for anything else.
     """
+    name, _, overrides = text.partition(":")
+    for override in filter(None, overrides.split(",")):
+        key, _, value = override.partition("=")
+        if key not in _OVERRIDES:
+            raise ValueError(f"{text!r}: a contender has no {key!r}; there are {', '.join(_OVERRIDES)}")
+        field, read = _OVERRIDES[key]
+        try:
+            work = replace(work, **{field: read(value)})
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {key} cannot be {value!r} ({error})") from None
     if name == PRESENT:
-        return Contender(name, None)
+        return Contender(text, None, work)
     if name in TRAPS:
-        return Contender(name, name)
+        return Contender(text, name, work)
     if name == SHARDED:
-        return Contender(name, "userfaultfd", sharded=True)
+        return Contender(text, "userfaultfd", work, sharded=True)
     readers = _READERS.fullmatch(name)
     if readers:
-        return Contender(name, "userfaultfd", readers=int(readers[1]))
+        return Contender(text, "userfaultfd", work, readers=int(readers[1]))
     known = ", ".join((PRESENT, *TRAPS, "userfaultfd-rN", SHARDED))
     raise ValueError(f"there is no contender {name!r}: choose from {known}")

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmdp.bench.contender import Contender
+from kvmdp.bench.work import Work
 from kvmdp.kvm import BusError, Kvm, MemoryFault
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.hostinfo import page_table_memory
@@ -31,37 +32,6 @@ from kvmdp.source.synthetic import SyntheticSource
 _TIMEOUT = 300.0
 _FLOOR_EXITS = 2000
 FLOOR_TRAPS = ("marker", "memory-fault")
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What all contenders do.
-
-    `bytes_per_vcpu` of RAM a vCPU; `overlap`: every vCPU touches all of it, else each its share. `latency`
-    (seconds) and `bandwidth` (bytes a second, 0 is no limit) of the simulated network. `pin`: host CPUs, one a
-    vCPU, or none.
-    """
-
-    bytes_per_vcpu: int = 64 << 20
-    vcpus: int = 1
-    ring: int = 3
-    workload: str = "touch"
-    order: str = "sequential"
-    write: bool = True
-    touches: int | None = None
-    overlap: bool = False
-    backing: str = "memfd"
-    granule: int | None = None
-    fault_around: int = 1
-    latency: float = 0.0
-    bandwidth: float = 0.0
-    seed: int = 0
-    pin: tuple[int, ...] = ()
-
-    @property
-    def memory_bytes(self) -> int:
-        """RAM of the machine."""
-        return self.bytes_per_vcpu * self.vcpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +65,9 @@ class Measurement:
     in_flight: float
 
 
-def measure(contender: Contender, work: Work) -> Measurement:
-    """Do the work once. Raises what `Machine` and `Machine.run` raise; PagingError if the result is wrong."""
+def measure(contender: Contender) -> Measurement:
+    """Let the contender do its work once. Raises what `Machine` and `Machine.run` raise."""
+    work = contender.work
     source: PageSource = SyntheticSource(work.memory_bytes, work.seed)
     network = None
     if work.latency or work.bandwidth:
@@ -105,7 +76,7 @@ def measure(contender: Contender, work: Work) -> Measurement:
     if workload.patches:
         source = PatchedSource(source, workload.patches)
     tables = page_table_memory()
-    with Machine(machine_options(contender, work), source) as machine:
+    with Machine(machine_options(contender), source) as machine:
         if contender.trap is None:
             _make_plain(machine)
         machine.set_parameters(workload.blocks)
@@ -155,8 +126,9 @@ def plan(work: Work) -> Workload:
     return make_workload(work.workload, options)
 
 
-def machine_options(contender: Contender, work: Work) -> MachineOptions:
+def machine_options(contender: Contender) -> MachineOptions:
     """Return the machine a contender runs in; slot traps are armed at the granule of what is fetched together."""
+    work = contender.work
     trap = contender.trap or "mmio"  # present: any trap whose disarming leaves nothing behind
     granule = None
     if trap in SLOT_TRAPS:
@@ -169,7 +141,7 @@ def machine_options(contender: Contender, work: Work) -> MachineOptions:
         vcpus=work.vcpus,
         granule=granule,
         fault_around=work.fault_around,
-        uffd=contender.uffd_options(work.vcpus),
+        uffd=contender.uffd_options,
         pin=work.pin,
     )
 
@@ -182,15 +154,15 @@ def _make_plain(machine: Machine) -> None:
     machine.pager.disable()
 
 
-def floor(trap: str, work: Work) -> float | None:
+def floor(contender: Contender) -> float:
     """Return what a bare fault exit costs in seconds: the vCPU is entered again and again on a page left absent.
 
-    None for a trap whose fault cannot be left unresolved. It is KVM_RUN and the decoding of its exit, no more.
+    It is KVM_RUN and the decoding of its exit, no more. Only for `FLOOR_TRAPS`: under the others a fault cannot be
+    left unresolved.
     """
-    if trap not in FLOOR_TRAPS:
-        return None
-    workload = plan(work)
-    with Machine(machine_options(Contender(trap, trap), work), SyntheticSource(work.memory_bytes)) as machine:
+    workload = plan(contender.work)
+    source = SyntheticSource(contender.work.memory_bytes)
+    with Machine(machine_options(contender), source) as machine:
         machine.set_parameters(workload.blocks)
         vcpu = machine.threads[0].vcpu
         seconds: list[float] = []

@@ -1,0 +1,36 @@
+"""The work that is measured: sizes, who touches what, and how far away the pages are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What all contenders do.
+
+    `bytes_per_vcpu` of RAM a vCPU; `overlap`: every vCPU touches all of it, else each its share. `latency`
+    (seconds) and `bandwidth` (bytes a second, 0 is no limit) of the simulated network. `pin`: host CPUs, one a
+    vCPU, or none.
+    """
+
+    bytes_per_vcpu: int = 64 << 20
+    vcpus: int = 1
+    ring: int = 3
+    workload: str = "touch"
+    order: str = "sequential"
+    write: bool = True
+    touches: int | None = None
+    overlap: bool = False
+    backing: str = "memfd"
+    granule: int | None = None
+    fault_around: int = 1
+    latency: float = 0.0
+    bandwidth: float = 0.0
+    seed: int = 0
+    pin: tuple[int, ...] = ()
+
+    @property
+    def memory_bytes(self) -> int:
+        """RAM of the machine."""
+        return self.bytes_per_vcpu * self.vcpus
