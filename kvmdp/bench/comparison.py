@@ -126,16 +126,14 @@ class Comparison:
         }
 
     def _ratios(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Return each contender against the baselines, by rounds that both have done."""
+        """Return the ratio of each contender to each other one, by rounds that both have done."""
         rows = []
-        for b in (BASELINE, PRESENT):
+        for b in names:
             for a in names:
-                if a == b or b not in names:
-                    continue
                 for metric in _METRICS:
                     first, second = (self._figures(name, metric) for name in (a, b))
                     both = min(len(first), len(second))
-                    if both and all(second[:both]):
+                    if a != b and both and all(second[:both]):
                         spread = _spread(ratios(first[:both], second[:both]))
                         rows.append({"a": a, "b": b, "metric": metric, **spread})
         return rows

@@ -1,0 +1,65 @@
+"""Traces: one record a fault, as JSON Lines.
+
+The first line is an object with the schema and what the run was; every other line is an array
+
+    [time_us, gpa, size, origin, latency_us, pages]
+
+the microseconds since the run's start at which the fault was resolved, the faulting page's gpa, the bytes that became
+present, who touched it ("vcpu 0", "device", "host"; "vcpu" where the kernel does not tell which), the microseconds
+from the claim of the pages to the end of their admission, and how many pages were read from the source. Lines are in
+the order of resolution. A file may hold several runs, each with a line of its own before it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.paging.claim import Claim, State
+from kvmdp.paging.fault import Origin, PageFault
+
+SCHEMA = "kvmdp.trace/1"
+
+Record = list[int | float | str]
+
+
+class Tracer:
+    """Takes note of each fault that a pager resolves: give it to `DemandPager.observer`.
+
+    Called from every thread that resolves; an append is all it does there.
+    """
+
+    def __init__(self, layout: GuestLayout) -> None:
+        self._layout = layout
+        self._start = time.perf_counter_ns()
+        self._records: list[tuple[int, PageFault, Claim, int]] = []
+
+    def __call__(self, fault: PageFault, claim: Claim, began: int) -> None:
+        """Note that `fault` was resolved by `claim`, begun at `began` (time.perf_counter_ns)."""
+        self._records.append((time.perf_counter_ns(), fault, claim, began))
+
+    def records(self) -> Iterator[Record]:
+        """Return the records so far."""
+        for ended, fault, claim, began in self._records:
+            yield [
+                (ended - self._start) / 1000,
+                self._layout.gpa_of_page(fault.page),
+                claim.count * PAGE_SIZE,
+                _origin(fault),
+                (ended - began) / 1000,
+                claim.before.count(State.SOURCE),
+            ]
+
+
+def _origin(fault: PageFault) -> str:
+    return fault.origin.value if fault.number < 0 or fault.origin is Origin.HOST else f"{fault.origin.value} {fault.number}"
+
+
+def lines(header: dict[str, Any], records: Iterator[Record]) -> Iterator[str]:
+    """Return the lines of one run, without line ends."""
+    yield json.dumps({"schema": SCHEMA, **header})
+    for record in records:
+        yield json.dumps(record, separators=(",", ":"))
