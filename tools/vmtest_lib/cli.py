@@ -148,7 +148,8 @@ def _matrix(store: Store, kernels: Sequence[Kernel], options: argparse.Namespace
         results.append((kernel, json.loads(report)))
         bad = [name for name, cell in matrix.judge(*results[-1]).items() if not cell.good]
         problems.append(f"failed: {', '.join(bad)}" if bad else "")
-    print(matrix.table(results))
+    if results:
+        print(matrix.table(results))
     if options.json:
         matrix.write_json(options.json, results)
     # A table that lacks a kernel would not say so.

@@ -1,8 +1,8 @@
 """The checks of the matrix, as one program: it runs on the kernel that is to be judged and judges nothing itself.
 
-On each trap every workload in ring 3 and ring 0, and contended faults (two vCPUs that add to the same pages, three
-rounds), each through `kvmdp run`; besides, `kvmdp probe` and the tests of the kernel's ABI. A trap that refuses its
-first run is asked no more. The report goes to the file that $VMTEST_REPORT names:
+On each trap every workload in ring 3 and ring 0, and contended faults (two vCPUs that add to the same 256 pages,
+three rounds), each through `kvmdp run`; besides, `kvmdp probe` and the tests of the kernel's ABI. A trap that
+refuses its first run is asked no more. The report goes to the file that $VMTEST_REPORT names:
 
     {"schema": "kvmdp.vmtest/1", "probe": {...} or null, "checks": [{"trap": str or null, "check": str,
      "status": exit status, "message": last line on stderr}]}
@@ -19,20 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from kvmdp.machine.workloads import WORKLOADS
+from kvmdp.paging.trap.registry import TRAPS
 
-TRAPS = ("memory-fault", "marker", "mmio", "userfaultfd")
 _REFUSED = 4
 _ROUNDS = 3
 _SECONDS = 300
-_RUN = ("-m", "kvmdp", "run", "--memory", "2M", "--timeout", str(_SECONDS))
+_RUN = ("kvmdp", "run", "--memory", "2M", "--timeout", str(_SECONDS))
 
 
 def main() -> None:
     checks: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder, "probe.json")
-        checks.append(_check(None, "probe", "-m", "kvmdp", "probe", "--json", str(probe)))
-        checks.append(_check(None, "abi", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/abi"))
+        checks.append(_check(None, "probe", "kvmdp", "probe", "--json", str(probe)))
+        checks.append(
+            _check(None, "abi", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/abi")
+        )
         for trap in TRAPS:
             checks += _trap_checks(trap)
         found = json.loads(probe.read_text()) if probe.exists() else None
@@ -49,18 +51,16 @@ def _trap_checks(trap: str) -> list[dict[str, Any]]:
             if checks[0]["status"] == _REFUSED:
                 return checks
     for round_ in range(1, _ROUNDS + 1):
-        contended = ("--trap", trap, "--vcpus", "2", "--workload", "atomic", "--seed", str(round_))
-        checks.append(_check(trap, f"contended {round_}", *_RUN, *contended))
+        contended = ("--trap", trap, "--vcpus", "2", "--workload", "atomic", "--pages", "256")
+        checks.append(_check(trap, f"contended {round_}", *_RUN, *contended, "--seed", str(round_)))
     return checks
 
 
-def _check(trap: str | None, check: str, *arguments: str) -> dict[str, Any]:
-    """Run Python with `arguments`; its exit status and the last line on its stderr are the result."""
+def _check(trap: str | None, check: str, *command: str) -> dict[str, Any]:
+    """Run `command`; its exit status and the last line on its stderr are the result."""
     try:
         # kvmdp has a time limit of its own, which explains more. This one is for when that fails.
-        done = subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, timeout=_SECONDS + 60
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS + 60)
         status, output = done.returncode, done.stderr.strip() or done.stdout.strip()
     except subprocess.TimeoutExpired:
         status, output = 1, f"did not end within {_SECONDS + 60} s"
