@@ -1,7 +1,7 @@
 """What this host can do: each trap proven by a micro guest that really faults, never by a version number.
 
 A trap counts as working on a backing if every kind of access (read, write, fetch, atomic, vector) that the CPU
-offers brings the guest exactly the bytes of the source, each page fetched once.
+offers traps, and brings the guest exactly the bytes of the source.
 """
 
 from __future__ import annotations

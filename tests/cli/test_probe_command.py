@@ -160,6 +160,5 @@ def test_without_kvm_both_commands_say_what_is_lacking(host):
 @pytest.mark.root
 @pytest.mark.kvm
 @pytest.mark.usefixtures("own_namespace")
-@pytest.mark.xfail(reason="KvmError knows no remedy for ENOTTY, a /dev/kvm that is another device")
 def test_a_device_that_is_not_kvm_has_a_remedy():
     assert kvmdp("probe", "--json", "-", wrapper=NOT_KVM).document["missing"][0]["remedy"]
