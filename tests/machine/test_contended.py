@@ -9,7 +9,7 @@ from harness import BACKINGS, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, me
 
 from kvmdp.kvm import Interrupted
 from kvmdp.machine.workloads.arithmetic import place_in_page
-from kvmdp.paging.fault import Origin, Outcome, PageFault
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.vcpu import VcpuPaging
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -105,6 +105,31 @@ def test_marking_granules_of_many_pages_loses_nothing(trap):
             machine.run(TIMEOUT)
         check(machine, workload, source)
         assert machine.pager.counters.pages_revoked % 8 == 0
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize("trap", TRAPS)
+def test_the_host_reads_whole_additions_while_pages_come_and_go(trap, backing):
+    workload = plan("atomic", vcpus=2, pages=64, iterations=100)
+    source = source_for(workload)
+    before = source.pages(np.arange(64))
+    places = place_in_page(np.arange(64), 9).tolist()
+    most, amount = 2 * 100, workload.blocks[0].amount
+    with make_machine(trap, backing, workload=workload, source=source) as machine:
+
+        def read(number):
+            page = number % 64
+            try:
+                word = machine.memory.read(page * 4096 + 8 * places[page], 8)
+            except PagingError:
+                return False  # the machine has stopped
+            added = (int.from_bytes(word, "little") - int(before[page, places[page]])) % (1 << 64)
+            assert added in range(0, most * amount + 1, amount)
+            return None
+
+        with meanwhile(*marking(machine, 64), read):
+            machine.run(TIMEOUT)
+        check(machine, workload, source)
 
 
 @pytest.mark.parametrize("trap", TRAPS)

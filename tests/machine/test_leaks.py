@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import signal
 import threading
 from pathlib import Path
 
@@ -155,15 +156,12 @@ def test_a_guest_that_never_ends_leaves_nothing(trap, backing):
 
 @EVERY
 def test_ctrl_c_leaves_nothing(trap, backing):
-    def interrupt():
-        raise KeyboardInterrupt
-
     def end():
         with (
             make_program(trap, loop_forever(), backing, vcpus=2) as machine,
             pytest.raises(KeyboardInterrupt),
         ):
-            machine.run(TIMEOUT, on_tick=interrupt)
+            machine.run(TIMEOUT, on_tick=lambda: signal.raise_signal(signal.SIGINT))
 
     check_nothing_left(end, repeats=3)
 
