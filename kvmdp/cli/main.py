@@ -26,9 +26,9 @@ from kvmdp.source.base import SourceError
 
 _EPILOG = """\
 start with:
-  kvmdp probe                       what this host can do, and how to mend what it cannot
-  kvmdp run                         boot a 64 MiB guest whose memory is fetched page by page
-  kvmdp run --image FILE --trap T   the same on a memory image of your own
+  kvmdp probe               what this host can do, and how to mend the rest
+  kvmdp run                 boot a 64 MiB guest, fetch its memory page by page
+  kvmdp run --image FILE    the same on a memory image of your own
 """
 
 
@@ -58,9 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status (0, 1, 2, 4 or 130)."""
     try:
-        options = build_parser().parse_args(arguments)
-        status: int = options.run(options)
-        return status
+        try:
+            options = build_parser().parse_args(arguments)
+            status: int = options.run(options)
+            return status
+        finally:
+            _flush_stdout()
     except UsageError as error:
         return _fail(str(error), EXIT_USAGE)
     except (UnsupportedError, KvmError) as error:
@@ -68,14 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PagingError, GuestError, SourceError) as error:
         return _fail(str(error), EXIT_FAILED)
     except BrokenPipeError:
-        # Whoever read our output has gone; the interpreter must not trip over it again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+        return EXIT_FAILED  # whoever read our output has gone, and knows
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def _flush_stdout() -> None:
+    """Write out what stdout still holds, while an error of it can be caught: at the interpreter's end none can."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What could not be written is still there, and the interpreter would try once more.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _fail(sentence: str, status: int) -> int:
@@ -86,4 +99,7 @@ def _fail(sentence: str, status: int) -> int:
 def entry() -> NoReturn:
     """Entry point of the installed command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Python has None where it was started with one of them closed. These stay open to the end.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.exit(main())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +31,37 @@ def check_json_target(target: str | None) -> None:
     path = Path(str(target))
     if path.is_dir():
         raise UsageError(f"--json {target}: that is a directory; give a file name or -")
-    if not path.parent.is_dir():
-        raise UsageError(f"--json {target}: there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"--json {target}: no permission to write in {path.parent}")
+    if _is_stream(path):
+        return
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise UsageError(f"--json {target}: there is no directory {folder}")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--json {target}: no permission to write in {folder}")
 
 
 def write_json(target: str, document: dict[str, Any]) -> None:
     """Write a document to a file, whole or not at all, or to stdout ("-")."""
+    import json  # here, for it costs milliseconds that most commands need not wait for
+
     text = json.dumps(document, indent=2) + "\n"
     if target == "-":
         sys.stdout.write(text)
-        sys.stdout.flush()
         return
     write_file(Path(target), text)
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all. Raises OSError."""
+    """Write a text file, whole or not at all. Raises OSError.
+
+    The file that a link leads to is replaced, not the link; a device or a FIFO is written to.
+    """
+    if _is_stream(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    import tempfile  # here, as json above
+
+    path = path.resolve()
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
@@ -64,3 +75,8 @@ def write_file(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
         raise
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether there is something at `path` that is written to, never replaced: /dev/null, a shell's >(...)."""
+    return path.exists() and not path.is_file()

@@ -25,7 +25,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what this host can do",
         description="Prove each trap with a micro guest on this host. Exit status 0 if one works, else 4.",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON to FILE (- is stdout)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the result as JSON to FILE, - is stdout (default: no JSON)"
+    )
     parser.set_defaults(run=run)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 import time
 
@@ -11,6 +11,7 @@ from kvmdp.memory.size import format_size
 
 _SHADES = " ░▒▓█"
 _MAP_ROWS = 8
+_MAP_WIDTH = 64
 _LINE_SECONDS = 1.0
 _FRAME_SECONDS = 0.2
 
@@ -50,7 +51,7 @@ class Progress:
     def _map(self, machine: Machine) -> list[str]:
         """Return lines of cells, each a stretch of RAM, the fuller the darker."""
         pages = machine.layout.pages
-        width = min(64, max(16, shutil.get_terminal_size().columns - 12))
+        width = min(_MAP_WIDTH, max(16, self._columns() - 12))
         rows = min(_MAP_ROWS, -(-pages // width))
         cell = -(-pages // (width * rows))
         lines = []
@@ -63,7 +64,13 @@ class Progress:
             lines.append(f"{format_size(start * 4096):>8} │{shades:<{width}}│")
         return lines
 
+    def _columns(self) -> int:
+        """Return the terminal's width; 80 where it does not know."""
+        return os.get_terminal_size(self._stream.fileno()).columns or 80
+
     def _draw(self, lines: list[str]) -> None:
+        # A line that wraps would count for two on the way back up.
+        lines = [line[: self._columns()] for line in lines]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         self._stream.write(f"{up}\x1b[J" + "".join(f"{line}\n" for line in lines))
         self._stream.flush()

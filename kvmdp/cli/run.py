@@ -32,7 +32,7 @@ from kvmdp.machine.workloads import (
 from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
-from kvmdp.paging.fault import PagingError
+from kvmdp.paging.fault import PagingError, UnsupportedError
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import SLOT_TRAPS, TRAPS
 from kvmdp.paging.trap.slots import check_granule, least_granule
@@ -54,78 +54,103 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="boot a guest under demand paging and prove what it saw",
         description="Boot a guest whose memory starts non-present, fetch pages as it touches them, and compare "
         "what it saw and wrote with what the host expects.",
-        epilog=f"workloads: {', '.join(WORKLOADS)}. Sizes take K, M, G or T (powers of 1024).",
+        epilog="SIZE is in bytes, or has K, M, G or T behind it (powers of 1024). A page has 4096 bytes.",
     )
     parser.set_defaults(run=run)
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--image", metavar="FILE", help="raw memory image to fetch pages from (default: synthetic pages)"
+    _add_machine_options(parser.add_argument_group("machine"))
+    _add_work_options(parser.add_argument_group("work"))
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the result as JSON to FILE, - is stdout (default: no JSON)"
     )
-    machine.add_argument("--memory", metavar="SIZE", help="RAM (default: 64M, or the image's size)")
-    machine.add_argument(
+
+
+def _add_machine_options(group: argparse._ArgumentGroup) -> None:
+    option = group.add_argument
+    option("--image", metavar="FILE", help="raw memory image to fetch pages from (default: synthetic pages)")
+    option("--memory", metavar="SIZE", help="RAM, 2M to 256G (default: 64M, or the image's size)")
+    option(
         "--trap",
         default="auto",
         metavar="TRAP",
         help=f"auto, {', '.join(TRAPS)} (default: auto, the fastest proven)",
     )
-    machine.add_argument(
-        "--backing", default="memfd", metavar="KIND", help=f"{', '.join(BACKINGS)} (default: memfd)"
+    option(
+        "--backing",
+        default="memfd",
+        metavar="KIND",
+        help=f"what RAM is made of: {', '.join(BACKINGS)} (default: memfd)",
     )
-    machine.add_argument("--vcpus", type=int, default=1, metavar="N", help="1 to 16 (default: 1)")
-    machine.add_argument(
+    option("--vcpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 16 (default: 1)")
+    option(
         "--ring", type=int, default=3, metavar="R", help="privilege ring of the workload, 3 or 0 (default: 3)"
     )
-    machine.add_argument(
+    option(
         "--granule",
         metavar="SIZE",
         help="memory a memslot covers, for memory-fault and mmio (default: least that "
         "makes at most 16384 memslots)",
     )
-    machine.add_argument(
+    option(
         "--fault-around",
         type=int,
         default=1,
         metavar="N",
         help="pages fetched a fault, a power of two to 512 (default: 1)",
     )
-    work = parser.add_argument_group("work")
-    work.add_argument(
-        "--workload", default="checksum", metavar="W", help="what the guest does (default: checksum)"
+
+
+def _add_work_options(group: argparse._ArgumentGroup) -> None:
+    option = group.add_argument
+    option(
+        "--workload",
+        default="checksum",
+        metavar="W",
+        help=f"what the guest does: {', '.join(WORKLOADS)} (default: checksum)",
     )
-    work.add_argument(
-        "--guest", metavar="FILE", help="run this flat binary instead of a workload (guest/README.md)"
+    option(
+        "--guest",
+        metavar="FILE",
+        help="flat binary to run instead, see guest/README.md (default: the workload)",
     )
-    work.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of synthetic pages and random orders (default: 0)"
+    option(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="number that decides synthetic pages and random orders (default: 0)",
     )
-    work.add_argument(
-        "--pages", type=int, metavar="N", help="use only the first N pages of RAM (default: all)"
-    )
-    work.add_argument(
+    option("--pages", type=int, metavar="N", help="use only the first N pages of RAM (default: all)")
+    option(
         "--order",
         default="sequential",
         choices=("sequential", "strided", "random"),
-        help="of touch (default: sequential)",
+        help="touch: in which order (default: sequential)",
     )
-    work.add_argument(
-        "--stride", type=int, default=16, metavar="N", help="of strided touch, in pages (default: 16)"
+    option(
+        "--stride",
+        type=int,
+        default=16,
+        metavar="N",
+        help="touch: pages from one to the next if strided (default: 16)",
     )
-    work.add_argument("--write", action="store_true", help="touch writes (default: reads)")
-    work.add_argument(
-        "--overlap", action="store_true", help="touch: every vCPU on all pages (default: a share each)"
+    option("--write", action="store_true", help="touch: write (default: read)")
+    option("--overlap", action="store_true", help="touch: every vCPU on all pages (default: a share each)")
+    option(
+        "--touches",
+        type=int,
+        metavar="N",
+        help="touch: accesses a vCPU makes (default: one for each of its pages)",
     )
-    work.add_argument(
-        "--touches", type=int, metavar="N", help="of touch, a vCPU (default: one for each of its pages)"
+    option(
+        "--iterations", type=int, default=1, metavar="N", help="atomic: passes over the pages (default: 1)"
     )
-    work.add_argument("--iterations", type=int, default=1, metavar="N", help="passes of atomic (default: 1)")
-    work.add_argument(
+    option(
         "--operation",
         default="add",
         choices=("add", "inc", "xadd", "cmpxchg"),
-        help="of atomic (default: add)",
+        help="atomic: which instruction (default: add)",
     )
-    parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON to FILE (- is stdout)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -142,7 +167,7 @@ def run(options: argparse.Namespace) -> int:
         document = _document(options, machine)
         try:
             result = _execute(options, machine, workload_options, source)
-        except (PagingError, GuestError, SourceError) as error:
+        except (PagingError, GuestError, SourceError, UnsupportedError, OSError) as error:
             document["error"] = str(error)
             if options.json:
                 write_json(options.json, document)
@@ -160,7 +185,7 @@ def _source(options: argparse.Namespace) -> Iterator[PageSource]:
     """Open the image, or make the synthetic source as large as the memory asked for."""
     source: PageSource
     if options.image is None:
-        memory = parse_size(options.memory) if options.memory else _DEFAULT_MEMORY
+        memory = parse_size(options.memory) if options.memory is not None else _DEFAULT_MEMORY
         GuestLayout(memory)  # says what is wrong with the size, before anything takes so much memory
         source = SyntheticSource(memory, options.seed)
     else:
@@ -177,9 +202,9 @@ def _source(options: argparse.Namespace) -> Iterator[PageSource]:
 
 def _plan(options: argparse.Namespace, source: PageSource) -> tuple[int, WorkloadOptions]:
     """Return the size of RAM and the workload's options. Raises ValueError."""
-    if options.memory:
+    if options.memory is not None:
         memory = parse_size(options.memory)
-        if options.image and source.size > memory:
+        if options.image is not None and source.size > memory:
             raise ValueError(
                 f"the image has {format_size(source.size)}, more than --memory {options.memory}: "
                 "give at least as much"
@@ -218,10 +243,10 @@ def _machine_options(options: argparse.Namespace, memory: int) -> MachineOptions
         raise ValueError(
             f"there is no trap {options.trap!r}: there are auto, {', '.join(TRAPS)}; this host proves {proven}"
         )
-    if not options.guest and options.workload not in WORKLOADS:
+    if options.guest is None and options.workload not in WORKLOADS:
         raise ValueError(f"there is no workload {options.workload!r}: choose from {', '.join(WORKLOADS)}")
     trap = choose_trap(options.backing) if options.trap == "auto" else options.trap
-    granule = parse_size(options.granule) if options.granule else None
+    granule = None if options.granule is None else parse_size(options.granule)
     if trap in SLOT_TRAPS:
         layout = GuestLayout(memory)
         # What is fetched together is one memslot: the fewer flips the better.
@@ -236,12 +261,12 @@ def _machine_options(options: argparse.Namespace, memory: int) -> MachineOptions
         vcpus=options.vcpus,
         granule=granule,
         fault_around=options.fault_around,
-        program=read_program(options.guest) if options.guest else b"",
+        program=b"" if options.guest is None else read_program(options.guest),
     )
 
 
 def _announce(options: argparse.Namespace, machine: MachineOptions, source: PageSource) -> None:
-    what = f"program {options.guest}" if options.guest else f"workload {options.workload}"
+    what = f"workload {options.workload}" if options.guest is None else f"program {options.guest}"
     say(
         f"{format_size(machine.memory_bytes)} of {machine.backing} RAM from {source.name}, trap {machine.trap}, "
         f"{machine.vcpus} vCPU{'s' if machine.vcpus > 1 else ''} in ring {options.ring}, {what}"
@@ -253,7 +278,7 @@ def _execute(
 ) -> RunResult:
     progress = Progress()
     try:
-        if options.guest:
+        if options.guest is not None:
             return run_program(
                 machine, program_blocks(work), source, timeout=options.timeout, on_tick=progress
             )
@@ -278,7 +303,7 @@ def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str,
         "memory_bytes": machine.memory_bytes,
         "page_size": PAGE_SIZE,
         "fault_around": machine.fault_around,
-        "workload": "program" if options.guest else options.workload,
+        "workload": options.workload if options.guest is None else "program",
         "image": options.image,
         "seed": options.seed,
     }

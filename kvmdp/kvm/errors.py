@@ -30,6 +30,7 @@ OPEN_REMEDIES = {
     ),
     errno.EACCES: "no permission: add yourself to group kvm (sudo usermod -aG kvm $USER) and log in again",
     errno.EPERM: "no permission: a container needs --device /dev/kvm",
+    errno.ENOTTY: "that device is not KVM's: pass the host's in (a container needs --device /dev/kvm)",
     errno.ENODEV: "no KVM module is behind the device: load kvm_intel or kvm_amd (modprobe)",
     errno.ENXIO: "no KVM module is behind the device: load kvm_intel or kvm_amd (modprobe)",
 }

@@ -158,12 +158,13 @@ class Vcpu:
 
         Saves an ioctl wherever `regs` is read after an exit.
         """
+        ctypes.pointer(self._regs)[0] = self.regs  # what is true until the first exit
         self.kvm_run.kvm_valid_regs = KVM_SYNC_X86_REGS
         self._synced = True
 
     @property
     def regs(self) -> kvm_regs:
-        """The general registers: the shared copy if synced (valid after an exit), else by ioctl."""
+        """The general registers: the shared copy if synced, else by ioctl."""
         if self._synced:
             return self._regs
         regs = kvm_regs()

@@ -56,7 +56,8 @@ def stock_image() -> bytes:
 def read_program(path: str) -> bytes:
     """Return a flat binary for the guest's program area. Raises GuestImageError."""
     try:
-        program = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            program = file.read(guest.PROGRAM_SIZE + 1)  # a device may go on for ever
     except OSError as error:
         raise GuestImageError(f"cannot read the guest program {path}: {error.strerror}") from None
     if not program:
@@ -65,8 +66,7 @@ def read_program(path: str) -> bytes:
         )
     if len(program) > guest.PROGRAM_SIZE:
         raise GuestImageError(
-            f"the guest program {path} has {len(program)} bytes, the program area takes "
-            f"{format_size(guest.PROGRAM_SIZE)}"
+            f"the guest program {path} is too large: the program area takes {format_size(guest.PROGRAM_SIZE)}"
         )
     return program
 

@@ -1,7 +1,7 @@
 """What this host can do: each trap proven by a micro guest that really faults, never by a version number.
 
 A trap counts as working on a backing if every kind of access (read, write, fetch, atomic, vector) that the CPU
-offers brings the guest exactly the bytes of the source, each page fetched once.
+offers traps, and brings the guest exactly the bytes of the source.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from kvmdp.abi import kvm as kvm_abi
 from kvmdp.abi import userfaultfd as uffd_abi
-from kvmdp.kvm import Kvm, KvmError
+from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.machine import MachineOptions
@@ -86,7 +86,7 @@ def prove(trap: str, backing: str, access: str) -> Proof:
         granule = _GRANULE if trap in SLOT_TRAPS else None
         machine = MachineOptions(_MEMORY, trap, backing, granule=granule)
         result = run_workload(machine, workload, SyntheticSource(_MEMORY, _SEED), timeout=_TIMEOUT)
-    except (UnsupportedError, KvmError, PagingError, GuestError) as error:
+    except (UnsupportedError, OSError, PagingError, GuestError) as error:
         return Proof(access, {}, str(error))
     exits = {kind: count for kind, count in result.exits.items() if kind != "io"}
     if not result.ok:
@@ -122,8 +122,12 @@ def choose_trap(backing: str) -> str:
     for trap in EXIT_TRAPS:
         if works(trap, backing):
             return trap
-    reasons = "; ".join(f"{trap}: {proofs(trap, backing)[0].error}" for trap in EXIT_TRAPS)
+    reasons = "; ".join(f"{trap}: {_first_error(trap, backing)}" for trap in EXIT_TRAPS)
     raise UnsupportedError(f"no trap works on this host ({reasons}): kvmdp probe says what would help")
+
+
+def _first_error(trap: str, backing: str) -> str:
+    return next(proof.error for proof in proofs(trap, backing) if not proof.ok)
 
 
 def capabilities(kvm: Kvm) -> dict[str, int]:

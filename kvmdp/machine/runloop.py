@@ -196,7 +196,7 @@ class VcpuThread:
     def _describe(self, exit: Exit) -> str:
         match exit:
             case Shutdown():
-                return "triple fault"
+                return "triple fault"  # some KVMs have reset the vCPU by now, so RIP may say nothing
             case Hlt():
                 return "the guest halted without a report"
             case Mmio():

@@ -320,13 +320,21 @@ class DemandPager:
                     self.bitmap.clear_range(page, 1)
 
     def reassert(self, page: int) -> None:
-        """Have the trap admit a present page once more: an access has trapped although it is present."""
-        if self.hold(page):
-            try:
-                first = page // self._unit * self._unit
-                self.trap.reassert(first, min(self._unit, self.layout.pages - first))
-            finally:
-                self.release(page)
+        """Have the trap admit a present page once more: an access has trapped although it is present.
+
+        Under a claim, so that the trap is neither disarmed nor the page revoked meanwhile.
+        """
+        first = page // self._unit * self._unit
+        count = min(self._unit, self.layout.pages - first)
+        with self._mutex:
+            if not self.enabled or self._states[page] != _PRESENT_BYTE or self._claim_over(page):
+                return
+            claim = Claim(first, count, _PRESENT * count)
+            self._claims.append(claim)
+        try:
+            self.trap.reassert(first, count)
+        finally:
+            self._end(claim, claim.before, None)
 
     # Marking, both ways
 
@@ -355,7 +363,8 @@ class DemandPager:
     def mark_nonpresent(self, first: int, count: int) -> int:
         """Shut the guest out of a range: its bytes stay in RAM, the next access traps and costs no fetch.
 
-        vCPUs may run meanwhile. The range is widened to whole units. Returns how many pages were present.
+        vCPUs may run meanwhile. The range is widened to whole units. Returns how many pages were present. Raises
+        PagingError while demand paging is switched off.
         """
         page, end = self._checked(first, count)
         unit = self._unit
@@ -375,11 +384,15 @@ class DemandPager:
         with self._mutex:
             if self._cancelled:
                 return None, end
+            if not self.enabled:
+                raise PagingError(
+                    "pages cannot be marked while demand paging is switched off: enable it first"
+                )
             run = self.bitmap.next_present_run(page, end)
             if run is None:
                 return None, end
             first = run[0]
-            last = min(first + min(run[1], _REVOKE_BATCH), self._bounds(first)[1])
+            last = min(first + min(run[1], max(_REVOKE_BATCH, self._unit)), self._bounds(first)[1])
             # Present, and yet claimed: being admitted at this moment.
             for other in self._claims:
                 if other.first <= first < other.first + other.count:
@@ -454,13 +467,28 @@ class DemandPager:
         if not self.enabled:
             return
         with self.gate.quiesced():
-            absent = self.layout.pages - self.bitmap.count()
-            if absent:
-                raise PagingError(
-                    f"demand paging cannot be switched off while {absent} pages are absent: make them present first"
-                )
+            self._let_nobody_begin()
             self.trap.disarm()
-        self.enabled = False
+
+    def _let_nobody_begin(self) -> None:
+        """Switch off once nobody is at a page; raises PagingError if a page is absent.
+
+        Who is at a present page admits it, outside the gate, and needs nothing of a vCPU that the closed gate
+        holds up. A revocation would (the pins), but its pages are absent from its beginning.
+        """
+        while True:
+            with self._mutex:
+                absent = self.layout.pages - self.bitmap.count()
+                if absent:
+                    raise PagingError(
+                        f"demand paging cannot be switched off while {absent} pages are absent: "
+                        "make them present first"
+                    )
+                if not self._claims:
+                    self.enabled = False
+                    return
+                ended = self._claims[0].event()
+            ended.wait()
 
     def cancel(self) -> None:
         """Begin no more claims: every fault on an absent page ends as CANCELLED.

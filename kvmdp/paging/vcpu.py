@@ -23,7 +23,6 @@ from kvmdp.paging.trap.operand import MAX_INSTRUCTION, TruncatedError, memory_op
 # How often one instruction may fault on one page while nothing is revoked. One repeat is normal (a SIGBUS that
 # was on its way when another thread admitted the page); this many are a livelock.
 _MAX_REPEATS = 64
-_NO_PAGE = -1
 
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
@@ -54,9 +53,8 @@ class VcpuPaging:
         self._view = backing.vmm.view
         self._guest_hva = backing.guest.hva
         self._guest_size = backing.size
-        self._repeats: dict[
-            int, int
-        ] = {}  # page -> faults without effect at _repeat_rip, since the last revocation
+        # Pages of an access -> faults without effect at _repeat_rip, since the last revocation.
+        self._repeats: dict[tuple[int, ...], int] = {}
         self._repeat_rip = -1
         self._repeat_revoked = -1
 
@@ -105,14 +103,14 @@ class VcpuPaging:
             raise self._pager.error
         raise PagingError(f"the page at gpa {self._layout.gpa_of_page(page):#x} is {outcome.value}")
 
-    def _repeats_of(self, key: int) -> int:
-        """Count a fault without effect at the present RIP, on a page or on none; return how many it has been."""
+    def _repeats_of(self, *pages: int) -> int:
+        """Count a fault without effect at the present RIP on these pages; return how many it has been."""
         rip = self._vcpu.regs.rip
         revoked = self._pager.counters.pages_revoked
         if rip != self._repeat_rip or revoked != self._repeat_revoked:
             self._repeat_rip, self._repeat_revoked = rip, revoked
             self._repeats.clear()
-        count = self._repeats[key] = self._repeats.get(key, 0) + 1
+        count = self._repeats[pages] = self._repeats.get(pages, 0) + 1
         return count
 
     def _page_of_bus_error(self, error: BusError) -> int:
@@ -168,13 +166,16 @@ class VcpuPaging:
 
     def _resolve_instruction(self, failure: InternalError) -> bool:
         """Make one page present that the instruction at RIP needs; False if all of them are."""
-        rip = self._vcpu.regs.rip
-        for page in self._pages_of_instruction(rip):
-            if not self._pager.bitmap.test(page):
-                self._retry(page)
+        pages = self._pages_of_instruction(self._vcpu.regs.rip)
+        for page in pages:
+            # Not a look at the bitmap: the bit is set before the trap has admitted the page, and until then the
+            # instruction would only fail again.
+            outcome = self._pager.resolve(PageFault(page, Origin.VCPU, self._vcpu.index))
+            if outcome is Outcome.ADMITTED:
                 return True
+            self._check(outcome, page)
         # All are present: another thread has been faster, or KVM cannot emulate the instruction at all.
-        return self._repeats_of(_NO_PAGE) <= _MAX_REPEATS
+        return self._repeats_of(*pages) <= _MAX_REPEATS
 
     def resolve_stall(self) -> bool:
         """Make present what the instruction at RIP needs, for a vCPU that sat in KVM_RUN without an exit.

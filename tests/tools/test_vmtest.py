@@ -250,14 +250,15 @@ def test_the_kernels_warnings_and_panic_are_found_in_its_log():
 # The matrix
 
 
-def report(**statuses: int) -> dict:
+def report(kvm: str = "kvm_amd", **statuses: int) -> dict:
     checks = [{"trap": None, "check": name, "status": 0, "message": ""} for name in ("probe", "abi")]
     for trap in ("memory-fault", "marker", "mmio", "userfaultfd"):
         status = statuses.get(trap.replace("-", "_"), 0)
-        names = ["checksum"] if status == 4 else ["checksum", "atomic"]
+        names = ["checksum"] if status == 4 else ["checksum", "vector, ring 0"]
         message = "the kernel has no such thing" if status else ""
         checks += [{"trap": trap, "check": name, "status": status, "message": message} for name in names]
-    return {"schema": "kvmdp.vmtest/1", "probe": {}, "checks": checks}
+    probe = {"host": {"kvm": kvm, "nested_paging": kvm == "kvm_amd"}}
+    return {"schema": "kvmdp.vmtest/1", "probe": probe, "checks": checks}
 
 
 def bad(version: str, **statuses: int) -> list[str]:
@@ -277,6 +278,17 @@ def test_the_matrix_is_red_where_a_trap_fails_is_missing_or_is_there_against_exp
     assert bad("6.12.117-1") == ["memory-fault"]
 
 
+def test_what_a_kvm_can_do_for_no_guest_is_said_and_is_no_failure():
+    limited = report("kvm_pvm")
+    for check in limited["checks"]:
+        check["status"] = int(check["check"] == "vector, ring 0")
+    cell = matrix.judge(kernel("6.18.44-0"), limited)["mmio"]
+    assert (cell.good, cell.words) == (True, "1 of 2")
+    assert cell.remark.startswith("not vector, ring 0: ")
+    limited["probe"]["host"]["kvm"] = "kvm_amd"
+    assert not matrix.judge(kernel("6.18.44-0"), limited)["mmio"].good
+
+
 def test_the_table_is_written_between_its_markers(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n")
@@ -286,9 +298,9 @@ def test_the_table_is_written_between_its_markers(tmp_path):
     text = readme.read_text()
     assert text.startswith(f"before\n{matrix.BEGIN}\n")
     assert text.endswith(f"{matrix.END}\nafter\n")
-    assert "| kernel | `memory-fault` | `marker` | `mmio` | `userfaultfd` | `probe` | `abi` |" in text
-    assert "| 6.12.117 | refused | 2 of 2 | 2 of 2 | 2 of 2 | ok | ok |" in text
-    assert "| 7.3.4 | 2 of 2 | **fails**: checksum, atomic |" in text
+    assert "| kernel | KVM | `memory-fault` | `marker` | `mmio` | `userfaultfd` | `probe` | `abi` |" in text
+    assert "| 6.12.117 | kvm_amd, nested paging | refused | 2 of 2 | 2 of 2 | 2 of 2 | ok | ok |" in text
+    assert "| 7.3.4 | kvm_amd, nested paging | 2 of 2 | **fails**: checksum, vector, ring 0 |" in text
     assert "- 6.12.117, `memory-fault`: the kernel has no such thing" in text
     assert "old" not in text
 

@@ -4,14 +4,16 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import initramfs, matrix, qemu
 from .apt import PrivateApt
 from .errors import ENVIRONMENT, FAILED, INTERRUPTED, VmtestError
-from .kernels import Kernel, Store, resolve
+from .kernels import HERE, Kernel, Store, resolve, this_kernel
 from .qemu import Machine
 
 _DESCRIPTION = """\
@@ -66,6 +68,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help=f"every trap and workload, on the kernels given (default: {', '.join(matrix.KERNELS)})",
     )
     option = parser.add_argument
+    option("--here", action="store_true", help="the matrix first on this machine's own kernel, without QEMU")
     option("--kernel", action="append", default=[], metavar="KERNEL", help="which kernel; may be repeated")
     option("--timeout", type=_seconds, default=1800, metavar="S", help="seconds a kernel (default: 1800)")
     option("--memory", type=_memory, default="3G", metavar="SIZE", help="in M or G (default: 3G)")
@@ -86,6 +89,8 @@ def _mistake(options: argparse.Namespace) -> str | None:
     has_result_file = options.update_table or options.json
     if has_result_file and not options.matrix:
         return "--update-table and --json belong to --matrix"
+    if options.here and not options.matrix:
+        return "--here belongs to --matrix"
     if options.command and (options.list or options.shell or options.matrix):
         return "--list, --shell and --matrix take no command"
     if options.list or options.matrix:
@@ -140,21 +145,35 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 def _matrix(store: Store, kernels: Sequence[Kernel], options: argparse.Namespace) -> int:
     results, problems = [], []
+    if options.here:
+        kernels = [this_kernel(), *kernels]
     for kernel in kernels:
-        status, report = _run(store, kernel, matrix.JOB, options)
+        here = kernel.suite == HERE
+        status, report = _run_here() if here else _run(store, kernel, matrix.JOB, options)
         if status or not report:
             problems.append(f"no report, status {status}")
             continue
         results.append((kernel, json.loads(report)))
         bad = [name for name, cell in matrix.judge(*results[-1]).items() if not cell.good]
         problems.append(f"failed: {', '.join(bad)}" if bad else "")
-    print(matrix.table(results))
+    if results:
+        print(matrix.table(results))
     if options.json:
         matrix.write_json(options.json, results)
     # A table that lacks a kernel would not say so.
     if options.update_table and len(results) == len(kernels):
         matrix.update(options.update_table, matrix.table(results))
     return _summarize(kernels, problems)
+
+
+def _run_here() -> tuple[int, bytes]:
+    """Run the matrix's checks on this machine; return their exit status and report."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        checkout = Path(__file__).resolve().parents[2]
+        environment = {**os.environ, "VMTEST_REPORT": str(report)}
+        done = subprocess.run([sys.executable, *matrix.JOB[1:]], cwd=checkout, env=environment)
+        return done.returncode, report.read_bytes() if report.exists() else b""
 
 
 def _summarize(kernels: Sequence[Kernel], problems: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import lzma
+import os
 import re
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ MODULES = (
     *("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
     *("virtio_console", "irqbypass", "ccp", "kvm", "kvm-amd"),
 )
+HERE = "here"  # in place of a suite
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class Kernel:
         """The first two numbers of the version."""
         major, minor = _key(self.version)[0][:2]
         return major, minor
+
+
+def this_kernel() -> Kernel:
+    """The kernel this machine runs, as far as its release tells its version."""
+    release = os.uname().release
+    return Kernel(release, f"{release.partition('-')[0]}-0", HERE, ())
 
 
 def _key(version: str) -> tuple[tuple[int, ...], float, list[int]]:

@@ -1,0 +1,279 @@
+"""What the figures of a comparison say about the claims of the RFC and of the reply to it (November 2023).
+
+A verdict is `supported`, `weakened` or `undecided`, and always comes with the figures it rests on and with what this
+host cannot show. Ratios are taken round by round between contenders of one bench, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvmdp.bench.report.results import BASELINE, Document, Place, Results, latency_name, place_name, vcpus_name
+from kvmdp.bench.report.scale import rough
+
+SUPPORTED = "supported"
+WEAKENED = "weakened"
+UNDECIDED = "undecided"
+
+_PAGES_A_GIB = 1 << 18
+# The claims on contention were made for tens of vCPUs; below this many CPUs there is none to be seen.
+_MANY_CPUS = 16
+# Rates within a tenth of each other are not told apart across runs on virtual machines.
+_ALIKE = 0.1
+# A network that takes this long a page, in seconds, is what a fault waits for.
+_SLOW_NETWORK = 100e-6
+
+_Verdict = tuple[str, str]
+_Spread = tuple[float, float, float]
+
+
+def claims(document: Document) -> list[dict[str, str]]:
+    """Return the claims with verdicts, as `claims` of the comparison document (kvmdp.compare/1) has them.
+
+    Each has `who`, `claim`, `verdict` and `why`. Does not read the document's own claims.
+    """
+    results = Results(document)
+    found = (
+        (
+            "Matlack",
+            "Under userfaultfd a HugeTLB page is faulted whole, 1 GiB at a time if need be, which is untenable.",
+            _hugetlb(),
+        ),
+        (
+            "Matlack",
+            "userfaultfd costs 8 bytes of user page table for each page of the guest; a present bitmap costs 1 bit.",
+            _memory(results),
+        ),
+        (
+            "Matlack",
+            "userfaultfd costs CPU time: page tables are split and collapsed under locks.",
+            _cpu(results),
+        ),
+        (
+            "Matlack",
+            "Exits from KVM_RUN scale with the vCPUs, where userfaultfd's queue and locks are contended.",
+            _scaling(results),
+        ),
+        (
+            "Xu",
+            "If a fault waits for the network, better concurrency of faults may not matter much.",
+            _network(results),
+        ),
+        (
+            "Xu",
+            "userfaultfd has wait queues already; an exit to user space in their stead must first show a benefit.",
+            _wait_queues(results),
+        ),
+    )
+    return [
+        {"who": who, "claim": claim, "verdict": verdict, "why": why} for who, claim, (verdict, why) in found
+    ]
+
+
+def _hugetlb() -> _Verdict:
+    return UNDECIDED, "This comparison ran on 4 KiB pages; it takes runs on HugeTLB backing to tell."
+
+
+def _memory(results: Results) -> _Verdict:
+    rows = {row["contender"]: row for row in sorted(results.document["memory"], key=lambda row: float(row["gib"]))}
+    baseline = rows.get(BASELINE)
+    if baseline is None:
+        return UNDECIDED, f"There are no memory figures of {BASELINE}."
+    tables = _table_bytes(baseline)
+    bits = 8 * baseline["bitmap_bytes"] / (baseline["gib"] * _PAGES_A_GIB)
+    why = (
+        f"At {baseline['gib']:g} GiB, {BASELINE} takes {rough(tables)} bytes of page tables a guest page; "
+        f"the bitmap takes {rough(bits)} bits."
+    )
+    exits = [row for name, row in rows.items() if results.is_exit(name) and row["gib"] == baseline["gib"]]
+    if exits:
+        costs = ", ".join(f"{row['contender']} {rough(_table_bytes(row) + _slot_bytes(row))}" for row in exits)
+        why += (
+            f" The exit traps of this emulation are no cheaper for having a bitmap: page tables and memslots come to "
+            f"{costs} bytes a page, which a bitmap inside KVM would not need."
+        )
+    if tables < 4 or bits > 2:
+        return WEAKENED, f"{why} That is not the cost that was claimed."
+    present = next((row for name, row in rows.items() if results.trap(name) is None and name == "present"), None)
+    if present is None:
+        return SUPPORTED, f"{why} What the same memory costs with paging switched off was not measured."
+    plain = _table_bytes(present)
+    if plain > tables / 2:
+        return WEAKENED, (
+            f"{why} But with paging switched off it is {rough(plain)} bytes as well: on this backing the cost is that "
+            "of mapping 4 KiB pages, and only memory mapped by huge pages, or not mapped at all, would be without it."
+        )
+    return SUPPORTED, f"{why} With paging switched off it is {rough(plain)} bytes."
+
+
+def _table_bytes(row: Document) -> float:
+    return float(1024 * row["vmpte_kib"] / (row["gib"] * _PAGES_A_GIB))
+
+
+def _slot_bytes(row: Document) -> float:
+    return float(1024 * row["slot_kib"] / (row["gib"] * _PAGES_A_GIB))
+
+
+def _cpu(results: Results) -> _Verdict:
+    rows = _against_baseline(results, 0.0, _cpu_of_round)
+    if not rows:
+        return UNDECIDED, f"There is no exit trap next to {BASELINE} without network latency."
+    why = f"CPU a fault, guest included, relative to {BASELINE}: {_list(rows)}. {_exit_cost(results)}".strip()
+    verdict = _direction(rows, below=SUPPORTED, above=WEAKENED)
+    if verdict == UNDECIDED:
+        why += " No exit trap is cheaper at every number of vCPUs, nor is each one dearer."
+    elif verdict == WEAKENED:
+        why += " Here the exits cost more CPU time than what they save."
+    return verdict, f"{why} Collapsing into huge pages was not part of this work."
+
+
+def _scaling(results: Results) -> _Verdict:
+    if len(results.vcpus) < 2:
+        return UNDECIDED, "Only one number of vCPUs was measured."
+    few, many = results.vcpus[0], results.vcpus[-1]
+    growth = {}
+    for name in results.paging:
+        first, last = (results.entry(name, vcpus, 0.0) for vcpus in (few, many))
+        if first and last:
+            growth[name] = last["pages_per_second"]["median"] / first["pages_per_second"]["median"]
+    exits = [rate for name, rate in growth.items() if results.is_exit(name)]
+    queues = [rate for name, rate in growth.items() if not results.is_exit(name)]
+    if not exits or not queues:
+        return UNDECIDED, f"Without network latency, exit traps and {BASELINE} were not both run at {few} and {many} vCPUs."
+    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in growth.items())
+    why = f"From {few} to {many} vCPUs, without network latency, pages a second grow by the factors: {rates}."
+    cpus = results.host["cpus"]
+    if cpus < _MANY_CPUS or many > cpus or many < _MANY_CPUS:
+        return UNDECIDED, (
+            f"{why} With {vcpus_name(many)} on {cpus} CPUs this says little: the contention that the claim is about "
+            f"sets in with tens of vCPUs, each on a CPU of its own; it takes a host of {_MANY_CPUS} CPUs or more."
+        )
+    if max(exits) > max(queues) * (1 + _ALIKE):
+        return SUPPORTED, f"{why} The best exit trap grows more than the best userfaultfd, sharded or not."
+    return WEAKENED, f"{why} No exit trap grows more than the best userfaultfd by more than a tenth."
+
+
+def _network(results: Results) -> _Verdict:
+    slow = max(results.latencies, default=0.0)
+    if slow < _SLOW_NETWORK:
+        return UNDECIDED, "No run had a network latency that outweighs a fault."
+    rows = _against_baseline(results, slow, _rate_of_round)
+    if not rows:
+        return UNDECIDED, f"There is no exit trap next to {BASELINE} with {latency_name(slow)}."
+    why = f"With {latency_name(slow)}, pages a second relative to {BASELINE}: {_list(rows)}."
+    flight = [
+        f"{name} {entry['in_flight']:.2f}"
+        for name, vcpus, latency, entry in results.entries()
+        if (vcpus, latency) == (results.vcpus[-1], slow) and name in results.paging
+    ]
+    if flight:
+        why += f" Fetches in flight at {vcpus_name(results.vcpus[-1])}: {', '.join(flight)}."
+    why += " The network is simulated: a delay that costs no CPU time and loses nothing."
+    faster = [(name, vcpus) for name, vcpus, (median, low, _) in rows if median > 1 + _ALIKE and low > 1]
+    if faster:
+        places = ", ".join(f"{name} at {vcpus_name(vcpus)}" for name, vcpus in faster)
+        return WEAKENED, f"{why} Even so, exits are faster by more than a tenth: {places}."
+    if max(results.vcpus) == 1:
+        return UNDECIDED, f"{why} One vCPU has no faults that could overlap."
+    return SUPPORTED, f"{why} No exit trap is faster by more than a tenth: the network hides the difference."
+
+
+def _wait_queues(results: Results) -> _Verdict:
+    rows: list[tuple[str, int, _Spread]] = []
+    for vcpus in results.vcpus:
+        best = _best_queue(results, (vcpus, 0.0))
+        for name in results.paging:
+            if best and results.is_exit(name):
+                spread = results.compare(name, best, (vcpus, 0.0), _rate_of_round)
+                if spread:
+                    rows.append((name, vcpus, spread))
+    if not rows:
+        return UNDECIDED, f"There is no exit trap next to {BASELINE} without network latency."
+    why = (
+        "Pages a second without network latency, relative to the fastest form of userfaultfd at that number of vCPUs: "
+        f"{_list(rows)}. {_switches(results)} {_exit_cost(results)}"
+    )
+    verdict = _direction(rows, below=SUPPORTED, above=WEAKENED)
+    if verdict == WEAKENED:
+        tail = "An exit trap is faster at every number of vCPUs that was run."
+    elif verdict == SUPPORTED:
+        tail = "No exit trap is faster: this host shows no benefit in rate."
+    else:
+        tail = "Which is faster depends on the trap, on the number of vCPUs or on the round."
+    return verdict, " ".join(f"{why} {tail}".split())
+
+
+def _best_queue(results: Results, place: Place) -> str | None:
+    """Return the userfaultfd contender with the highest median rate at a place: the fair opponent."""
+    rates = {
+        name: entry["pages_per_second"]["median"]
+        for name in results.paging
+        if not results.is_exit(name) and (entry := results.entry(name, *place))
+    }
+    return max(rates, key=rates.__getitem__) if rates else None
+
+
+def _against_baseline(results: Results, latency: float, figure: Any) -> list[tuple[str, int, _Spread]]:
+    """Return each exit trap's ratio to userfaultfd with one reader, for each number of vCPUs."""
+    rows = []
+    for vcpus in results.vcpus:
+        for name in results.paging:
+            if results.is_exit(name):
+                spread = results.compare(name, BASELINE, (vcpus, latency), figure)
+                if spread:
+                    rows.append((name, vcpus, spread))
+    return rows
+
+
+def _direction(rows: Sequence[tuple[str, int, _Spread]], below: str, above: str) -> str:
+    """Judge ratios of exit traps to userfaultfd.
+
+    `below` and `above` name the verdict if some trap's ratio is under (over) 1 in every round at every number of
+    vCPUs, and no trap does the contrary; or if all medians agree. What varies around 1 is undecided.
+    """
+    sides = {name: {_side(spread) for other, _, spread in rows if other == name} for name, _, _ in rows}
+    under, over = ([name for name, side in sides.items() if side == {way}] for way in (-1, 1))
+    everything = set().union(*sides.values())
+    raise NotImplementedError((under, over, everything, below, above))
+
+
+def _side(spread: _Spread) -> int:
+    """Return 1 if all rounds are above 1, -1 if all are below, 0 if they disagree."""
+    _, low, high = spread
+    return (low > 1) - (high < 1)
+
+
+def _list(rows: Sequence[tuple[str, int, _Spread]]) -> str:
+    """Return ratios in words: "marker 1.12 (1.05-1.20) at 1 vCPU"."""
+    return "; ".join(
+        f"{name} {median:.2f} ({low:.2f}-{high:.2f}) at {vcpus_name(vcpus)}" for name, vcpus, (median, low, high) in rows
+    )
+
+
+def _exit_cost(results: Results) -> str:
+    """Say what a bare exit costs on this host, where that is what exits are held back by."""
+    place = (min(results.vcpus), 0.0)
+    floors = {trap: results.floor(trap, *place) for trap in sorted({results.trap(n) or "" for n in results.paging})}
+    known = [f"{trap} {rough(spread['median'])} us" for trap, spread in floors.items() if spread]
+    if not known:
+        return ""
+    words = f"A bare exit takes {', '.join(known)} here"
+    if results.host.get("kvm") == "kvm_pvm":
+        return f"{words}: KVM is PVM, which virtualises in software; with hardware virtualisation exits weigh less."
+    return f"{words}."
+
+
+def _switches(results: Results) -> str:
+    place = (min(results.vcpus), 0.0)
+    found = [(name, results.entry(name, *place)) for name in results.paging]
+    counts = [f"{name} {rough(entry['switches_per_fault']['median'])}" for name, entry in found if entry]
+    return f"Context switches a fault at {vcpus_name(place[0])}: {', '.join(counts)}." if counts else ""
+
+
+def _rate_of_round(round_: Document) -> float | None:
+    return round_["pages"] / round_["seconds"] if round_["seconds"] else None
+
+
+def _cpu_of_round(round_: Document) -> float | None:
+    return (round_["user_s"] + round_["system_s"]) / round_["faults"] if round_["faults"] else None

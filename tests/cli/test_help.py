@@ -1,0 +1,74 @@
+"""What the help says: commands, options with their defaults and units, all within a small terminal."""
+
+import argparse
+import re
+
+import pytest
+from command import kvmdp
+
+from kvmdp import __version__
+from kvmdp.cli.main import build_parser
+from kvmdp.machine.workloads import WORKLOADS
+
+UNITS = r"\b(bytes|pages|vCPUs|seconds|ring|number|accesses|passes)\b"
+
+
+def subparsers():
+    (action,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return action.choices
+
+
+OPTIONS = [
+    pytest.param(action, id=f"{command} {action.option_strings[-1]}")
+    for command, parser in subparsers().items()
+    for action in parser._actions
+    if not isinstance(action, argparse._HelpAction)
+]
+
+
+@pytest.fixture(autouse=True)
+def small_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_the_help_fits_a_screen_and_shows_how_to_start():
+    lines = build_parser().format_help().splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    starts = [line.split("  ")[1] for line in lines[lines.index("start with:") + 1 :]]
+    assert starts == ["kvmdp probe", "kvmdp run", "kvmdp run --image FILE"]
+
+
+@pytest.mark.parametrize("command", subparsers())
+def test_a_commands_help_fits_the_width(command):
+    assert max(map(len, subparsers()[command].format_help().splitlines())) <= 80
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_says_its_default(option):
+    assert "(default: " in option.help
+    if option.default not in (None, False):
+        assert f"(default: {option.default}" in option.help
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_takes_a_number_says_of_what(option):
+    if option.type in (int, float):
+        assert re.search(UNITS, option.help.replace("S seconds", "seconds"))
+
+
+@pytest.mark.parametrize("command", subparsers())
+def test_a_command_that_takes_sizes_says_how_to_write_them(command):
+    text = subparsers()[command].format_help()
+    if "SIZE" in text:
+        assert "SIZE is in bytes, or has K, M, G or T behind it (powers of 1024)" in " ".join(text.split())
+
+
+def test_the_help_of_run_names_every_workload():
+    help_text = " ".join(subparsers()["run"].format_help().split())
+    assert f"what the guest does: {', '.join(WORKLOADS)} (default: checksum)" in help_text
+
+
+def test_version():
+    done = kvmdp("--version")
+    assert (done.status, done.out, done.err) == (0, f"kvmdp {__version__}\n", "")

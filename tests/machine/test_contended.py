@@ -1,0 +1,233 @@
+"""Several vCPUs add to the same words while pages come and go: no addition may be lost, no page fetched twice."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from harness import BACKINGS, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan
+
+from kvmdp.kvm import Interrupted
+from kvmdp.machine.workloads.arithmetic import place_in_page
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
+from kvmdp.paging.vcpu import VcpuPaging
+from kvmdp.source.synthetic import SyntheticSource
+
+pytestmark = pytest.mark.kvm
+
+
+def source_for(workload):
+    return SyntheticSource(workload.options.memory_bytes, SEED)
+
+
+def check(machine, workload, source):
+    """Every page the workload names holds every addition, and was read from the source once."""
+    pages = workload.touched
+    wrong = np.flatnonzero(
+        (all_of_ram(machine)[pages] != workload.expected_pages(source.pages, pages)).any(axis=1)
+    )
+    assert wrong.tolist() == []
+    assert machine.pager.counters.pages_fetched == len(pages)
+
+
+@pytest.mark.parametrize("vcpus", [2, 4])
+@pytest.mark.parametrize("trap", TRAPS)
+def test_vcpus_that_fault_on_the_same_pages_lose_nothing(trap, vcpus):
+    workload = plan("atomic", vcpus=vcpus, memory=32 << 20, pages=8192)
+    source = source_for(workload)
+    with make_machine(trap, workload=workload, source=source) as machine:
+        machine.run(TIMEOUT)
+        check(machine, workload, source)
+        assert machine.pager.counters.pages_backed == 0
+
+
+@pytest.mark.parametrize("vcpus", [2, 4])
+@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize("trap", TRAPS)
+def test_twenty_contended_rounds_lose_nothing(trap, backing, vcpus):
+    for turn in range(20):
+        operation = ("add", "inc", "xadd", "cmpxchg")[turn % 4]
+        workload = plan("atomic", vcpus=vcpus, pages=256, iterations=5, operation=operation)
+        source = source_for(workload)
+        with make_machine(trap, backing, workload=workload, source=source) as machine:
+            machine.run(TIMEOUT)
+            check(machine, workload, source)
+
+
+def marking(machine, pages):
+    """Two actions for threads of their own: pages go by range and by bitmap, and come back by both."""
+    ranges, bitmaps = np.random.default_rng(1), np.random.default_rng(2)
+    pager = machine.pager
+
+    def by_range(number):
+        first = int(ranges.integers(pages))
+        count = min(int(ranges.integers(1, 9)), pages - first)
+        if number % 4 == 3:
+            pager.mark_present(first, count)
+        else:
+            pager.mark_nonpresent(first, count)
+        time.sleep(0.002)
+
+    def by_bitmap(number):
+        words = np.zeros(-(-machine.layout.pages // 64), dtype=np.uint64)
+        for page in bitmaps.integers(0, pages, 6).tolist():
+            words[page // 64] |= np.uint64(1 << page % 64)
+        if number % 4 == 3:
+            pager.mark_bitmap_present(words)
+        else:
+            pager.mark_bitmap_nonpresent(words)
+        time.sleep(0.002)
+
+    return by_range, by_bitmap
+
+
+@pytest.mark.parametrize(("operation", "vcpus"), [("add", 2), ("inc", 4), ("xadd", 2), ("cmpxchg", 4)])
+@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize("trap", TRAPS)
+def test_marking_pages_while_vcpus_add_to_them_loses_nothing(trap, backing, operation, vcpus):
+    workload = plan("atomic", vcpus=vcpus, pages=128, iterations=40, operation=operation)
+    source = source_for(workload)
+    with make_machine(trap, backing, workload=workload, source=source) as machine:
+        with meanwhile(*marking(machine, 128)):
+            machine.run(TIMEOUT)
+        check(machine, workload, source)
+        counters = machine.pager.counters
+        assert counters.pages_revoked > 0
+        assert 0 <= counters.pages_revoked - counters.pages_backed <= 128
+
+
+@pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
+def test_marking_granules_of_many_pages_loses_nothing(trap):
+    workload = plan("atomic", vcpus=2, pages=512, iterations=10)
+    source = source_for(workload)
+    with make_machine(trap, workload=workload, source=source, granule=32 << 10) as machine:
+        with meanwhile(*marking(machine, 512)):
+            machine.run(TIMEOUT)
+        check(machine, workload, source)
+        assert machine.pager.counters.pages_revoked % 8 == 0
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize("trap", TRAPS)
+def test_the_host_reads_whole_additions_while_pages_come_and_go(trap, backing):
+    workload = plan("atomic", vcpus=2, pages=64, iterations=100)
+    source = source_for(workload)
+    before = source.pages(np.arange(64))
+    places = place_in_page(np.arange(64), 9).tolist()
+    most, amount = 2 * 100, workload.blocks[0].amount
+    with make_machine(trap, backing, workload=workload, source=source) as machine:
+
+        def read(number):
+            page = number % 64
+            try:
+                word = machine.memory.read(page * 4096 + 8 * places[page], 8)
+            except PagingError:
+                return False  # the machine has stopped
+            added = (int.from_bytes(word, "little") - int(before[page, places[page]])) % (1 << 64)
+            assert added in range(0, most * amount + 1, amount)
+            return None
+
+        with meanwhile(*marking(machine, 64), read):
+            machine.run(TIMEOUT)
+        check(machine, workload, source)
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_ring_0_loses_nothing_while_pages_are_marked(trap):
+    workload = plan("atomic", vcpus=2, ring=0, pages=32, iterations=40)
+    source = source_for(workload)
+    with make_machine(trap, workload=workload, source=source) as machine:
+        with meanwhile(*marking(machine, 32)):
+            machine.run(TIMEOUT)
+        check(machine, workload, source)
+
+
+# Can these tests see a loss at all? The window is between the bytes supplied for an emulated exchange and KVM's
+# own access in its second half. Left to chance, a completion that lets go of the page too early lost from 0 to
+# 68,478 of 4,000,000 additions a run under the trap mmio. So here the other party acts in that window, every time:
+# it shuts the guest out of the page, which must make it wait, and adds to the word itself.
+
+OTHERS_AMOUNT = 1 << 20
+WINDOWS = 5
+
+
+class OtherParty:
+    """Adds `OTHERS_AMOUNT` to the word of page 0 that `atomic` uses, each time it is told that a window is open."""
+
+    def __init__(self, machine):
+        self._pager = machine.pager
+        offset = 8 * int(place_in_page(np.array([0]), 9)[0])
+        self._word = machine.backing.vmm.view[offset : offset + 8].cast("Q")
+        self._told = threading.Semaphore(0)
+        self.turns = 0
+        self.acted = threading.Event()
+
+    def tell(self):
+        self.acted.clear()
+        self._told.release()
+
+    def act(self, _number):
+        if self._told.acquire(timeout=0.05):
+            self._pager.mark_nonpresent(0, 1)
+            self._word[0] += OTHERS_AMOUNT
+            self.turns += 1
+            self.acted.set()
+
+    def close(self):
+        self._word.release()  # it looks into the machine's memory
+
+
+def missing_from_the_word(monkeypatch, complete=None):
+    """Run `atomic` on page 0 beside the other party; returns how much less than all additions the word holds.
+
+    `complete(other, paging, mmio, page)` takes the place of `VcpuPaging._complete`.
+    """
+    workload = plan("atomic", pages=1, iterations=10)
+    source = source_for(workload)
+    transfer = VcpuPaging._transfer
+    with make_machine("mmio", workload=workload, source=source) as machine:
+        other = OtherParty(machine)
+
+        def transfer_and_tell(paging, mmio, page):
+            transfer(paging, mmio, page)
+            if complete is None and not mmio.is_write and other.turns < WINDOWS:
+                other.tell()
+                assert not other.acted.wait(0.05), "the page was taken away while it was pinned"
+
+        with monkeypatch.context() as patch:
+            patch.setattr(VcpuPaging, "_transfer", transfer_and_tell)
+            if complete is not None:
+                patch.setattr(VcpuPaging, "_complete", lambda *arguments: complete(other, *arguments))
+            with meanwhile(other.act):
+                machine.run(TIMEOUT)
+        assert other.turns > 0
+        after = all_of_ram(machine)[:1]
+        missing = int(workload.expected_pages(source.pages, np.array([0])).sum()) - int(after.sum())
+        other.close()
+        return (missing + other.turns * OTHERS_AMOUNT) % (1 << 64)
+
+
+def complete_too_early(other, paging, mmio, page):
+    """Do what `VcpuPaging._complete` does, but let go of the page before KVM has finished the instruction."""
+    with paging._pager.held(PageFault(page, Origin.VCPU, 0)) as outcome:
+        if outcome is not Outcome.PRESENT:
+            return None
+        paging._transfer(mmio, page)
+    if not mmio.is_write and other.turns < WINDOWS:
+        other.tell()
+        other.acted.wait()
+    if not paging._gate.enter(paging._vcpu, only_complete=True):
+        return None
+    try:
+        following = paging._vcpu.run()
+    finally:
+        paging._gate.leave(paging._vcpu)
+    return None if type(following) is Interrupted else following
+
+
+def test_nobody_gets_at_a_page_between_the_halves_of_an_emulated_exchange(monkeypatch):
+    assert missing_from_the_word(monkeypatch) == 0
+
+
+def test_a_completion_that_lets_go_too_early_is_seen_to_lose(monkeypatch):
+    assert missing_from_the_word(monkeypatch, complete_too_early) >= OTHERS_AMOUNT

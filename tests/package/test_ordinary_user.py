@@ -1,0 +1,60 @@
+"""kvmdp as an ordinary user: /dev/kvm is all that a run needs, and what else is missing is named."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from command import kvmdp
+
+pytestmark = [pytest.mark.kvm, pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def as_nobody(*arguments, kvm=0o666):
+    """Run a command as an ordinary user, with the mode `kvm` on /dev/kvm and without /dev/userfaultfd."""
+    readable = [Path(place).resolve() for place in (sys.base_prefix, sys.prefix, CHECKOUT)]
+    prelude = f"""
+import sys
+sys.path.insert(0, "tests/package")
+from pathlib import PosixPath
+import hosts
+hosts.have_own_mounts()
+hosts.open_to_all(*{readable})
+hosts.replace_dev(kvm={kvm})
+hosts.become_nobody()
+"""
+    return kvmdp(*arguments, prelude=prelude)
+
+
+@pytest.mark.parametrize("trap", ["memory-fault", "marker", "mmio"])
+def test_a_run_needs_nothing_but_dev_kvm(trap):
+    if trap not in kvmdp("probe", "--json", "-").document["working"]:
+        pytest.skip(f"not even root has the trap {trap} on this kernel: use a newer one")
+    done = as_nobody("run", "--trap", trap, "--memory", "4M", "--json", "-")
+    assert done.status == 0, done.err
+    assert done.document["ok"] is True
+    assert done.document["wrong_pages"] == []
+    assert done.document["pages_fetched"] == 1024
+
+
+def test_probe_names_what_mends_userfaultfd():
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("every user has userfaultfd here: sudo sysctl vm.unprivileged_userfaultfd=0")
+    done = as_nobody("probe", "--json", "-")
+    assert done.status == 0, done.err
+    userfaultfd = done.document["userfaultfd"]
+    assert userfaultfd["available"] is True
+    assert userfaultfd["kernel_faults"] is False
+    assert userfaultfd["remedy"] == (
+        "run as root, or give yourself /dev/userfaultfd (sudo setfacl -m u:$USER:rw /dev/userfaultfd), "
+        "or allow it for all (sudo sysctl vm.unprivileged_userfaultfd=1)"
+    )
+    assert userfaultfd["remedy"] in [lack["remedy"] for lack in done.document["missing"]]
+
+
+@pytest.mark.parametrize("command", ["run", "probe"])
+def test_without_permission_it_says_which_group_to_join(command):
+    done = as_nobody(command, kvm=0o600)
+    assert done.status == 4
+    assert "no permission: add yourself to group kvm (sudo usermod -aG kvm $USER)" in done.out + done.err

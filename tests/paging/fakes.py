@@ -1,0 +1,153 @@
+"""A pager without a kernel: a trap that only remembers, and a source whose failures are the test's."""
+
+import contextlib
+import threading
+
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.mapping import Mapping
+from kvmdp.paging.gate import VcpuGate
+from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.policy import FaultAround
+from kvmdp.source.base import SourceError
+
+PAGES = 512  # the least memory there is
+
+
+def content(page):
+    """What the source has for a page."""
+    return bytes((page % 251 + 1,)) * PAGE_SIZE
+
+
+class FakeSource:
+    """`fills` are the runs asked for; `before(first, count)` is called ahead of each and may raise."""
+
+    name = "the fake source"
+
+    def __init__(self, pages, extents=None):
+        self.size = pages * PAGE_SIZE
+        self._extents = [(0, pages)] if extents is None else extents
+        self.fills = []
+        self.before = lambda first, count: None
+
+    def extents(self):
+        return [(first * PAGE_SIZE, count * PAGE_SIZE) for first, count in self._extents]
+
+    def fill(self, offset, destination):
+        first, count = offset // PAGE_SIZE, destination.nbytes // PAGE_SIZE
+        self.fills.append((first, count))
+        self.before(first, count)
+        for page in range(first, first + count):
+            start = (page - first) * PAGE_SIZE
+            destination[start : start + PAGE_SIZE] = content(page)
+
+    def close(self):
+        pass
+
+
+def source_error(first, count=1, *, transient=False):
+    return SourceError(
+        "the fake source", first * PAGE_SIZE, count * PAGE_SIZE, "the wire is cut", transient=transient
+    )
+
+
+class FakeTrap:
+    """Knows which pages the guest may enter; calls that no trap could follow fail the test.
+
+    `on_admit` and `on_revoke` are called in the middle of the call.
+    """
+
+    name = "fake"
+    needs_quiesce = False
+    memslots = 0
+
+    def __init__(self, pages, granule, memory):
+        self.granule = granule
+        self.fill_view = memory.view
+        self.entered = bytearray(pages)  # 1: the guest may enter
+        self.calls = []
+        self.armed = False
+        self.on_admit = self.on_revoke = lambda first, count: None
+        self._mutex = threading.Lock()
+
+    def arm(self, presence):
+        self.armed = True
+        for page in range(len(self.entered)):
+            self.entered[page] = presence.bitmap.test(page)
+
+    def disarm(self):
+        self.armed = False
+
+    def _set(self, call, first, count, value):
+        unit = self.granule // PAGE_SIZE
+        assert self.armed
+        assert first % unit == 0, "half a unit"
+        assert count % unit == 0 or first + count == len(self.entered), "half a unit"
+        with self._mutex:
+            self.calls.append((call, first, count))
+            assert set(self.entered[first : first + count]) == {1 - value}, (
+                f"{call} of pages that are so already"
+            )
+            self.entered[first : first + count] = bytes([value]) * count
+
+    def admit(self, first, count):
+        self.on_admit(first, count)
+        self._set("admit", first, count, 1)
+
+    def revoke(self, first, count):
+        self._set("revoke", first, count, 0)
+        self.on_revoke(first, count)
+
+    def reassert(self, first, count):
+        self.calls.append(("reassert", first, count))
+
+    def close(self):
+        pass
+
+
+@contextlib.contextmanager
+def pager_of(pages=PAGES, *, granule=PAGE_SIZE, fault_around=1, extents=None, needs_quiesce=False):
+    """Make an enabled pager; its trap is `pager.trap`, its source `pager.source`."""
+    source = FakeSource(pages, extents)
+    with Mapping.anonymous(pages * PAGE_SIZE) as memory:
+        trap = FakeTrap(pages, granule, memory)
+        trap.needs_quiesce = needs_quiesce
+        pager = DemandPager(
+            GuestLayout(pages * PAGE_SIZE), trap, source, FaultAround(fault_around), VcpuGate()
+        )
+        pager.source = source
+        pager.enable()
+        try:
+            yield pager
+        finally:
+            pager.close()
+
+
+def page_of(pager, page):
+    """The bytes of a page as they lie in RAM."""
+    return bytes(pager.trap.fill_view[page * PAGE_SIZE : (page + 1) * PAGE_SIZE])
+
+
+def in_threads(*bodies):
+    """Run the bodies at the same time; the first error comes out."""
+    errors = []
+
+    def guarded(body):
+        try:
+            body()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(body,)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def started(body):
+    """Start `body` in a thread; join it with `finish`."""
+    thread = threading.Thread(target=body)
+    thread.start()
+    return thread
