@@ -11,8 +11,8 @@
     contender = "marker"
     max = 25
 
-The metrics are those of the document's contenders that are a spread (their median counts), or a plain number such as
-`in_flight`, `latency_us.p99`, `memory.vmpte_kib`.
+The metrics are those of the document's contenders that are a spread (their median counts), or a plain number such
+as `in_flight`, `latency_us.p99`, `memory.vmpte_kib`.
 """
 
 from __future__ import annotations
@@ -55,9 +55,12 @@ def read_bounds(path: str) -> list[Bound]:
 def _bound(path: str, number: int, row: dict[str, Any]) -> Bound:
     where = f"{path}, bound {number}"
     if unknown := row.keys() - _KEYS:
-        raise ValueError(f"{where}: there is no {', '.join(sorted(unknown))}; there are {', '.join(sorted(_KEYS))}")
-    contenders = (row["contender"],) if "contender" in row else (row.get("a"), row.get("b"))
-    if "metric" not in row or not all(isinstance(name, str) for name in contenders):
+        raise ValueError(
+            f"{where}: there is no {', '.join(sorted(unknown))}; there are {', '.join(sorted(_KEYS))}"
+        )
+    named = [row["contender"]] if "contender" in row else [row.get("a"), row.get("b")]
+    contenders = tuple(name for name in named if isinstance(name, str))
+    if "metric" not in row or len(contenders) < len(named):
         raise ValueError(f"{where}: give metric, and contender or a and b")
     limits = [row.get("min"), row.get("max")]
     if limits == [None, None] or any(not isinstance(limit, int | float | None) for limit in limits):

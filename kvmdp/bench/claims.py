@@ -6,10 +6,16 @@ host cannot show. Ratios are taken round by round between contenders of one benc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from kvmdp.bench.report.results import BASELINE, Document, Place, Results, latency_name, place_name, vcpus_name
+from kvmdp.bench.report.results import (
+    BASELINE,
+    Document,
+    Place,
+    Results,
+    latency_name,
+    vcpus_name,
+)
 from kvmdp.bench.report.scale import rough
 
 SUPPORTED = "supported"
@@ -24,8 +30,10 @@ _ALIKE = 0.1
 # A network that takes this long a page, in seconds, is what a fault waits for.
 _SLOW_NETWORK = 100e-6
 
+_Figure = Callable[[Document], float | None]
 _Verdict = tuple[str, str]
 _Spread = tuple[float, float, float]
+_Row = tuple[str, int, _Spread]  # contender, vCPUs, ratio
 
 
 def claims(document: Document) -> list[dict[str, str]]:
@@ -51,8 +59,8 @@ def claims(document: Document) -> list[dict[str, str]]:
             _cpu(results),
         ),
         (
-            "Matlack",
-            "Exits from KVM_RUN scale with the vCPUs, where userfaultfd's queue and locks are contended.",
+            "Xu",
+            "Exits from KVM_RUN may bring better concurrency than userfaultfd.",
             _scaling(results),
         ),
         (
@@ -62,7 +70,7 @@ def claims(document: Document) -> list[dict[str, str]]:
         ),
         (
             "Xu",
-            "userfaultfd has wait queues already; an exit to user space in their stead must first show a benefit.",
+            "userfaultfd has wait queues already; exits from KVM_RUN are one more interface for the same end.",
             _wait_queues(results),
         ),
     )
@@ -72,7 +80,7 @@ def claims(document: Document) -> list[dict[str, str]]:
 
 
 def _hugetlb() -> _Verdict:
-    return UNDECIDED, "This comparison ran on 4 KiB pages; it takes runs on HugeTLB backing to tell."
+    return UNDECIDED, "No run of this comparison had HugeTLB backing: it takes both designs on 2 MiB and 1 GiB pages to tell."
 
 
 def _memory(results: Results) -> _Verdict:
@@ -120,11 +128,11 @@ def _cpu(results: Results) -> _Verdict:
     if not rows:
         return UNDECIDED, f"There is no exit trap next to {BASELINE} without network latency."
     why = f"CPU a fault, guest included, relative to {BASELINE}: {_list(rows)}. {_exit_cost(results)}".strip()
-    verdict = _direction(rows, below=SUPPORTED, above=WEAKENED)
+    verdict = _judge(rows, -1, wins=SUPPORTED, loses=WEAKENED)
     if verdict == UNDECIDED:
-        why += " No exit trap is cheaper at every number of vCPUs, nor is each one dearer."
+        why += " Which is cheaper depends on the trap, on the number of vCPUs or on the round."
     elif verdict == WEAKENED:
-        why += " Here the exits cost more CPU time than what they save."
+        why += " No exit trap is cheaper here."
     return verdict, f"{why} Collapsing into huge pages was not part of this work."
 
 
@@ -180,7 +188,7 @@ def _network(results: Results) -> _Verdict:
 
 
 def _wait_queues(results: Results) -> _Verdict:
-    rows: list[tuple[str, int, _Spread]] = []
+    rows: list[_Row] = []
     for vcpus in results.vcpus:
         best = _best_queue(results, (vcpus, 0.0))
         for name in results.paging:
@@ -194,7 +202,7 @@ def _wait_queues(results: Results) -> _Verdict:
         "Pages a second without network latency, relative to the fastest form of userfaultfd at that number of vCPUs: "
         f"{_list(rows)}. {_switches(results)} {_exit_cost(results)}"
     )
-    verdict = _direction(rows, below=SUPPORTED, above=WEAKENED)
+    verdict = _judge(rows, 1, wins=WEAKENED, loses=SUPPORTED)
     if verdict == WEAKENED:
         tail = "An exit trap is faster at every number of vCPUs that was run."
     elif verdict == SUPPORTED:
@@ -214,7 +222,7 @@ def _best_queue(results: Results, place: Place) -> str | None:
     return max(rates, key=rates.__getitem__) if rates else None
 
 
-def _against_baseline(results: Results, latency: float, figure: Any) -> list[tuple[str, int, _Spread]]:
+def _against_baseline(results: Results, latency: float, figure: _Figure) -> list[_Row]:
     """Return each exit trap's ratio to userfaultfd with one reader, for each number of vCPUs."""
     rows = []
     for vcpus in results.vcpus:
@@ -226,16 +234,18 @@ def _against_baseline(results: Results, latency: float, figure: Any) -> list[tup
     return rows
 
 
-def _direction(rows: Sequence[tuple[str, int, _Spread]], below: str, above: str) -> str:
-    """Judge ratios of exit traps to userfaultfd.
+def _judge(rows: Sequence[_Row], better: int, wins: str, loses: str) -> str:
+    """Return `wins` if some exit trap is better than userfaultfd in every round at every number of vCPUs.
 
-    `below` and `above` name the verdict if some trap's ratio is under (over) 1 in every round at every number of
-    vCPUs, and no trap does the contrary; or if all medians agree. What varies around 1 is undecided.
+    `loses` if none is better at any, going by the medians; `undecided` between the two. `better` is 1 if a ratio above
+    1 is, else -1.
     """
-    sides = {name: {_side(spread) for other, _, spread in rows if other == name} for name, _, _ in rows}
-    under, over = ([name for name, side in sides.items() if side == {way}] for way in (-1, 1))
-    everything = set().union(*sides.values())
-    raise NotImplementedError((under, over, everything, below, above))
+    sides = {name: [_side(spread) for other, _, spread in rows if other == name] for name, _, _ in rows}
+    if any(set(each) == {better} for each in sides.values()):
+        return wins
+    if not any((median - 1) * better > 0 for _, _, (median, _, _) in rows):
+        return loses
+    return UNDECIDED
 
 
 def _side(spread: _Spread) -> int:
@@ -244,7 +254,7 @@ def _side(spread: _Spread) -> int:
     return (low > 1) - (high < 1)
 
 
-def _list(rows: Sequence[tuple[str, int, _Spread]]) -> str:
+def _list(rows: Sequence[_Row]) -> str:
     """Return ratios in words: "marker 1.12 (1.05-1.20) at 1 vCPU"."""
     return "; ".join(
         f"{name} {median:.2f} ({low:.2f}-{high:.2f}) at {vcpus_name(vcpus)}" for name, vcpus, (median, low, high) in rows

@@ -5,16 +5,17 @@ Figures of one comparison were taken next to each other; between two comparisons
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from kvmdp import __version__
-from kvmdp.bench.contender import PRESENT, Contender
+from kvmdp.bench.contender import Contender
 from kvmdp.bench.measure import FLOOR_TRAPS, Measurement, floor, measure
 from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
+from kvmdp.bench.trace import lines
 from kvmdp.bench.work import Work
 from kvmdp.kvm import KvmError
 from kvmdp.machine.hostinfo import host_facts
@@ -35,6 +36,7 @@ class Comparison:
     work: Work
     contenders: list[Contender]
     rounds: int
+    traced: bool = False
     measurements: dict[str, list[Measurement]] = field(default_factory=dict)
     floors: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -55,7 +57,7 @@ class Comparison:
 
     def _try(self, contender: Contender) -> Measurement | None:
         try:
-            return measure(contender)
+            return measure(contender, traced=self.traced)
         except (UnsupportedError, KvmError) as error:
             # Not a failure of the comparison: this host cannot do it.
             self.skipped[contender.name] = str(error)
@@ -73,6 +75,12 @@ class Comparison:
     def complete(self) -> bool:
         """Whether every contender that can run has done all rounds."""
         return all(len(self.measurements.get(each.name, ())) == self.rounds for each in self.contenders)
+
+    def trace_lines(self) -> Iterator[str]:
+        """Return the trace (`kvmdp.bench.trace`) of each contender's last round."""
+        for name, measured in self.measurements.items():
+            header = {"contender": name, "memory_bytes": measured[-1].memory_bytes}
+            yield from lines(header, measured[-1].trace)
 
     def document(self) -> dict[str, Any]:
         """Return everything as the JSON document has it."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmdp.bench.contender import Contender
+from kvmdp.bench.trace import Record, Tracer
 from kvmdp.bench.work import Work
 from kvmdp.kvm import BusError, Kvm, MemoryFault
 from kvmdp.machine.boot import vector_flags
@@ -63,9 +64,11 @@ class Measurement:
     memslots: int
     slot_bytes: int
     in_flight: float
+    memory_bytes: int
+    trace: list[Record]
 
 
-def measure(contender: Contender) -> Measurement:
+def measure(contender: Contender, *, traced: bool = False) -> Measurement:
     """Let the contender do its work once. Raises what `Machine` and `Machine.run` raise."""
     work = contender.work
     source: PageSource = SyntheticSource(work.memory_bytes, work.seed)
@@ -80,18 +83,17 @@ def measure(contender: Contender) -> Measurement:
         if contender.trap is None:
             _make_plain(machine)
         machine.set_parameters(workload.blocks)
+        tracer = machine.pager.observer = Tracer(machine.layout) if traced else None
         before = resource.getrusage(resource.RUSAGE_SELF)
         faults = machine.pager.counters.claims
-        started = time.perf_counter()
         machine.run(_TIMEOUT)
-        seconds = time.perf_counter() - started
         after = resource.getrusage(resource.RUSAGE_SELF)
         latencies = [thread.latencies for thread in machine.threads]
         latencies += machine.pager.trap.latencies
         touched = workload.touched
         return Measurement(
             Round(
-                seconds=seconds,
+                seconds=machine.guest_seconds,
                 pages=len(touched),
                 faults=machine.pager.counters.claims - faults,
                 user_s=after.ru_utime - before.ru_utime,
@@ -105,6 +107,8 @@ def measure(contender: Contender) -> Measurement:
             memslots=machine.pager.trap.memslots,
             slot_bytes=machine.slot_bytes,
             in_flight=network.in_flight if network else 0.0,
+            memory_bytes=work.memory_bytes,
+            trace=tracer.records() if tracer else [],
         )
 
 

@@ -4,17 +4,17 @@ The first line is an object with the schema and what the run was; every other li
 
     [time_us, gpa, size, origin, latency_us, pages]
 
-the microseconds since the run's start at which the fault was resolved, the faulting page's gpa, the bytes that became
-present, who touched it ("vcpu 0", "device", "host"; "vcpu" where the kernel does not tell which), the microseconds
-from the claim of the pages to the end of their admission, and how many pages were read from the source. Lines are in
-the order of resolution. A file may hold several runs, each with a line of its own before it.
+which are the microseconds since the run's start at which the fault was resolved, the faulting page's gpa, the bytes
+that became present, who touched it ("vcpu 0", "device 0", "host"; "vcpu" where the kernel does not tell which), the
+microseconds from the claim of the pages to the end of their admission, and how many pages were read from the source.
+Lines are in the order of resolution. A file may hold several runs, each with a line of its own before it.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
@@ -41,10 +41,10 @@ class Tracer:
         """Note that `fault` was resolved by `claim`, begun at `began` (time.perf_counter_ns)."""
         self._records.append((time.perf_counter_ns(), fault, claim, began))
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> list[Record]:
         """Return the records so far."""
-        for ended, fault, claim, began in self._records:
-            yield [
+        return [
+            [
                 (ended - self._start) / 1000,
                 self._layout.gpa_of_page(fault.page),
                 claim.count * PAGE_SIZE,
@@ -52,13 +52,16 @@ class Tracer:
                 (ended - began) / 1000,
                 claim.before.count(State.SOURCE),
             ]
+            for ended, fault, claim, began in self._records
+        ]
 
 
 def _origin(fault: PageFault) -> str:
-    return fault.origin.value if fault.number < 0 or fault.origin is Origin.HOST else f"{fault.origin.value} {fault.number}"
+    known = fault.number >= 0 and fault.origin is not Origin.HOST
+    return f"{fault.origin.value} {fault.number}" if known else fault.origin.value
 
 
-def lines(header: dict[str, Any], records: Iterator[Record]) -> Iterator[str]:
+def lines(header: dict[str, Any], records: Iterable[Record]) -> Iterator[str]:
     """Return the lines of one run, without line ends."""
     yield json.dumps({"schema": SCHEMA, **header})
     for record in records:

@@ -114,9 +114,7 @@ def _run(
     """Run the machine; returns what makes the result once the comparison is known."""
     machine.set_parameters(blocks)
     cpu_seconds = time.process_time()
-    started = time.perf_counter()
     machine.run(timeout, None if on_tick is None else lambda: on_tick(machine))
-    seconds = time.perf_counter() - started
     resident = resident_memory()
     exits: Counter[str] = Counter()
     for thread in machine.threads:
@@ -129,7 +127,7 @@ def _run(
 
     def result(expected: int | None, checked: int, wrong: list[int]) -> RunResult:
         return RunResult(
-            seconds=seconds,
+            seconds=machine.guest_seconds,
             cpu_seconds=cpu_seconds,
             resident_bytes=resident,
             counters=pager.counters,

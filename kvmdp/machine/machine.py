@@ -163,6 +163,11 @@ class Machine:
                 raise self.pager.error
             raise GuestTimeoutError(self._timeout_message(timeout))
 
+    @property
+    def guest_seconds(self) -> float:
+        """How long the guest ran: from the first vCPU's entry to the end of the last."""
+        return max(each.finished for each in self.threads) - min(each.began for each in self.threads)
+
     def _monitor(self, deadline: float | None, on_tick: Callable[[], None] | None) -> None:
         """Wait for the end; meanwhile watch for vCPUs on which KVM spins."""
         watched = {thread: (0, time.monotonic()) for thread in self.threads}

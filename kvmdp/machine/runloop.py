@@ -72,7 +72,8 @@ class VcpuThread:
 
     After the thread has ended, `error` says what went wrong (None: the guest reported that it is done, or the
     machine was stopped) and `done` whether the guest got to its end. `exits` counts exits by class, `latencies`
-    holds nanoseconds from KVM_RUN's return to the next entry, one a fault.
+    holds nanoseconds from KVM_RUN's return to the next entry, one a fault. `began` and `finished` are when the
+    thread first entered the guest and when it was done with it (time.perf_counter).
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class VcpuThread:
         self.parameters = parameters
         self.error: Exception | None = None
         self.started = False
+        self.began = self.finished = 0.0
         self.done = False
         self.exits: Counter[type] = Counter()
         self.latencies = array("Q")
@@ -123,6 +125,7 @@ class VcpuThread:
         if self._cpu is not None:
             os.sched_setaffinity(0, {self._cpu})
         self.vcpu.attach_thread()
+        self.began = time.perf_counter()
         try:
             self._loop()
         except (PagingError, GuestError) as error:
@@ -134,6 +137,7 @@ class VcpuThread:
             self.error = GuestError(f"vCPU {self.vcpu.index}: internal error: {error!r}")
             self.error.__cause__ = error
         finally:
+            self.finished = time.perf_counter()
             self.vcpu.detach_thread()
             self._on_end()
 

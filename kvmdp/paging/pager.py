@@ -52,7 +52,8 @@ class DemandPager:
 
     Arguments: where RAM lies; the trap, not yet armed; the source; the policy; the gate the vCPUs pass.
     `bitmap` is the projection of the states: bit set if and only if PRESENT. `error` is None until the source
-    has failed for good; from then on nothing absent becomes present.
+    has failed for good; from then on nothing absent becomes present. `observer`, if set, is told of each fault that
+    was resolved, the claim that did it, and when that began (time.perf_counter_ns); it must not block.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class DemandPager:
         self.counters = Counters()
         self.error: PagingError | None = None
         self.enabled = False
+        self.observer: Callable[[PageFault, Claim, int], None] | None = None
         self._source = source
         self._policy = policy
         self._unit = trap.granule // PAGE_SIZE
@@ -89,7 +91,7 @@ class DemandPager:
         while True:
             step = self.begin(fault)
             if isinstance(step, Claim):
-                return self._carry_out(step)
+                return self._carry_out(step, fault)
             if isinstance(step, Outcome):
                 return step
             step.wait()
@@ -102,7 +104,7 @@ class DemandPager:
         """
         step = self.begin(fault, wake)
         if isinstance(step, Claim):
-            return self._carry_out(step)
+            return self._carry_out(step, fault)
         return None if isinstance(step, Wait) else step
 
     def begin(self, fault: PageFault, wake: Callable[[], None] | None = None) -> Claim | Wait | Outcome:
@@ -183,7 +185,8 @@ class DemandPager:
 
     # Carrying out a claim
 
-    def _carry_out(self, claim: Claim) -> Outcome:
+    def _carry_out(self, claim: Claim, fault: PageFault) -> Outcome:
+        began = 0 if self.observer is None else time.perf_counter_ns()
         try:
             self.fill(claim)
         except SourceError as error:
@@ -193,6 +196,8 @@ class DemandPager:
             self.fail(claim, PagingError(f"filling page {claim.first} broke: {error!r}"))
             raise
         self.commit(claim)
+        if self.observer is not None:
+            self.observer(fault, claim, began)
         return Outcome.ADMITTED
 
     def fill(self, claim: Claim) -> None:
@@ -354,7 +359,7 @@ class DemandPager:
         with self._mutex:
             step = self._obstacle(page) or self._claim(page, page, count)
         if isinstance(step, Claim):
-            return self._carry_out(step)
+            return self._carry_out(step, PageFault(page))
         if isinstance(step, Wait):
             step.wait()
             return Outcome.PRESENT

@@ -27,6 +27,8 @@ from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
 from kvmdp.paging.trap.view import UffdView
 
+_UNKNOWN = -1  # userfaultfd does not say which vCPU it was
+
 
 @dataclass(frozen=True, slots=True)
 class UffdOptions:
@@ -100,7 +102,7 @@ class UserfaultfdTrap(UffdView):
         assert self._presence is not None
         uffd, hva = self._uffd_of(page), self._hva(page)
         outcome = self._presence.resolve_or_park(
-            PageFault(page, Origin.VCPU), lambda: uffd.wake(hva, PAGE_SIZE)
+            PageFault(page, Origin.VCPU, _UNKNOWN), lambda: uffd.wake(hva, PAGE_SIZE)
         )
         if outcome is Outcome.PRESENT:
             self._map_again(page)
