@@ -27,7 +27,7 @@ class VcpuSignals:
     """
 
     def __init__(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL, signal.SIGBUS, signal.SIGINT})
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL, signal.SIGBUS, signal.SIGINT})
         blocked = {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())}
         awaited = {int(KICK_SIGNAL), int(signal.SIGBUS)}
         self.run_mask = sigset_mask(blocked - awaited)
@@ -37,6 +37,11 @@ class VcpuSignals:
         self._set = words
         self._arguments = (ctypes.byref(words), ctypes.byref(self._info), ctypes.byref(timespec(0, 0)))
         self._take = libc_held.sigtimedwait
+
+    def restore(self) -> None:
+        """Give the thread back the mask it had, with nothing of ours pending."""
+        self.take()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
     def take(self) -> tuple[int, int] | None:
         """Take all that is pending and return the SIGBUS's (hva, code), or None if there was none.

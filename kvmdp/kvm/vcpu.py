@@ -112,9 +112,12 @@ class Vcpu:
             self._thread = threading.get_ident()
 
     def detach_thread(self) -> None:
-        """Undo `attach_thread`, before the thread ends."""
+        """Undo `attach_thread`, in the same thread, before it ends or turns to other things."""
         with self._kick_lock:
             self._thread = 0
+        if self._signals is not None:
+            self._signals.restore()
+            self._signals = None
 
     def kick(self) -> None:
         """Get the vCPU out of KVM_RUN, or keep it from entering, from any thread.

@@ -59,6 +59,10 @@ class DemandPager:
     def __init__(
         self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: VcpuGate
     ) -> None:
+        if source.size > layout.memory_bytes:
+            raise ValueError(
+                f"{source.name} has {source.size} bytes, RAM only {layout.memory_bytes}: make RAM at least as large"
+            )
         self.layout = layout
         self.trap = trap
         self.gate = gate
@@ -243,13 +247,6 @@ class DemandPager:
         with self._mutex:
             self._states[first : first + count] = _PRESENT * count
             self.bitmap.set_range(first, count)
-            counters = self.counters
-            fetched = before.count(_SOURCE)
-            counters.pages_admitted += count
-            counters.pages_fetched += fetched
-            if fetched != count:
-                counters.pages_zeroed += before.count(_ZERO)
-                counters.pages_backed += before.count(_BACKED)
         try:
             self.trap.admit(first, count)
         except BaseException as error:
@@ -257,6 +254,13 @@ class DemandPager:
             self._end(claim, _BACKED * count, PagingError(f"pages could not be admitted: {error}"))
             raise
         with self._mutex:
+            counters = self.counters
+            fetched = before.count(_SOURCE)
+            counters.pages_admitted += count
+            counters.pages_fetched += fetched
+            if fetched != count:
+                counters.pages_zeroed += before.count(_ZERO)
+                counters.pages_backed += before.count(_BACKED)
             self._claims.remove(claim)
         claim.wake()
 

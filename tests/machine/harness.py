@@ -22,6 +22,7 @@ TRAPS = ("memory-fault", "marker", "mmio")
 BACKINGS = ("memfd", "anonymous")
 MEMORY = 2 << 20
 SEED = 11
+LOOP_FOREVER = b"\xeb\xfe"  # a program that never reports: jmp to itself
 TIMEOUT = 60  # seconds: a guest that hangs fails its test, it does not hang the suite
 
 
@@ -146,8 +147,3 @@ def meanwhile(*actions):
             thread.join()
     if errors:
         raise errors[0]
-
-
-def loop_forever():
-    """A program that never reports: jmp to itself."""
-    return b"\xeb\xfe"

@@ -1,4 +1,7 @@
-"""Several vCPUs add to the same words while pages come and go: no addition may be lost, no page fetched twice."""
+"""Several vCPUs add to the same words while pages come and go: no addition may be lost, no page fetched twice.
+
+Many pages once, and few pages many times: a round of 8,192 pages takes from 3 to 9 seconds here.
+"""
 
 import threading
 import time
@@ -33,18 +36,19 @@ def check(machine, workload, source):
 @pytest.mark.parametrize("vcpus", [2, 4])
 @pytest.mark.parametrize("trap", TRAPS)
 def test_vcpus_that_fault_on_the_same_pages_lose_nothing(trap, vcpus):
-    workload = plan("atomic", vcpus=vcpus, memory=32 << 20, pages=8192)
-    source = source_for(workload)
-    with make_machine(trap, workload=workload, source=source) as machine:
-        machine.run(TIMEOUT)
-        check(machine, workload, source)
-        assert machine.pager.counters.pages_backed == 0
+    for _ in range(20):
+        workload = plan("atomic", vcpus=vcpus, memory=32 << 20, pages=8192)
+        source = source_for(workload)
+        with make_machine(trap, workload=workload, source=source) as machine:
+            machine.run(TIMEOUT)
+            check(machine, workload, source)
+            assert machine.pager.counters.pages_backed == 0
 
 
 @pytest.mark.parametrize("vcpus", [2, 4])
 @pytest.mark.parametrize("backing", BACKINGS)
 @pytest.mark.parametrize("trap", TRAPS)
-def test_twenty_contended_rounds_lose_nothing(trap, backing, vcpus):
+def test_no_operation_loses_an_addition_on_any_backing(trap, backing, vcpus):
     for turn in range(20):
         operation = ("add", "inc", "xadd", "cmpxchg")[turn % 4]
         workload = plan("atomic", vcpus=vcpus, pages=256, iterations=5, operation=operation)

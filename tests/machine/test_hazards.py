@@ -195,11 +195,12 @@ def test_present_pages_taken_out_of_the_page_table_come_back_with_their_bytes():
     with make_machine("marker", workload=workload) as machine:
         random = np.random.default_rng(5)
 
-        def drop(_number):
+        def drop(number):
             # Reclaim does the same. Some of the pages are absent as yet: their markers go.
             first, count = int(random.integers(256)), int(random.integers(1, 33))
             machine.backing.guest.drop(first * 4096, min(count, 256 - first) * 4096)
             time.sleep(0.0005)
+            return number < 300  # a slow host's guest must get on in the end
 
         with meanwhile(drop):
             machine.run(TIMEOUT)
@@ -214,18 +215,58 @@ def test_pages_dropped_and_marked_at_the_same_time_keep_every_addition():
     with make_machine("marker", workload=workload) as machine:
         random = np.random.default_rng(6)
 
-        def drop(_number):
+        def drop(number):
             machine.backing.guest.drop(int(random.integers(64)) * 4096, 4096)
             time.sleep(0.0005)
+            return number < 600
 
         def mark(number):
             machine.pager.mark_nonpresent(number * 7 % 64, 1)
             time.sleep(0.001)
+            return number < 300
 
         with meanwhile(drop, mark):
             machine.run(TIMEOUT)
         assert np.array_equal(all_of_ram(machine)[:64], workload.expected_pages(SOURCE.pages, np.arange(64)))
         assert machine.pager.counters.pages_fetched == 64
+
+
+def test_a_page_that_comes_back_while_it_is_being_marked_is_taken_away_again(monkeypatch):
+    with make_machine("marker", workload=plan("atomic", pages=1)) as machine:
+        machine.pager.mark_present(0, 1)
+        guest, uffd, came_back = machine.backing.guest, machine.pager.trap._uffd, []
+        dropped = guest.drop
+
+        def drop_and_come_back(offset, length):
+            dropped(offset, length)
+            if not came_back:  # a fault that was answered between the drop and the marker
+                came_back.append(offset)
+                uffd.continue_(guest.hva + offset, length)
+
+        monkeypatch.setattr(guest, "drop", drop_and_come_back)
+        assert machine.pager.mark_nonpresent(0, 1) == 1
+        assert came_back == [0]
+        machine.run(TIMEOUT)
+        assert machine.pager.counters.pages_backed == 1
+        assert machine.threads[0].exits.total() > 1
+
+
+def test_a_fault_answered_while_its_page_goes_does_not_let_the_guest_in(monkeypatch):
+    with make_machine("marker", workload=plan("atomic", pages=1)) as machine:
+        pager, trap = machine.pager, machine.pager.trap
+        pager.mark_present(0, 1)
+        revoked = trap.revoke
+
+        def answer_then_revoke(first, count):
+            trap._serve(first * 4096)  # what the reader does with a fault it got before
+            revoked(first, count)
+            trap._serve(first * 4096)
+
+        monkeypatch.setattr(trap, "revoke", answer_then_revoke)
+        pager.mark_nonpresent(0, 1)
+        machine.run(TIMEOUT)
+        assert pager.counters.pages_backed == 1
+        assert machine.threads[0].exits.total() > 1
 
 
 @pytest.mark.parametrize("backing", BACKINGS)

@@ -1,7 +1,7 @@
 """What a guest does wrong ends the run with one sentence that says what and where, under every trap."""
 
 import pytest
-from harness import TIMEOUT, TRAPS, loop_forever, program_machine
+from harness import LOOP_FOREVER, TIMEOUT, TRAPS, program_machine
 
 from kvmdp.machine.machine import GuestTimeoutError
 from kvmdp.machine.runloop import GuestError
@@ -77,7 +77,7 @@ def test_one_vcpu_that_fails_ends_the_run_of_all(trap):
 
 def test_an_endless_loop_is_ended_by_the_time_given(trap):
     with (
-        program_machine(trap, loop_forever()) as machine,
+        program_machine(trap, LOOP_FOREVER) as machine,
         pytest.raises(
             GuestTimeoutError, match=r"within 0\.05 seconds \(vCPU 0 at RIP 0xd0100000\): give it more"
         ),

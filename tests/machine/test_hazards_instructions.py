@@ -14,6 +14,7 @@ from plain_guest import PlainGuest
 
 from kvmdp.kvm import InternalError
 from kvmdp.machine.guest_abi import Report
+from kvmdp.machine.hostinfo import uses_nested_paging
 from kvmdp.machine.workloads import WorkloadOptions, program_blocks
 from kvmdp.source.base import read_pages
 from kvmdp.source.patched import PatchedSource
@@ -72,7 +73,7 @@ PROGRAMS = {
     # mov rbp,r8
     "enter, leave": ("4889e1 4989e8 bc00600000 bd34120000 c8100000 c9 488b0425f85f0000 4889cc 4c89c5", {5}),
 }
-# KVM makes these accesses itself and spins on absent memory without an exit.
+# Where KVM makes these accesses itself, it spins on absent memory without an exit.
 SPINNING = {
     # sgdt [0x5000]; mov rax,[0x5002]
     "sgdt": ("0f01042500500000 488b042502500000", {5}),
@@ -137,4 +138,6 @@ def test_instruction_is_exact_on_absent_memory(name, trap, backing, ring):
 @pytest.mark.parametrize("trap", TRAPS)
 @pytest.mark.parametrize("name", SPINNING)
 def test_the_watchdog_finds_an_instruction_on_which_kvm_spins(name, trap):
-    assert check(name, trap, "memfd", 3) == len(ALL[name][1])
+    # With page tables in hardware the CPU makes the access itself; but for memory without a slot KVM emulates it.
+    spins = trap == "mmio" or not uses_nested_paging()
+    assert check(name, trap, "memfd", 3) == (len(ALL[name][1]) if spins else 0)

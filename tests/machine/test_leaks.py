@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from harness import BACKINGS, SEED, TIMEOUT, TRAPS, loop_forever, make_machine, plan, program_machine
+from harness import BACKINGS, LOOP_FOREVER, SEED, TIMEOUT, TRAPS, make_machine, plan, program_machine
 
 from kvmdp.machine.machine import GuestTimeoutError, Machine, MachineOptions
 from kvmdp.machine.runloop import GuestError
@@ -143,7 +143,7 @@ def test_a_source_that_fails_for_good_leaves_nothing(trap, backing):
 def test_a_guest_that_never_ends_leaves_nothing(trap, backing):
     def end():
         with (
-            make_program(trap, loop_forever(), backing, vcpus=2) as machine,
+            make_program(trap, LOOP_FOREVER, backing, vcpus=2) as machine,
             pytest.raises(
                 GuestTimeoutError,
                 match=r"not done within 0.1 seconds \(vCPU 0 at RIP 0xd0100000, vCPU 1 at RIP 0xd0100000\)",
@@ -158,7 +158,7 @@ def test_a_guest_that_never_ends_leaves_nothing(trap, backing):
 def test_ctrl_c_leaves_nothing(trap, backing):
     def end():
         with (
-            make_program(trap, loop_forever(), backing, vcpus=2) as machine,
+            make_program(trap, LOOP_FOREVER, backing, vcpus=2) as machine,
             pytest.raises(KeyboardInterrupt),
         ):
             machine.run(TIMEOUT, on_tick=lambda: signal.raise_signal(signal.SIGINT))
