@@ -11,12 +11,18 @@ import pytest
 from harness import BACKINGS, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan
 
 from kvmdp.kvm import Interrupted
+from kvmdp.machine.hostinfo import cpu_model
 from kvmdp.machine.workloads.arithmetic import place_in_page
+from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE
 from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.vcpu import VcpuPaging
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
+
+# A CPU that QEMU emulates takes minutes for what a real one does in seconds.
+EMULATED = cpu_model().startswith("QEMU TCG")
+ROUNDS, PAGES = (3, 256) if EMULATED else (20, 8192)
 
 
 def source_for(workload):
@@ -36,8 +42,8 @@ def check(machine, workload, source):
 @pytest.mark.parametrize("vcpus", [2, 4])
 @pytest.mark.parametrize("trap", TRAPS)
 def test_vcpus_that_fault_on_the_same_pages_lose_nothing(trap, vcpus):
-    for _ in range(20):
-        workload = plan("atomic", vcpus=vcpus, memory=32 << 20, pages=8192)
+    for _ in range(ROUNDS):
+        workload = plan("atomic", vcpus=vcpus, memory=max(PAGES * PAGE_SIZE, MIN_MEMORY), pages=PAGES)
         source = source_for(workload)
         with make_machine(trap, workload=workload, source=source) as machine:
             machine.run(TIMEOUT)
@@ -49,7 +55,7 @@ def test_vcpus_that_fault_on_the_same_pages_lose_nothing(trap, vcpus):
 @pytest.mark.parametrize("backing", BACKINGS)
 @pytest.mark.parametrize("trap", TRAPS)
 def test_no_operation_loses_an_addition_on_any_backing(trap, backing, vcpus):
-    for turn in range(20):
+    for turn in range(ROUNDS):
         operation = ("add", "inc", "xadd", "cmpxchg")[turn % 4]
         workload = plan("atomic", vcpus=vcpus, pages=256, iterations=5, operation=operation)
         source = source_for(workload)
