@@ -131,7 +131,7 @@ class DemandPager:
     def _obstacle(self, page: int) -> Wait | Outcome | None:
         """Return why `page` cannot be claimed now, None if it can. Under the mutex."""
         state = self._states[page]
-        if self._cancelled:
+        if self._cancelled and state != _PRESENT_BYTE:
             return Outcome.CANCELLED
         # PRESENT with a claim on it: the bit is set before the trap admits, and until then the access would
         # only fault again.
@@ -502,12 +502,13 @@ class DemandPager:
     def cancel(self) -> None:
         """Begin no more claims: every fault on an absent page ends as CANCELLED.
 
-        Claims under way end in their own time; whoever waits for one, or sleeps in the kernel on an absent
-        page, is woken now.
+        Claims under way end in their own time. Whoever waits for one is woken now, but for pages that are present
+        already and only being admitted; so is whoever sleeps in the kernel on an absent page.
         """
         with self._mutex:
             self._cancelled = True
-            waiting = [claim.event() for claim in self._claims]
+            absent = [claim for claim in self._claims if self._states[claim.first] != _PRESENT_BYTE]
+            waiting = [claim.event() for claim in absent]
             self._unpinned.notify_all()
         for event in waiting:
             event.set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 
 from kvmdp.bench.report.scale import Scale
 from kvmdp.bench.report.svg import (
@@ -27,8 +28,9 @@ WIDTH = 440.0
 _TOP = 30.0
 _RIGHT = 14.0
 _LINE = 17.0
-_LETTER = 6.4  # width of a letter at the style sheet's 12 px, on the generous side
-_NOTE_LETTERS = 64
+_LETTER = 7.3  # width of a letter at the style sheet's 12 px in a wide font
+_NOTE_LETTERS = 58
+_NEUTRAL = 7  # series whose grey stands for any
 
 Point = tuple[float, float]
 Ticks = Sequence[tuple[float, str]]
@@ -37,7 +39,7 @@ Ticks = Sequence[tuple[float, str]]
 class Chart:
     """A chart under construction. `name` makes its identifiers unique among the charts of a page."""
 
-    def __init__(self, name: str, title: str, description: str, height: float, left: float = 62.0) -> None:
+    def __init__(self, name: str, title: str, description: str, height: float, left: float = 74.0) -> None:
         self.name = name
         self.title = title
         self.description = description
@@ -46,7 +48,7 @@ class Chart:
         self._end = self.bottom
         self._marks: list[str] = []
         self._frame: list[str] = []
-        self._patterns: dict[int, str] = {}
+        self._patterns: dict[tuple[int, int], str] = {}
 
     # Axes
 
@@ -59,19 +61,25 @@ class Chart:
         return Scale(low, high, self.bottom, self.top, log)
 
     def x_axis(self, scale: Scale, ticks: Ticks, title: str, grid: bool = True) -> None:
-        """Draw the axis below the plot; `title` says quantity and unit. Labels that would touch are left out."""
-        end = float("-inf")
-        for value, text in ticks:
+        """Draw the axis below the plot; `title` says quantity and unit.
+
+        Where labels would touch, only every second one is written, or every third, and so on.
+        """
+        # The last label may not leave the drawing.
+        halves = [len(text) * _LETTER / 2 for _, text in ticks]
+        places = [min(scale(value), WIDTH - half - 1) for (value, _), half in zip(ticks, halves, strict=True)]
+        widest = 2 * max(halves, default=0) + _LETTER / 2
+        step = 1
+        while any(b - a < widest for a, b in pairwise(places[::step])):
+            step += 1
+        for index, (value, text) in enumerate(ticks):
             x = scale(value)
             if grid:
                 self._frame.append(element("path", d=_path((x, self.top), (x, self.bottom)), class_="rule"))
-            self._frame.append(element("path", d=_path((x, self.bottom), (x, self.bottom + 4)), class_="axis"))
-            half = len(text) * _LETTER / 2
-            if x - half > end:
-                # The last label may not leave the drawing.
-                place = min(x, WIDTH - half)
-                self._frame.append(label(text, place, self.bottom + 17, text_anchor="middle"))
-                end = x + half + _LETTER
+            mark = _path((x, self.bottom), (x, self.bottom + 4))
+            self._frame.append(element("path", d=mark, class_="axis"))
+            if index % step == 0:
+                self._frame.append(label(text, places[index], self.bottom + 17, text_anchor="middle"))
         middle = (self.left + self.right) / 2
         self._frame.append(label(title, middle, self.bottom + 35, text_anchor="middle", class_="soft"))
         corners = (self.left, self.bottom), (self.right, self.bottom)
@@ -86,14 +94,27 @@ class Chart:
             self._frame.append(label(text, self.left - 7, y + 4, text_anchor="end"))
         middle = (self.top + self.bottom) / 2
         self._frame.append(
-            label(title, 0, 0, text_anchor="middle", class_="soft", transform=f"translate(11 {middle:g}) rotate(-90)")
+            label(
+                title,
+                0,
+                0,
+                text_anchor="middle",
+                class_="soft",
+                transform=f"translate(11 {middle:g}) rotate(-90)",
+            )
         )
 
     def categories(self, names: Sequence[str], step: float) -> None:
-        """Name the rows of a bar chart, each `step` high, at the left."""
+        """Name the rows of a bar chart, each `step` high, at the left. A name too long for its place is cut."""
+        most = int((self.left - 7) / _LETTER)
         for row, name in enumerate(names):
-            self._frame.append(label(name, self.left - 7, self.top + (row + 0.5) * step + 4, text_anchor="end"))
-        self._frame.append(element("path", d=_path((self.left, self.top), (self.left, self.bottom)), class_="axis"))
+            shown = name if len(name) <= most else name[: most - 2] + ".."
+            self._frame.append(
+                label(shown, self.left - 7, self.top + (row + 0.5) * step + 4, text_anchor="end")
+            )
+        self._frame.append(
+            element("path", d=_path((self.left, self.top), (self.left, self.bottom)), class_="axis")
+        )
 
     # Marks
 
@@ -102,7 +123,12 @@ class Chart:
         hue, (dash, marker) = colour(series), line_style(series)
         if len(points) > 1:
             self._marks.append(
-                element("path", d=_path(*points), class_=f"line s{hue}", **({"stroke_dasharray": dash} if dash else {}))
+                element(
+                    "path",
+                    d=_path(*points),
+                    class_=f"line s{hue}",
+                    **({"stroke_dasharray": dash} if dash else {}),
+                )
             )
         self._marks += [_marker(marker, hue, x, y) for x, y in markers]
 
@@ -114,8 +140,8 @@ class Chart:
         ends = "".join(across.format(decimal(x - dx), decimal(y - dy)) for x, y in (low, high))
         self._marks.append(element("path", d=_path((x0, y0), (x1, y1)) + ends, class_=f"whisker {css}"))
 
-    def bar(self, y: float, height: float, end: float, series: int) -> None:
-        """Draw a level bar from the left axis to `end`, filled with the series' pattern."""
+    def bar(self, y: float, height: float, end: float, series: int, fill: int) -> None:
+        """Draw a level bar from the left axis to `end`, in the series' colour, filled with pattern `fill`."""
         self._marks.append(
             element(
                 "rect",
@@ -124,7 +150,7 @@ class Chart:
                 width=max(end - self.left, 0.5),
                 height=height,
                 class_=f"bar s{colour(series)}",
-                fill=self._fill(series),
+                fill=self._fill(series, fill),
             )
         )
 
@@ -146,7 +172,10 @@ class Chart:
     # Below the plot
 
     def legend(self, entries: Sequence[tuple[str, int]], kind: str) -> None:
-        """Explain the series (name, number), in lines as wide as the chart. `kind` is line, bar or dots."""
+        """Explain the series (name, number), in lines as wide as the chart.
+
+        `kind` is line, dots, or bar; for that the numbers are of patterns.
+        """
         x, y = 12.0, self._end + _LINE
         for name, series in entries:
             width = 34 + len(name) * _LETTER + 12
@@ -158,26 +187,26 @@ class Chart:
 
     def note(self, text: str) -> None:
         """Write a remark below everything, folded."""
-        for line in textwrap.wrap(text, _NOTE_LETTERS):
+        for line in textwrap.wrap(text, _NOTE_LETTERS, break_on_hyphens=False):
             self._end += _LINE
             self._frame.append(label(line, 12, self._end, class_="soft"))
 
     def _key(self, kind: str, series: int, x: float, y: float) -> str:
-        hue, (dash, marker) = colour(series), line_style(series)
         if kind == "bar":
-            attributes = {"class_": f"bar s{hue}", "fill": self._fill(series)}
-            return element("rect", x=x, y=y - 10, width=26, height=11, **attributes)
+            fill = self._fill(_NEUTRAL, series)
+            return element("rect", x=x, y=y - 10, width=26, height=11, class_=f"bar s{_NEUTRAL}", fill=fill)
+        hue, (dash, marker) = colour(series), line_style(series)
         if kind == "dots":
             mark = DOTS[series % len(DOTS)]
-            path = "".join(f"M{decimal(x + step)} {decimal(y - 4)}{mark}" for step in (4, 10, 16, 22))
-            return element("path", d=path, class_=f"dots s{hue}")
+            path = "".join(f"M{decimal(x + step)} {decimal(y - 4)}{mark}" for step in (4, 13, 22))
+            return element("path", d=path, class_=f"dots key s{hue}")
         dashed = {"stroke_dasharray": dash} if dash else {}
         line = element("path", d=_path((x, y - 4), (x + 28, y - 4)), class_=f"line s{hue}", **dashed)
         return line + _marker(marker, hue, x + 14, y - 4)
 
-    def _fill(self, series: int) -> str:
-        identifier = f"{self.name}-fill-{series}"
-        self._patterns[series] = pattern(identifier, series)
+    def _fill(self, series: int, fill: int) -> str:
+        identifier = f"{self.name}-fill-{series}-{fill}"
+        self._patterns[series, fill] = pattern(identifier, series, fill)
         return f"url(#{identifier})"
 
     def render(self, standalone: bool) -> str:
@@ -219,5 +248,3 @@ def _marker(marker: str, hue: int, x: float, y: float) -> str:
         class_=f"marker s{hue} {fill}".strip(),
         transform=f"translate({decimal(x)} {decimal(y)})",
     )
-
-

@@ -9,12 +9,13 @@ from kvmdp.bench.report.chart import Chart
 from kvmdp.bench.report.figure import Figure, Table, Value
 from kvmdp.bench.report.results import Document, Results, latency_name, place_name, vcpus_name
 from kvmdp.bench.report.scale import duration, linear_ticks, log_ticks, memory, number
+from kvmdp.bench.report.svg import colour
 from kvmdp.bench.report.tracefigures import fault_map, pages_present
 from kvmdp.bench.spread import BUCKETS
 
 _BAR = 9.0
 _BAR_GAP = 9.0
-_BAR_LEFT = 136.0
+_BAR_LEFT = 160.0
 
 
 def figures(results: Results) -> list[Figure]:
@@ -34,33 +35,34 @@ def _spread(spread: Document | None) -> list[Value]:
     return [spread["median"], spread["min"], spread["max"]] if spread else [None, None, None]
 
 
+def _micros(latency: float) -> float:
+    """Return seconds in microseconds, without the last bits that the multiplication leaves."""
+    return round(1e6 * latency, 3)
+
+
 def rates(results: Results) -> Figure:
     """Pages a second by vCPUs, one panel a latency."""
     rows: list[list[Value]] = []
     for name, vcpus, latency, entry in results.entries():
         ratio = results.ratio(name, vcpus, latency)
         floor = results.floor(results.trap(name), vcpus, latency)
-        rows.append(
-            [1e6 * latency, vcpus, name, len(entry["rounds"])]
-            + _spread(entry["pages_per_second"])
-            + _spread(ratio)
-            + _spread(floor)
-            + _spread(entry["own_cost_us"])
-            + [entry["in_flight"]]
-        )
-    spreads = [
+        spreads = (entry["pages_per_second"], ratio, floor, entry["own_cost_us"])
+        figures = [figure for spread in spreads for figure in _spread(spread)]
+        rows.append([_micros(latency), vcpus, name, len(entry["rounds"]), *figures, entry["in_flight"]])
+    columns = [
         f"{what}, {which}"
         for what in ("pages/s", "ratio to userfaultfd", "floor, us", "own cost, us a page")
         for which in ("median", "min", "max")
     ]
-    header = ["network latency, us", "vCPUs", "contender", "rounds", *spreads, "fetches in flight, mean"]
+    header = ["network latency, us", "vCPUs", "contender", "rounds", *columns, "fetches in flight, mean"]
     panels = [_rate_panel(results, index, latency) for index, latency in enumerate(results.latencies, 1)]
     return Figure(
         "pages-per-second",
         "Pages a second by vCPUs",
         "Pages that all vCPUs together got through in a second, 4 KiB each. A mark is the median of the rounds, its "
         "whisker reaches from the slowest to the fastest; marks of one vCPU count are set apart sideways only to be "
-        "seen. Each panel has its own scale.",
+        "seen. Each panel has its own scale. Own cost, in the table, is the time a page less the floor: with more "
+        "than one vCPU faults overlap, so that it may be below 0, and a network's latency is part of it.",
         panels,
         Table(header, rows),
     )
@@ -91,7 +93,7 @@ def _rate_panel(results: Results, index: int, latency: float) -> Chart:
             if entry is not None:
                 rate = entry["pages_per_second"]
                 place = x(at + aside)
-                chart.whisker((place, y(rate["min"])), (place, y(rate["max"])), f"s{series % 8}")
+                chart.whisker((place, y(rate["min"])), (place, y(rate["max"])), f"s{colour(series)}")
                 points.append((place, y(rate["median"])))
         chart.line(points, series, points)
     chart.legend([(name, results.contenders.index(name)) for name in names], "line")
@@ -118,9 +120,9 @@ def latencies(results: Results) -> Figure:
         if name in results.paging:
             found = entry["latency_us"]
             percentiles = [found[key] for key in ("p50", "p90", "p99", "max")]
-            rows.append([1e6 * latency, vcpus, name, *percentiles, *found["buckets"]])
+            rows.append([_micros(latency), vcpus, name, *percentiles, *found["buckets"]])
     counts = dict.fromkeys((results.vcpus[0], results.vcpus[-1]))
-    places = [(vcpus, latency) for latency in results.latencies for vcpus in counts]
+    places = [(vcpus, latency) for vcpus in counts for latency in results.latencies]
     return Figure(
         "latency",
         "Latency of a fault",
@@ -136,7 +138,7 @@ def latencies(results: Results) -> Figure:
 def _latency_panel(results: Results, index: int, vcpus: int, latency: float) -> Chart:
     chart = Chart(
         f"latency-{index}",
-        place_name(vcpus, latency)[0].upper() + place_name(vcpus, latency)[1:],
+        place_name(vcpus, latency),
         f"Lines: cumulative share of faults against latency, {place_name(vcpus, latency)}, one line a contender.",
         200,
     )
@@ -149,9 +151,8 @@ def _latency_panel(results: Results, index: int, vcpus: int, latency: float) -> 
     first, last = (min(filled), max(filled)) if filled else (0, 10)
     x = chart.x_scale(2.0**first, 2.0 ** (last + 1), log=True)
     y = chart.y_scale(0, 100)
-    # Every other power of two, so that the labels do not touch.
-    step = 1 if last - first < 7 else 2
-    chart.x_axis(x, [(2.0**k, duration(2**k)) for k in range(first, last + 2, step)], "latency of a fault, at most")
+    ticks = [(2.0**k, duration(2**k)) for k in range(first, last + 2)]
+    chart.x_axis(x, ticks, "latency of a fault, at most")
     chart.y_axis(y, [(share, str(share)) for share in range(0, 101, 20)], "faults, %")
     if not counted:
         chart.empty("no faults were measured here")
@@ -174,9 +175,11 @@ def cpu(results: Results) -> Figure:
     header += ["user s, all rounds", "system s, all rounds", "faults, all rounds", "pages, all rounds"]
     rows: list[list[Value]] = []
     for name, vcpus, latency, entry in results.entries():
-        sums = (sum(each[key] for each in entry["rounds"]) for key in ("user_s", "system_s", "faults", "pages"))
+        sums = (
+            sum(each[key] for each in entry["rounds"]) for key in ("user_s", "system_s", "faults", "pages")
+        )
         costs = _spread(entry["cpu_us_per_fault"]) + _spread(entry["switches_per_fault"])
-        rows.append([1e6 * latency, vcpus, name, *costs, *(round(each, 6) for each in sums)])
+        rows.append([_micros(latency), vcpus, name, *costs, *(round(each, 6) for each in sums)])
     return Figure(
         "cpu",
         "CPU a fault",
@@ -189,7 +192,9 @@ def cpu(results: Results) -> Figure:
 
 
 def _cpu_panel(results: Results, index: int, latency: float) -> Chart:
-    names = [name for name in results.contenders if any(results.entry(name, v, latency) for v in results.vcpus)]
+    names = [
+        name for name in results.contenders if any(results.entry(name, v, latency) for v in results.vcpus)
+    ]
     step = _BAR * len(results.vcpus) + _BAR_GAP
     chart = Chart(
         f"cpu-{index}",
@@ -213,7 +218,7 @@ def _cpu_panel(results: Results, index: int, latency: float) -> Chart:
                 chart.text("not measured", chart.left + 4, top + _BAR - 1)
                 continue
             cost = entry["cpu_us_per_fault"]
-            chart.bar(top, _BAR - 1, x(cost["median"]), bar)
+            chart.bar(top, _BAR - 1, x(cost["median"]), results.contenders.index(name), bar)
             middle = top + (_BAR - 1) / 2
             chart.whisker((x(cost["min"]), middle), (x(cost["max"]), middle), "over")
     chart.legend([(vcpus_name(vcpus), bar) for bar, vcpus in enumerate(results.vcpus)], "bar")
@@ -231,7 +236,8 @@ def memory_by_gib(results: Results) -> Figure:
     """What demand paging costs in memory, one panel a size of RAM."""
     measured = results.document["memory"]
     columns = ("contender", "gib", "vmpte_kib", "bitmap_bytes", "slot_kib", "memslots")
-    header = ["contender", "RAM, GiB", "page tables (VmPTE), KiB", "bitmap, bytes", "memslots (kernel), KiB", "memslots"]
+    header = ["contender", "RAM, GiB", "page tables (VmPTE), KiB", "bitmap, bytes"]
+    header += ["memslots (kernel), KiB", "memslots"]
     sizes = sorted({row["gib"] for row in measured})
     return Figure(
         "memory",
@@ -239,12 +245,14 @@ def memory_by_gib(results: Results) -> Figure:
         "What demand paging takes of the host's memory, by size of the guest's RAM: the process's page tables, the "
         "present bitmap, and the kernel memory of the memslots. The axis is logarithmic. The bitmap is the emulator's "
         "own: userfaultfd by itself needs none.",
-        [_memory_panel(measured, index, size) for index, size in enumerate(sizes, 1)],
+        [_memory_panel(results, index, size) for index, size in enumerate(sizes, 1)],
         Table(header, [[row[column] for column in columns] for row in measured]),
     )
 
 
-def _memory_panel(measured: list[Document], index: int, size: float) -> Chart:
+def _memory_panel(results: Results, index: int, size: float) -> Chart:
+    measured = results.document["memory"]
+    names = list(dict.fromkeys([*results.contenders, *(row["contender"] for row in measured)]))
     rows = [row for row in measured if row["gib"] == size]
     step = _BAR * len(_KINDS) + _BAR_GAP
     chart = Chart(
@@ -263,7 +271,7 @@ def _memory_panel(measured: list[Document], index: int, size: float) -> Chart:
         for kind, kib in enumerate(_kib(row)):
             top = chart.top + at * step + _BAR_GAP / 2 + kind * _BAR
             if kib > 0:
-                chart.bar(top, _BAR - 1, x(kib), kind)
+                chart.bar(top, _BAR - 1, x(kib), names.index(row["contender"]), kind)
             else:
                 # A logarithmic axis has no place for nothing.
                 chart.text("0", chart.left + 3, top + _BAR - 1)

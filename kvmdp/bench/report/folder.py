@@ -49,7 +49,9 @@ def _check_ours(path: Path) -> None:
     if not names:
         return
     if not _has_marker(path / DOCUMENT):
-        raise ReportError(f"{path}: that folder is not empty and holds no report of kvmdp; name another or a new one")
+        raise ReportError(
+            f"{path}: that folder is not empty and holds no report of kvmdp; name another or a new one"
+        )
     strange = [name for name in names if not name.endswith(_SUFFIXES) or (path / name).is_dir()]
     if strange:
         raise ReportError(
@@ -78,7 +80,8 @@ def write_report(document: Document, folder: str | Path) -> None:
         new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
             for name, text in contents.items():
-                (new / name).write_text(text, encoding="utf-8", newline="")
+                # JSON may name what UTF-8 cannot hold (half a surrogate pair).
+                (new / name).write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
             # mkdtemp makes folders for their owner alone; a report is a folder like any other.
             mask = os.umask(0)
             os.umask(mask)
@@ -112,7 +115,10 @@ def files(document: Document) -> dict[str, str]:
     """Return the report's files, name -> text. The same document gives the same text, byte for byte."""
     results = Results(document)
     drawn = figures(results)
-    contents = {"index.html": page(results, drawn), DOCUMENT: json.dumps(document, separators=(",", ":")) + "\n"}
+    contents = {
+        "index.html": page(results, drawn),
+        DOCUMENT: json.dumps(document, separators=(",", ":")) + "\n",
+    }
     for figure in drawn:
         contents |= {f"{panel.name}.svg": panel.render(standalone=True) + "\n" for panel in figure.panels}
         contents[f"{figure.name}.csv"] = _csv(figure)

@@ -6,16 +6,14 @@ Units: those of the document; latency of the network in seconds. What was not me
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvmdp.bench.comparison import BASELINE
 from kvmdp.bench.report.scale import duration
 
 SCHEMA = "kvmdp.compare/1"
-BENCH_SCHEMA = "kvmdp.bench/1"
-TRACE_SCHEMA = "kvmdp.trace/1"
-BASELINE = "userfaultfd"
 
 Document = dict[str, Any]
 Place = tuple[int, float]  # vCPUs, latency
@@ -83,7 +81,9 @@ class Results:
         done = len(self._entries[name, vcpus, latency]["rounds"])
         return done, bench["options"].get("rounds", done)
 
-    def ratio(self, name: str, vcpus: int, latency: float, metric: str = "pages_per_second") -> Document | None:
+    def ratio(
+        self, name: str, vcpus: int, latency: float, metric: str = "pages_per_second"
+    ) -> Document | None:
         """Return the spread of a contender's ratio to userfaultfd, as the document has it."""
         bench = self._benches.get((name, vcpus, latency), {"ratios": ()})
         wanted = (name, BASELINE, metric)
@@ -121,14 +121,21 @@ class Results:
             done, planned = self.rounds(name, vcpus, latency)
             if done < planned:
                 lines.append(f"{name}, {place_name(vcpus, latency)}: {done} of {planned} rounds.")
-        for name in self.contenders:
-            if name not in self.skipped:
-                holes = [place for place in self._grid() if (name, *place) not in self._entries]
-                if holes:
-                    lines.append(f"{name} has no figures at {'; '.join(place_name(*place) for place in holes)}.")
-        if self._entries:
+        for place in self._grid():
+            absent = [name for name in self.contenders if (name, *place) not in self._entries]
+            absent = [name for name in absent if name not in self.skipped]
+            if absent:
+                lines.append(f"Nothing was measured of {', '.join(absent)} at {place_name(*place)}.")
+        if not self._is_one_bench:
             lines += self._untraced()
         return lines
+
+    @property
+    def _is_one_bench(self) -> bool:
+        """Whether this is but a bench document, which has neither traces nor memory by GiB to miss."""
+        return (
+            len(self.document["benches"]) == 1 and not self.document["traces"] and not self.document["memory"]
+        )
 
     def _grid(self) -> list[Place]:
         return [(vcpus, latency) for latency in self.latencies for vcpus in self.vcpus]
@@ -148,6 +155,11 @@ def vcpus_name(vcpus: int) -> str:
     return f"{vcpus} vCPU" + "s" * (vcpus != 1)
 
 
+def trace_name(name: str, trace: Document) -> str:
+    """Return the name of a traced run, with its number of vCPUs where the trace says it."""
+    return f"{name}, {vcpus_name(trace['vcpus'])}" if trace["vcpus"] else name
+
+
 def latency_name(latency: float) -> str:
     """Return "no network latency", "30 us network latency"."""
     return f"{duration(1e6 * latency)} network latency" if latency else "no network latency"
@@ -163,11 +175,20 @@ def from_bench(bench: Document) -> Document:
     return _comparison(bench["version"], bench["complete"], bench["host"]) | {"benches": [bench]}
 
 
-def from_trace(name: str, header: Document, records: list[Any]) -> Document:
-    """Return a comparison document that holds one traced run."""
-    trace = {"vcpus": header["vcpus"], "memory_bytes": header["memory_bytes"], "records": records}
-    document = _comparison(header.get("version", ""), True, header.get("host", {}))
-    return document | {"traces": {name: trace}}
+def from_traces(runs: Sequence[tuple[Document, list[Any]]]) -> Document:
+    """Return a comparison document that holds traced runs (header, records), and nothing else."""
+    traces: dict[str, Document] = {}
+    for header, records in runs:
+        name = header.get("contender") or header["trap"]
+        # A name may come twice in one file.
+        name += f" ({len(traces) + 1})" if name in traces else ""
+        traces[name] = {
+            "vcpus": header.get("vcpus"),
+            "memory_bytes": header["memory_bytes"],
+            "records": records,
+        }
+    first = runs[0][0]
+    return _comparison(first.get("version", ""), True, first.get("host", {})) | {"traces": traces}
 
 
 def _comparison(version: str, complete: bool, host: Document) -> Document:

@@ -63,7 +63,7 @@ def duration(microseconds: float) -> str:
     """Return a time in the unit that suits it: "30 us", "1 ms", "2.5 s"."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
         if microseconds >= size:
-            return f"{microseconds / size:.4g} {unit}"
+            return f"{microseconds / size:.3g} {unit}"
     return f"{microseconds:.4g} us"
 
 

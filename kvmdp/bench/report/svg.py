@@ -26,7 +26,7 @@ _COLOURS = {
     "s2": ("#00875f", "#1fb88c"),
     "s3": ("#b8609a", "#d68cb8"),
     "s4": ("#bb7c00", "#e69f00"),
-    "s5": ("#1b2026", "#e4e8ec"),
+    "s5": ("#444c56", "#c9d1d9"),
     "s6": ("#2f91cc", "#8fd0f5"),
     "s7": ("#6e7781", "#8b949e"),
 }
@@ -58,8 +58,17 @@ PATTERNS = (
     "M0 3H6",
 )
 
-# What a point of a scatter looks like, drawn from where the point is.
-DOTS = ("h0", "m-1.2 0h2.4", "m0 -1.2v2.4", "m-1 -1l2 2m0 -2l-2 2", "m-1 1l2 -2", "m-1 -1l2 2", "h0.6", "v0.6")
+# What a point of a scatter looks like, drawn from where the point is. The last two stand out among the others.
+DOTS = (
+    "h0",
+    "m-1.2 0h2.4",
+    "m0 -1.2v2.4",
+    "m-1 -1l2 2m0 -2l-2 2",
+    "m-1 1l2 -2",
+    "m-1 -1l2 2",
+    "m-2.4 0h4.8m-2.4 -2.4v4.8",
+    "m-1.9 -1.9l3.8 3.8m0 -3.8l-3.8 3.8",
+)
 
 
 def _variables(dark: bool) -> str:
@@ -82,6 +91,7 @@ STYLE = (
     ".chart .over{stroke:var(--ink)}\n"
     ".chart .bar{stroke-width:1}\n"
     ".chart .dots{fill:none;stroke-width:1.5;stroke-linecap:round}\n"
+    ".chart .key{stroke-width:2.2}\n"
     + "".join(f".chart .s{i}{{stroke:var(--s{i})}}.chart .f{i}{{fill:var(--s{i})}}" for i in range(SERIES))
     + "\n"
 )
@@ -135,10 +145,10 @@ def line_style(index: int) -> tuple[str, str]:
     return DASHES[(index + turn) % len(DASHES)], MARKERS[(index + 3 * turn) % len(MARKERS)]
 
 
-def pattern(identifier: str, index: int) -> str:
-    """Return the definition of the pattern that fills bars of series `index`."""
+def pattern(identifier: str, series: int, index: int) -> str:
+    """Return the definition of pattern `index` in the colour of `series`, which fills bars."""
     strokes = PATTERNS[index % len(PATTERNS)]
-    hue = colour(index)
+    hue = colour(series)
     tile = element("rect", width=6, height=6, class_=f"f{hue}")
     if strokes is not None:
         tile = element("rect", width=6, height=6, class_="ground")

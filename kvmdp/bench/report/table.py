@@ -9,7 +9,7 @@ from kvmdp.bench.report.results import Document, Results, latency_name, vcpus_na
 
 WIDTH = 100
 _NAME = 40  # no contender's name takes more columns than this
-_CELL = 25  # pages/s 11, ratio 7, own cost 7
+_RATE, _RATIO, _OWN = 12, 8, 8
 
 
 def table(document: Document) -> list[str]:
@@ -23,58 +23,80 @@ def table(document: Document) -> list[str]:
             "x uffd: median of the ratios to userfaultfd with one reader, round by round. own: us a page above the "
             "floor, the cost of a bare fault exit. *: fewer rounds than planned. -: not measured."
         )
-    lines += [line for text in results.missing() for line in _fold(text)]
-    return lines
+    return lines + [line for text in results.missing() for line in _fold(text)]
 
 
 def claim_lines(document: Document) -> list[str]:
     """Return the claims with their verdicts, folded to WIDTH columns."""
     lines = []
     for each in document["claims"]:
-        lines += _fold(f"{each['verdict']:<10} {each['who']}: {each['claim']}")
-        lines += textwrap.wrap(each["why"], WIDTH, initial_indent=" " * 11, subsequent_indent=" " * 11)
+        indent = " " * 11
+        heading = f"{each['verdict']:<10} {each['who']}: {each['claim']}"
+        lines += _wrap(heading, "", indent)
+        lines += _wrap(each["why"], indent + "  ", indent + "  ")
     return lines
 
 
 def _fold(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+    return _wrap(text, "", "  ")
+
+
+def _wrap(text: str, first: str, rest: str) -> list[str]:
+    # Names such as memory-fault stay whole.
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def _block(results: Results, latency: float) -> Iterator[str]:
-    """Return the lines of one latency; where the vCPU counts need more columns than there are, one part below another."""
-    present = [vcpus for vcpus in results.vcpus if any(results.entry(n, vcpus, latency) for n in results.contenders)]
-    width = min(max(len(name) for name in results.contenders), _NAME)
-    most = (WIDTH - width) // _CELL
-    for start in range(0, len(present), most):
-        yield from _part(results, latency, present[start : start + most], width)
+    """Return the lines of one latency; what does not fit beside each other stands below."""
+    counts = [
+        vcpus for vcpus in results.vcpus if any(results.entry(n, vcpus, latency) for n in results.contenders)
+    ]
+    rows = [*results.contenders, *(_floor_name(results.trap(name)) for name in results.paging)]
+    width = min(max(len(row) for row in rows), _NAME)
+    most = (WIDTH - width - _OWN) // (_RATE + _RATIO)
+    for start in range(0, len(counts), most):
+        yield from _part(results, latency, counts[start : start + most], width)
 
 
 def _part(results: Results, latency: float, counts: Sequence[int], width: int) -> Iterator[str]:
+    owns = [_has_own(vcpus, latency) for vcpus in counts]
+    widths = [_RATE + _RATIO + _OWN * own for own in owns]
     yield latency_name(latency)
-    yield f"{'':<{width}}" + "".join(f"{vcpus_name(vcpus):>{_CELL}}" for vcpus in counts)
-    yield f"{'contender':<{width}}" + f"{'pages/s':>11}{'x uffd':>7}{'own':>7}" * len(counts)
+    yield f"{'':<{width}}" + "".join(f"{vcpus_name(v):>{w}}" for v, w in zip(counts, widths, strict=True))
+    heads = (f"{'pages/s':>{_RATE}}{'x uffd':>{_RATIO}}" + f"{'own us':>{_OWN}}" * own for own in owns)
+    yield f"{'contender':<{width}}" + "".join(heads)
     for name in results.contenders:
         shown = name if len(name) <= width else name[: width - 2] + ".."
         yield f"{shown:<{width}}" + "".join(_cell(results, name, vcpus, latency) for vcpus in counts)
     for trap in dict.fromkeys(results.trap(name) for name in results.paging):
         floors = [results.floor(trap, vcpus, latency) for vcpus in counts]
         if any(floors):
-            cells = (f"{floor['median']:.1f}" if floor else "-" for floor in floors)
-            yield f"{f'floor {trap}, us':<{width}}"[:_NAME] + "".join(f"{cell:>{_CELL}}" for cell in cells)
+            cells = (f"{floor['median']:.1f} us" if floor else "-" for floor in floors)
+            row = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+            yield f"{_floor_name(trap):<{width}}{row}"
+
+
+def _floor_name(trap: str | None) -> str:
+    return f"floor of {trap}"
+
+
+def _has_own(vcpus: int, latency: float) -> bool:
+    """Whether own cost says something: where faults overlap or wait for a network, time a page less floor does not."""
+    return vcpus == 1 and not latency
 
 
 def _cell(results: Results, name: str, vcpus: int, latency: float) -> str:
-    entry = results.entry(name, vcpus, latency)
-    if entry is None:
-        return f"{'-':>10} {'-':>7}{'-':>7}"
-    done, planned = results.rounds(name, vcpus, latency)
-    rate = f"{entry['pages_per_second']['median']:,.0f}"
-    ratio, own = results.ratio(name, vcpus, latency), entry["own_cost_us"]
-    return (
-        f"{rate:>10}{'*' if done < planned else ' '}"
-        + (f"{ratio['median']:>7.2f}" if ratio else f"{'-':>7}")
-        + (f"{own['median']:>7.1f}" if own else f"{'-':>7}")
-    )
+    entry, ratio = results.entry(name, vcpus, latency), results.ratio(name, vcpus, latency)
+    own = entry["own_cost_us"] if entry else None
+    rate = f"{entry['pages_per_second']['median']:,.0f}" if entry else "-"
+    partial = entry is not None and len(set(results.rounds(name, vcpus, latency))) > 1
+    cells = [
+        (rate + "*" if partial else rate + " ").rjust(_RATE),
+        (f"{ratio['median']:.2f}" if ratio else "-").rjust(_RATIO),
+    ]
+    if _has_own(vcpus, latency):
+        cells.append((f"{own['median']:.1f}" if own else "-").rjust(_OWN))
+    return "".join(cells)
 
 
 def lines(bench: Document) -> list[str]:
