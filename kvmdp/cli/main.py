@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kvmdp import __version__
-from kvmdp.cli import bench, probe, run
+from kvmdp.cli import bench, probe, report, run
 from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvmdp {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (probe, run, bench):
+    for module in (probe, run, bench, report):
         module.add_parser(commands)
     return parser
 

@@ -36,6 +36,7 @@ from kvmdp.paging.fault import PagingError, UnsupportedError
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import SLOT_TRAPS, TRAPS
 from kvmdp.paging.trap.slots import check_granule, least_granule
+from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.source.base import PageSource, SourceError
 from kvmdp.source.image import ImageError, ImageSource
 from kvmdp.source.synthetic import SyntheticSource
@@ -73,7 +74,7 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         "--trap",
         default="auto",
         metavar="TRAP",
-        help=f"auto, {', '.join(TRAPS)} (default: auto, the fastest proven)",
+        help=f"auto, {', '.join(TRAPS)} (default: auto, the fastest proven one with exits)",
     )
     option(
         "--backing",
@@ -90,6 +91,18 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="memory a memslot covers, for memory-fault and mmio (default: least that "
         "makes at most 16384 memslots)",
+    )
+    option(
+        "--readers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="userfaultfd: reader threads, 1 to 99 (default: 1)",
+    )
+    option(
+        "--uffd-per-vcpu",
+        action="store_true",
+        help="userfaultfd: a descriptor for each vCPU's share of RAM (default: one)",
     )
     option(
         "--fault-around",
@@ -236,6 +249,8 @@ def _plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workloa
 def _machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
     """Check what concerns the machine and choose the trap. Raises ValueError."""
     FaultAround(options.fault_around)
+    if not 1 <= options.readers <= 99:
+        raise ValueError(f"--readers {options.readers}: give 1 to 99")
     if options.backing not in BACKINGS:
         raise ValueError(f"there is no backing {options.backing!r}: choose from {', '.join(BACKINGS)}")
     if options.trap != "auto" and options.trap not in TRAPS:
@@ -261,6 +276,7 @@ def _machine_options(options: argparse.Namespace, memory: int) -> MachineOptions
         vcpus=options.vcpus,
         granule=granule,
         fault_around=options.fault_around,
+        uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1),
         program=b"" if options.guest is None else read_program(options.guest),
     )
 

@@ -59,6 +59,7 @@ class FakeTrap:
     name = "fake"
     needs_quiesce = False
     memslots = 0
+    latencies = ()
 
     def __init__(self, pages, granule, memory):
         self.granule = granule
@@ -99,6 +100,9 @@ class FakeTrap:
 
     def reassert(self, first, count):
         self.calls.append(("reassert", first, count))
+
+    def release_sleepers(self):
+        pass
 
     def close(self):
         pass

@@ -67,19 +67,17 @@ class MarkerTrap(UffdView):
         if self._staging is None:
             self.admit(first, count)
 
-    def _reader(self) -> Callable[[abi.uffd_msg], None]:
+    def _reader(self) -> Callable[[int, int], None]:
         return self._serve
 
-    def _serve(self, message: abi.uffd_msg) -> None:
+    def _serve(self, address: int, _read: int) -> None:
         """Answer a fault that came through: map the page if it is present, else put the marker there.
 
         The pin keeps the page present until it is mapped; without it a revocation could end between the look
         at the page's state and the call, and the guest would be let into a page it was shut out of.
         """
-        if message.event != abi.UFFD_EVENT_PAGEFAULT:
-            return
         assert self._presence is not None
-        page = (message.arg.pagefault.address - self._guest.hva) // PAGE_SIZE
+        page = (address - self._guest.hva) // PAGE_SIZE
         uffd, hva = self._uffd_of(page), self._hva(page)
         if not self._presence.hold(page):
             uffd.poison(hva, PAGE_SIZE)

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import functools
 import os
+from collections.abc import Callable
 from ctypes import byref
 
 from kvmdp.abi import libc
@@ -94,6 +95,8 @@ class Uffd:
         # One argument structure a call and thread would be safest; they are made per call because the calls
         # come from many threads at once. Keeping the GIL is right for those that never sleep long.
         self._ioctl = libc.libc_held.ioctl
+        # Called when the kernel says "try again" without having done anything.
+        self.on_again: Callable[[], None] = lambda: None
         try:
             request = abi.uffdio_api(api=abi.UFFD_API, features=features)
             libc.ioctl(self.fd, abi.UFFDIO_API, byref(request), "UFFDIO_API")
@@ -166,6 +169,7 @@ class Uffd:
             return result, False
         number = ctypes.get_errno() if result == 0 else -result
         if number == errno.EAGAIN:
+            self.on_again()
             return 0, False
         if number == errno.EEXIST:
             # Whoever sleeps on the page was meant to be woken by the call that found it there.

@@ -13,7 +13,9 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from kvmdp.abi import userfaultfd as abi
@@ -63,11 +65,13 @@ class UffdView:
         self._readers: list[threading.Thread] = []
         self._wakeup = -1
         self._presence: Presence | None = None
+        self._this_thread = threading.local()
         self._staging: Mapping | None = None
         self._uffds: list[Uffd] = []
         try:
             for _ in range(-(-pages // self._shard)):
                 self._uffds.append(Uffd(features, kernel_faults=kernel_faults))
+                self._uffds[-1].on_again = self._make_way
             if not backing.shared:
                 # Of RAM's size, of which only what is on its way, or shut out, takes memory.
                 self._staging = Mapping.anonymous(backing.size)
@@ -152,9 +156,12 @@ class UffdView:
 
     # The readers
 
-    def _reader(self) -> Callable[[abi.uffd_msg], None]:
-        """Return what serves one event, made anew for each reader thread."""
+    def _reader(self) -> Callable[[int, int], None]:
+        """Return what serves a fault at an address (hva) that was read at a time (ns), one a reader thread."""
         raise NotImplementedError
+
+    def _removed(self, start: int, end: int) -> None:
+        """Take note that the range (hva) is being discarded; only where that event was asked for."""
 
     def _read(self, uffd: Uffd) -> None:
         try:
@@ -166,13 +173,40 @@ class UffdView:
     def _serve_until_stopped(self, uffd: Uffd) -> None:
         messages = (abi.uffd_msg * _BATCH)()
         serve = self._reader()
+        faults: deque[tuple[int, int]] = deque()  # address, when it was read
+
+        def take() -> None:
+            """Take what waits: note discards at once, keep faults for later."""
+            count = uffd.read(messages)
+            now = time.perf_counter_ns()
+            for index in range(count):
+                message = messages[index]
+                if message.event == abi.UFFD_EVENT_PAGEFAULT:
+                    faults.append((message.arg.pagefault.address, now))
+                elif message.event == abi.UFFD_EVENT_REMOVE:
+                    self._removed(message.arg.remove.start, message.arg.remove.end)
+
+        self._this_thread.take = take
         with select.epoll(flags=select.EPOLL_CLOEXEC) as poll:
             # Of several readers of one descriptor the kernel wakes one.
             poll.register(uffd.fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
             poll.register(self._wakeup, select.EPOLLIN)
             while not any(fd == self._wakeup for fd, _ in poll.poll()):
-                for index in range(uffd.read(messages)):
-                    serve(messages[index])
+                take()
+                while faults:
+                    serve(*faults.popleft())
+
+    def _make_way(self) -> None:
+        """Let a discard go on that the kernel wants finished before it maps anything (EAGAIN).
+
+        Whoever discards sleeps until its event has been read. If the thread that is told to try again is the reader
+        that has to read it, trying again is not enough.
+        """
+        take = getattr(self._this_thread, "take", None)
+        if take is None:
+            time.sleep(0)  # no reader: they will see to it
+        else:
+            take()
 
     def _stop_readers(self) -> None:
         if self._readers:

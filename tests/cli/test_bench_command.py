@@ -1,0 +1,76 @@
+"""`kvmdp bench`: what a user sees of a measurement, and of a command line that makes no sense."""
+
+import json
+
+import pytest
+from command import kvmdp
+
+needs_kvm = pytest.mark.kvm
+
+
+@needs_kvm
+@pytest.mark.userfaultfd
+def test_contenders_take_turns_and_the_result_is_one_document(tmp_path):
+    trace = tmp_path / "trace"
+    done = kvmdp(
+        "bench", "-b", "2M", "--rounds", "2", "--json", "-", "--trace", str(trace),
+        "present", "marker", "userfaultfd", "userfaultfd-r2:vcpus=2",
+    )  # fmt: skip
+    assert done.status == 0
+    document = json.loads(done.stdout)
+    assert document["schema"] == "kvmdp.bench/1"
+    assert document["complete"] is True
+    assert [each["name"] for each in document["contenders"]] == [
+        "present", "marker", "userfaultfd", "userfaultfd-r2:vcpus=2",
+    ]  # fmt: skip
+    present, marker, _, two = document["contenders"]
+    assert [one["faults"] for one in present["rounds"]] == [0, 0]
+    assert [one["faults"] for one in marker["rounds"]] == [512, 512]
+    assert [one["pages"] for one in two["rounds"]] == [1024, 1024]
+    assert sum(marker["latency_us"]["buckets"]) == 1024
+    assert len(marker["latency_us"]["buckets"]) == 24
+    assert document["floor_us"]["marker"]["median"] > 0
+    assert document["floor_us"]["userfaultfd"] is None
+    ratios = {(row["a"], row["b"]) for row in document["ratios"] if row["metric"] == "pages_per_second"}
+    assert len(ratios) == 4 * 3
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert [line["contender"] for line in lines if isinstance(line, dict)][1] == "marker"
+    assert sum(isinstance(line, list) for line in lines) == 512 + 512 + 1024
+
+
+@needs_kvm
+def test_a_bound_that_does_not_hold_is_named_and_fails(tmp_path):
+    bounds = tmp_path / "bounds.toml"
+    bounds.write_text(
+        '[[bound]]\nmetric = "pages_per_second"\na = "marker"\nb = "present"\nmax = 1000\n'
+        '[[bound]]\nmetric = "memory.memslots"\ncontender = "marker"\nmin = 100\n'
+    )
+    done = kvmdp("bench", "-b", "2M", "--rounds", "1", "--check", str(bounds), "present", "marker")
+    assert done.status == 1
+    assert "FELL SHORT: memory.memslots of marker: at least 100; measured 1" in done.stderr
+    assert "ok: pages_per_second of marker / present" in done.stderr
+
+
+@needs_kvm
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-v", "0"], "0 vCPUs: the guest runs with 1 to 16"),
+        (["-b", "3K"], "3K of guest memory is too little"),
+        (["-q"], "unrecognized arguments: -q"),
+        (["nonsense"], "there is no contender 'nonsense'"),
+        (["marker", "marker"], "marker is named twice"),
+        (["marker:colour=red"], "a contender has no 'colour'"),
+        (["-u", "MINOR", "-s", "anonymous"], "anonymous memory has no minor faults"),
+        (["-r", "3"], "-a and -r go with -u"),
+        (["--latency", "fast"], "'fast' is not a latency"),
+        (["--rounds", "0"], "--rounds 0: give at least 1"),
+        (["--check", "/nonexistent"], "--check /nonexistent: No such file or directory"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_refused_in_one_sentence(arguments, sentence):
+    done = kvmdp("bench", *arguments)
+    assert done.status == 2
+    assert done.stderr.startswith("kvmdp: ")
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,106 @@
+"""The userfaultfd mode: same pager, same results; vCPUs sleep in the kernel and always come out again."""
+
+import threading
+import time
+
+import pytest
+from harness import BACKINGS, SEED, TIMEOUT, all_of_ram, make_machine, plan
+
+from kvmdp.machine.experiment import run_workload
+from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.workloads import WORKLOADS
+from kvmdp.paging.fault import PagingError
+from kvmdp.paging.trap.userfaultfd import UffdOptions
+from kvmdp.source.base import SourceError
+from kvmdp.source.synthetic import SyntheticSource
+
+pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
+
+FORMS = {"one reader": UffdOptions(), "four readers": UffdOptions(4), "sharded": UffdOptions(1, 2)}
+
+
+def prove(workload, backing="memfd", form="one reader", **options):
+    memory, vcpus = workload.options.memory_bytes, workload.options.vcpus
+    machine = MachineOptions(memory, "userfaultfd", backing, vcpus, uffd=FORMS[form], **options)
+    result = run_workload(machine, workload, SyntheticSource(memory, SEED), timeout=TIMEOUT)
+    assert result.ok
+    return result
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 4])
+@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_is_exact_and_fetches_each_page_once(name, backing, vcpus):
+    workload = plan(name, vcpus=vcpus)
+    result = prove(workload, backing)
+    assert result.counters.pages_fetched == len(workload.touched)
+    assert set(result.exits) == {"io"}
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize("name", sorted(set(WORKLOADS) - {"vector"}))
+def test_ring_0_is_exact_too(name, backing):
+    prove(plan(name, ring=0, pages=32), backing)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_vcpus_that_want_the_same_pages_lose_nothing_in_any_form(backing, form):
+    for _ in range(5):
+        workload = plan("atomic", vcpus=4, iterations=4)
+        result = prove(workload, backing, form)
+        assert result.counters.pages_fetched == len(workload.touched)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_of_pages_arrive_together(form):
+    result = prove(plan("touch"), form=form, fault_around=16)
+    assert result.counters.claims == result.counters.pages_fetched // 16
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_pages_that_come_and_go_lose_no_addition(backing):
+    workload = plan("atomic", vcpus=2, iterations=400)
+    source = SyntheticSource(workload.options.memory_bytes, SEED)
+    with make_machine("userfaultfd", backing, workload=workload, source=source) as machine:
+        stop = threading.Event()
+
+        def revoke():
+            page = 0
+            while not stop.is_set():
+                machine.pager.mark_nonpresent(page % 480, 8)
+                page += 7
+                time.sleep(0.001)
+
+        revoker = threading.Thread(target=revoke)
+        revoker.start()
+        try:
+            machine.run(TIMEOUT)
+        finally:
+            stop.set()
+            revoker.join()
+        pages = workload.touched
+        assert (all_of_ram(machine)[pages] == workload.expected_pages(source.pages, pages)).all()
+        assert machine.pager.counters.pages_fetched == len(pages)
+        assert machine.pager.counters.pages_revoked > 0
+
+
+class Stuck(SyntheticSource):
+    """Fails for good at page 5."""
+
+    def fill(self, offset, destination):
+        if offset == 5 * 4096:
+            raise SourceError(self.name, offset, destination.nbytes, "it is gone")
+        super().fill(offset, destination)
+
+
+@pytest.mark.parametrize("ring", [3, 0])
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_a_vcpu_that_sleeps_on_a_page_that_never_comes_is_let_go(backing, ring):
+    workload = plan("touch", vcpus=2, overlap=True, ring=ring)
+    source = Stuck(workload.options.memory_bytes, SEED)
+    with make_machine("userfaultfd", backing, workload=workload, source=source) as machine:
+        with pytest.raises(PagingError, match=r"gpa 0x5000 cannot be fetched: .* it is gone"):
+            machine.run(TIMEOUT)
+        assert not machine.pager.bitmap.test(5)
+        assert all(thread.join(0) for thread in machine.threads)
