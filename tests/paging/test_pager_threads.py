@@ -183,8 +183,8 @@ def test_whatever_threads_do_at_random_no_byte_is_lost_and_the_counts_are_exact(
                 else:
                     with pager.held(PageFault(page, number=number)) as outcome, guards[page]:
                         assert outcome is Outcome.PRESENT
+                        # The bit says nothing here: a revocation clears it first, and then waits for our pin.
                         assert pager.trap.entered[page]
-                        assert pager.bitmap.test(page)
                         writes[page] += 1
                         view[page * 4096] = (view[page * 4096] + 1) % 256
 
