@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Letters are those of the kernel's demand_paging_test.",
         epilog="contenders: present, the traps (marker, memory-fault, mmio, userfaultfd), userfaultfd-rN (N readers), "
         "userfaultfd-sharded (a descriptor a vCPU). One may do other work than the rest: marker:vcpus=2, "
-        "mmio:fault-around=16.",
+        "mmio:fault-around=16. SIZE is in bytes, or has K, M, G or T behind it (powers of 1024).",
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
@@ -71,9 +71,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=int,
         default=1,
         metavar="N",
-        help="with -u: readers a userfaultfd (default: 1)",
+        help="with -u: reader threads a userfaultfd (default: 1)",
     )
-    add("-d", "--delay", type=int, default=0, metavar="USEC", help="delay of each fetch, in us (default: 0)")
+    add(
+        "-d",
+        "--delay",
+        type=int,
+        default=0,
+        metavar="USEC",
+        help="microseconds that each fetch is delayed (default: 0)",
+    )
     add(
         "-s",
         "--memory-kind",
@@ -219,8 +226,9 @@ def _contenders(options: argparse.Namespace, work: Work) -> list[Contender]:
         raise ValueError(f"{repeated[0]} is named twice: a contender takes part once")
     contenders = [contender(name, work) for name in names]
     for each in contenders:
+        if each.work.vcpus > 0:
+            GuestLayout(each.work.memory_bytes)
         plan(each.work)
-        GuestLayout(each.work.memory_bytes)
     return contenders
 
 

@@ -17,7 +17,7 @@ def test_contenders_take_turns_and_the_result_is_one_document(tmp_path):
         "present", "marker", "userfaultfd", "userfaultfd-r2:vcpus=2",
     )  # fmt: skip
     assert done.status == 0
-    document = json.loads(done.stdout)
+    document = json.loads(done.out)
     assert document["schema"] == "kvmdp.bench/1"
     assert document["complete"] is True
     assert [each["name"] for each in document["contenders"]] == [
@@ -47,8 +47,8 @@ def test_a_bound_that_does_not_hold_is_named_and_fails(tmp_path):
     )
     done = kvmdp("bench", "-b", "2M", "--rounds", "1", "--check", str(bounds), "present", "marker")
     assert done.status == 1
-    assert "FELL SHORT: memory.memslots of marker: at least 100; measured 1" in done.stderr
-    assert "ok: pages_per_second of marker / present" in done.stderr
+    assert "FELL SHORT: memory.memslots of marker: at least 100; measured 1" in done.err
+    assert "ok: pages_per_second of marker / present" in done.err
 
 
 @needs_kvm
@@ -71,6 +71,6 @@ def test_a_bound_that_does_not_hold_is_named_and_fails(tmp_path):
 def test_a_command_line_that_makes_no_sense_is_refused_in_one_sentence(arguments, sentence):
     done = kvmdp("bench", *arguments)
     assert done.status == 2
-    assert done.stderr.startswith("kvmdp: ")
-    assert sentence in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.err.startswith("kvmdp: ")
+    assert sentence in done.err
+    assert done.err.count("\n") == 1

@@ -10,7 +10,7 @@ from kvmdp import __version__
 from kvmdp.cli.main import build_parser
 from kvmdp.machine.workloads import WORKLOADS
 
-UNITS = r"\b(bytes|pages|vCPUs|seconds|ring|number|accesses|passes)\b"
+UNITS = r"\b(bytes|pages|vCPUs|seconds|ring|number|accesses|passes|rounds|threads|microseconds)\b"
 
 
 def subparsers():
@@ -22,7 +22,7 @@ OPTIONS = [
     pytest.param(action, id=f"{command} {action.option_strings[-1]}")
     for command, parser in subparsers().items()
     for action in parser._actions
-    if not isinstance(action, argparse._HelpAction)
+    if action.option_strings and not isinstance(action, argparse._HelpAction)
 ]
 
 

@@ -234,7 +234,7 @@ def test_pages_dropped_and_marked_at_the_same_time_keep_every_addition():
 def test_a_page_that_comes_back_while_it_is_being_marked_is_taken_away_again(monkeypatch):
     with make_machine("marker", workload=plan("atomic", pages=1)) as machine:
         machine.pager.mark_present(0, 1)
-        guest, uffd, came_back = machine.backing.guest, machine.pager.trap._uffd, []
+        guest, uffd, came_back = machine.backing.guest, machine.pager.trap._uffds[0], []
         dropped = guest.drop
 
         def drop_and_come_back(offset, length):
@@ -258,9 +258,9 @@ def test_a_fault_answered_while_its_page_goes_does_not_let_the_guest_in(monkeypa
         revoked = trap.revoke
 
         def answer_then_revoke(first, count):
-            trap._serve(first * 4096)  # what the reader does with a fault it got before
+            trap._serve(trap._hva(first), 0)  # what the reader does with a fault it got before
             revoked(first, count)
-            trap._serve(first * 4096)
+            trap._serve(trap._hva(first), 0)
 
         monkeypatch.setattr(trap, "revoke", answer_then_revoke)
         pager.mark_nonpresent(0, 1)

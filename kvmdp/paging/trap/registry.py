@@ -17,7 +17,7 @@ from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 
 
 @dataclass(frozen=True, slots=True)
-class _Materials:
+class Materials:
     """What a trap is made from."""
 
     vm: Vm
@@ -26,14 +26,13 @@ class _Materials:
     uffd: UffdOptions
 
 
-_TRAPS: dict[str, Callable[[_Materials], Trap]] = {
+TRAPS: dict[str, Callable[[Materials], Trap]] = {
     "marker": lambda made_of: MarkerTrap(made_of.slots, made_of.backing),
     "memory-fault": lambda made_of: MemoryFaultTrap(made_of.vm, made_of.slots, made_of.backing),
     "mmio": lambda made_of: MmioTrap(made_of.slots, made_of.backing),
     "userfaultfd": lambda made_of: UserfaultfdTrap(made_of.slots, made_of.backing, made_of.uffd),
 }
 
-TRAPS = tuple(_TRAPS)
 # Those whose faults are exits of KVM_RUN, the fastest first, as measured on every host seen so far: the order in
 # which `auto` tries them.
 EXIT_TRAPS = ("marker", "memory-fault", "mmio")
@@ -54,7 +53,7 @@ def create_trap(
     them within 16,384 slots. `uffd` is for the trap userfaultfd. Raises ValueError for an unknown name or a granule
     the trap cannot have, UnsupportedError or KvmError where the kernel lacks what the trap needs.
     """
-    if name not in _TRAPS:
+    if name not in TRAPS:
         raise ValueError(f"there is no trap {name!r}: choose from {', '.join(TRAPS)}")
     if name not in SLOT_TRAPS:
         if granule is not None and granule != PAGE_SIZE:
@@ -63,7 +62,7 @@ def create_trap(
     else:
         slots = RamSlots(vm, layout, backing.guest, granule or least_granule(layout))
     try:
-        return _TRAPS[name](_Materials(vm, slots, backing, uffd))
+        return TRAPS[name](Materials(vm, slots, backing, uffd))
     except BaseException:
         slots.close()
         raise

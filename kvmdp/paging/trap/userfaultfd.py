@@ -14,8 +14,10 @@ or UFFDIO_WAKE empties it, or its event is still to be read.
 
 from __future__ import annotations
 
+import threading
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,15 +58,23 @@ class UserfaultfdTrap(UffdView):
             shards=options.shards,
         )
         self.latencies: list[array[int]] = []
+        self._mutex = threading.Lock()  # guards what follows
+        self._own_drops: Counter[tuple[int, int]] = (
+            Counter()
+        )  # (start, end) hva of drops still to be announced
 
     def revoke(self, first: int, count: int) -> None:
         """Unmap present pages, whose bytes stay in the memory file or move to the staging area.
 
         From the drop on an access sleeps; its event is parked, because the page is claimed, and woken when the
-        claim ends. Each drop sleeps until a reader has taken the event that announces it.
+        claim ends. Each drop sleeps until a reader has taken the event that announces it, and may be over before
+        the reader looks at it: so it is left word that this drop loses nothing.
         """
         self._stage(first, count)
-        self._guest.drop(first * PAGE_SIZE, count * PAGE_SIZE)
+        for start, number, _ in self._pieces(first, count):
+            with self._mutex:
+                self._own_drops[self._hva(start), self._hva(start + number)] += 1
+            self._guest.drop(start * PAGE_SIZE, number * PAGE_SIZE)
 
     def reassert(self, first: int, count: int) -> None:
         """Map present pages that something took out of the page table."""
@@ -122,5 +132,10 @@ class UserfaultfdTrap(UffdView):
     def _removed(self, start: int, end: int) -> None:
         """Take note that somebody discards a range of the guest view (a balloon): it reads as zeros from now on."""
         assert self._presence is not None
+        with self._mutex:
+            if self._own_drops[start, end]:
+                self._own_drops[start, end] -= 1
+                return
+            del self._own_drops[start, end]
         first = (start - self._guest.hva) // PAGE_SIZE
         self._presence.discarded(first, (end - start) // PAGE_SIZE)
