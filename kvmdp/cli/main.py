@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -10,7 +11,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kvmdp import __version__
-from kvmdp.cli import bench, probe, report, run
 from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -39,8 +39,11 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+_COMMANDS = ("probe", "run", "bench", "report")
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, or of one command: then no other's modules are loaded."""
     parser = _Parser(
         prog="kvmdp",
         allow_abbrev=False,
@@ -50,8 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvmdp {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (probe, run, bench, report):
-        module.add_parser(commands)
+    for name in (command,) if command in _COMMANDS else _COMMANDS:
+        importlib.import_module(f"kvmdp.cli.{name}").add_parser(commands)
     return parser
 
 
@@ -59,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status (0, 1, 2, 4 or 130)."""
     try:
         try:
-            options = build_parser().parse_args(arguments)
+            given = sys.argv[1:] if arguments is None else list(arguments)
+            options = build_parser(given[0] if given else None).parse_args(given)
             status: int = options.run(options)
             return status
         finally:
