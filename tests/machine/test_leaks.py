@@ -237,3 +237,4 @@ def test_closing_a_machine_twice_does_nothing_more():
     machine = make("mmio")
     machine.close()
     machine.close()
+    assert (machine.vm.fd, machine.backing.fd, machine.pager.bitmap.fd) == (-1, -1, -1)
