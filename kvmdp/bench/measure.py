@@ -156,6 +156,7 @@ def _make_plain(machine: Machine) -> None:
     if outcome is not Outcome.PRESENT:
         raise machine.pager.error or PagingError(f"memory could not be made present: {outcome.value}")
     machine.pager.disable()
+    machine.backing.guest.populate(0, machine.backing.size)
 
 
 def floor(contender: Contender) -> float:

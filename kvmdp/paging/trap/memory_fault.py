@@ -52,6 +52,7 @@ class MemoryFaultTrap(SlotTrap):
         for number in self._slots.granules(first, count):
             self._slots.delete(number)
             self._slots.open(number)
+        self._populate(first, count)
 
     def revoke(self, first: int, count: int) -> None:
         """Replace ordinary slots by closed ones."""

@@ -31,6 +31,7 @@ class MmioTrap(SlotTrap):
         """Make the granules' slots."""
         for number in self._slots.granules(first, count):
             self._slots.open(number)
+        self._populate(first, count)
 
     def revoke(self, first: int, count: int) -> None:
         """Delete the granules' slots."""

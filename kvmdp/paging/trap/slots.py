@@ -175,6 +175,15 @@ class SlotTrap:
         """How many memslots RAM takes now."""
         return self._slots.count
 
+    def _populate(self, first: int, count: int) -> None:
+        """Enter a run of pages, just admitted, into the guest view's page table.
+
+        KVM maps the neighbours of the page it was asked for along with it, if it finds them there. One page has
+        none, and KVM's own fault enters it for the same price.
+        """
+        if count > 1:
+            self._backing.guest.populate(first * PAGE_SIZE, count * PAGE_SIZE)
+
     def disarm(self) -> None:
         """Replace the granules' slots by one a region."""
         self._slots.unmap()
