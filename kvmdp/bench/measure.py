@@ -154,7 +154,7 @@ def _make_plain(machine: Machine) -> None:
     """Put everything in place and switch demand paging off."""
     outcome = machine.pager.mark_present(0, machine.layout.pages)
     if outcome is not Outcome.PRESENT:
-        raise machine.pager.error or PagingError(f"memory could not be made present: {outcome.value}")
+        raise machine.pager.error or PagingError(f"memory could not be made present: {outcome.name.lower()}")
     machine.pager.disable()
     machine.backing.guest.populate(0, machine.backing.size)
 

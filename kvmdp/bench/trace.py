@@ -58,7 +58,8 @@ class Tracer:
 
 def _origin(fault: PageFault) -> str:
     known = fault.number >= 0 and fault.origin is not Origin.HOST
-    return f"{fault.origin.value} {fault.number}" if known else fault.origin.value
+    who = fault.origin.name.lower()
+    return f"{who} {fault.number}" if known else who
 
 
 def lines(header: dict[str, Any], records: Iterable[Record]) -> Iterator[str]:

@@ -71,5 +71,5 @@ class GuestMemory:
     def _check(self, outcome: Outcome, page: int) -> None:
         if outcome is not Outcome.PRESENT:
             raise self._pager.error or PagingError(
-                f"the page at gpa {self._layout.gpa_of_page(page):#x} cannot be made present: {outcome.value}"
+                f"the page at gpa {self._layout.gpa_of_page(page):#x} cannot be made present: {outcome.name.lower()}"
             )

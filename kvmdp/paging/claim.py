@@ -1,4 +1,4 @@
-"""States of pages, and claims: who owns pages that are changing state. Plain data; `DemandPager` gives it life.
+"""States of pages, claims on them, and who waits for claims. Plain data; `kvmdp.paging.ledger` gives it life.
 
 Units: RAM pages.
 """
@@ -19,53 +19,60 @@ class State(enum.IntEnum):
     BACKED = 3  # in RAM, the guest is shut out: admitted again without a fetch
     ZERO = 4  # a hole of the source: reads as zeros
     EVICTING = 5  # in RAM, being taken away by the owner of a claim
+    ADMITTING = 6  # in RAM and its bit set, but the trap is still being told
+
+
+class Wake(enum.Enum):
+    """Why a waiter was woken."""
+
+    COMMITTED = "committed"  # the pages were admitted
+    FAILED = "failed"  # they could not be had
+    REVOKED = "revoked"  # they were taken away, or that was given up: look again
+    CANCELLED = "cancelled"  # the waiter was withdrawn, or the machine is stopping
+    TIMED_OUT = "timed out"
 
 
 class Claim:
     """Pages [first, first + count) belong to one owner until it commits or fails.
 
-    `before` holds their states when they were claimed, a byte a page.
+    `before` holds their states when they were claimed, a byte a page. `waiters` is changed under the pager's mutex.
     """
 
-    __slots__ = ("_done", "_parked", "before", "count", "first")
+    __slots__ = ("before", "count", "first", "waiters")
 
     def __init__(self, first: int, count: int, before: bytes) -> None:
         self.first = first
         self.count = count
         self.before = before
-        self._done: threading.Event | None = None  # made by the first who waits, under the pager's mutex
-        self._parked: list[Callable[[], None]] = []
-
-    def event(self) -> threading.Event:
-        """Return the event set when the claim ends; only under the pager's mutex."""
-        if self._done is None:
-            self._done = threading.Event()
-        return self._done
-
-    def park(self, wake: Callable[[], None]) -> None:
-        """Have `wake` called when the claim ends; only under the pager's mutex."""
-        self._parked.append(wake)
-
-    def wake(self) -> None:
-        """Wake all who wait or are parked; the claim is no longer listed, so nobody can begin to."""
-        if self._done is not None:
-            self._done.set()
-        for wake in self._parked:
-            wake()
+        self.waiters: list[Waiter] = []
 
 
-class Wait:
-    """Somebody else has the page: wait for the end of `claim`, then begin again. Made under the pager's mutex."""
+class Waiter:
+    """Waits for the end of one claim, and is woken once: `reason` is set, then `notify` called, by whoever woke it.
 
-    __slots__ = ("_event", "claim")
+    `notify` is called without the pager's mutex, from any thread, and must not block.
+    """
 
-    def __init__(self, claim: Claim) -> None:
-        self.claim = claim
-        self._event = claim.event()
+    __slots__ = ("claim", "notify", "reason")
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self.notify = notify
+        self.claim: Claim | None = None  # while it is in that claim's queue
+        self.reason: Wake | None = None
+
+
+class Wait(Waiter):
+    """A thread that waits for a claim: somebody else has the page."""
+
+    __slots__ = ("_woken",)
+
+    def __init__(self) -> None:
+        self._woken = threading.Event()
+        super().__init__(self._woken.set)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until the claim has ended; False after `timeout` seconds."""
-        return self._event.wait(timeout)
+        """Sleep until woken; False if that has not happened after `timeout` seconds."""
+        return self._woken.wait(timeout)
 
 
 class Counters:

@@ -1,39 +1,10 @@
-"""The one event for every access to guest memory that is not present, whoever made it.
-
-Plain data. Addresses are guest-physical bytes, pages are RAM page numbers (order of the RAM file).
-"""
+"""Faults and how they end: the event of `kvmdp.wire.records`, and the errors of paging."""
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
+from kvmdp.wire.records import Access, Origin, Outcome, PageFault
 
-
-class Origin(enum.Enum):
-    """Who touched the page."""
-
-    VCPU = "vcpu"
-    DEVICE = "device"
-    HOST = "host"  # the VMM itself: marking pages present, reading results
-
-
-@dataclass(frozen=True, slots=True)
-class PageFault:
-    """An access to RAM page `page`; `number` tells vCPUs (or devices) apart."""
-
-    page: int
-    origin: Origin = Origin.HOST
-    number: int = 0
-
-
-class Outcome(enum.Enum):
-    """How a fault ended."""
-
-    PRESENT = "present"  # nothing to do: somebody else had admitted the page
-    ADMITTED = "admitted"
-    POISONED = "poisoned"
-    FAILED = "failed"  # the source cannot deliver; the pager is paused, see DemandPager.error
-    CANCELLED = "cancelled"  # the machine is stopping
+__all__ = ["Access", "Origin", "Outcome", "PageFault", "PagingError", "UnsupportedError"]
 
 
 class PagingError(Exception):

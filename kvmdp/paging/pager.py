@@ -1,19 +1,12 @@
-"""The pager: every page's state, and the one way in which a page becomes present or stops being so.
+"""The pager: the one way in which a page becomes present or stops being so.
 
 A page is claimed before its bytes or its trap change, and a claim has one owner. What spans a system call is the
-claim, never a mutex: the mutex below is held for a few statements, to change states and to find out who owns
-what. Order of a commit: bytes in RAM, then state and bit, then `trap.admit`, then wake. Order of a revocation:
-state, bit, pins drained, then `trap.revoke` (with every vCPU out of KVM_RUN where the trap needs that), then
-the new state, then wake.
+claim, never a mutex: the mutex below is held for a few statements, to change the ledger (`kvmdp.paging.ledger`, which
+knows states, claims and waiters). Order of a commit: bytes in RAM, then state and bit, then `trap.admit`, then wake.
+Order of a revocation: state and bit, peers and pins drained, then `trap.revoke` (with every vCPU out of KVM_RUN where
+the trap needs that), then the new state, then wake.
 
-Why no wake-up is lost: a waiter gets hold of the claim under the mutex, while the claim is still listed; the
-owner takes it off the list under the mutex and sets its event afterwards. So the event a waiter sleeps on is
-always set after the waiter got it.
-
-Why no page is filled over: a claim takes only pages whose state says that nobody else touches their bytes, and
-makes that state INFLIGHT in the same critical section.
-
-Units: RAM pages. A *unit* is the block of pages the trap can flip on its own (1 page, or a granule).
+Units: RAM pages, seconds.
 """
 
 from __future__ import annotations
@@ -22,38 +15,80 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 
 from kvmdp.memory.bitmap import PresentBitmap, Words, runs_of
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.paging.claim import Claim, Counters, State, Wait
+from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake
 from kvmdp.paging.fault import Outcome, PageFault, PagingError
 from kvmdp.paging.gate import VcpuGate
+from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.trap.base import Trap
-from kvmdp.source.base import PageSource, SourceError
+from kvmdp.source.base import PageSource, SourceError, asking
 
 _RETRY_SECONDS = (0.001, 0.004, 0.016, 0.064, 0.256)
 _MAX_CLAIM = 512  # pages claimed at once when a range is made present: 2 MiB
 _REVOKE_BATCH = 512  # pages revoked at once: bounds how long vCPUs are kept out of KVM_RUN
 
-
-# Looked up in the hot path, where an enum member costs an attribute access and a comparison by method.
-_SOURCE, _INFLIGHT, _PRESENT, _BACKED, _ZERO, _EVICTING = (bytes([state]) for state in State)
-_CLAIMABLE = frozenset((State.SOURCE, State.BACKED, State.ZERO))
-_IN_RAM = frozenset((State.PRESENT, State.BACKED))
-_PRESENT_BYTE = int(State.PRESENT)
 _SOURCE_BYTE = int(State.SOURCE)
+_ONE_AT_SOURCE = bytes((State.SOURCE,))
+
+
+class BusyError(PagingError):
+    """Pages cannot be taken away now: somebody who may keeps them. They are as present as before."""
+
+
+class Peers(Protocol):
+    """Those in other processes who access RAM by themselves wherever its bit is set."""
+
+    def invalidate(self, first: int, count: int, deadline: float | None) -> None:
+        """Return when no peer accesses these pages any more; their bits are cleared.
+
+        `deadline` is of time.monotonic. Raises BusyError if a peer does not let go.
+        """
+        ...
+
+
+class Cancellation:
+    """Calls off, from another thread, what a thread waits for in `DemandPager.resolve`; for good."""
+
+    def __init__(self, pager: DemandPager) -> None:
+        self._pager = pager
+        self._mutex = threading.Lock()  # guards what follows
+        self.cancelled = False
+        self._wait: Wait | None = None
+
+    def cancel(self) -> None:
+        """Wake the thread if it waits, and let it wait no more."""
+        with self._mutex:
+            self.cancelled = True
+            wait = self._wait
+        if wait is not None:
+            self._pager.withdraw(wait)
+
+    def attend(self, wait: Wait) -> None:
+        """Take note of what the thread is about to wait for."""
+        with self._mutex:
+            self._wait = wait
+            cancelled = self.cancelled
+        if cancelled:  # `cancel` came before it could see this one
+            self._pager.withdraw(wait)
 
 
 class DemandPager:
     """Decides what happens to an access to an absent page.
 
     Arguments: where RAM lies; the trap, not yet armed; the source; the policy; the gate the vCPUs pass.
-    `bitmap` is the projection of the states: bit set if and only if PRESENT. `error` is None until the source
-    has failed for good; from then on nothing absent becomes present. `observer`, if set, is told of each fault that
-    was resolved, the claim that did it, and when that began (time.perf_counter_ns); it must not block.
+    `bitmap` is the projection of the states: bit set if and only if the guest may enter, or is about to be let in.
+    `error` is None until the source has failed for good; from then on nothing absent becomes present. `observer`, if
+    set, is told of each fault that was resolved, the claim that did it, and when that began (time.perf_counter_ns);
+    it must not block. `peers`, if set, is asked before pages are taken away.
+
+    `mutex` guards the ledger, `error` and `enabled`. `kvmdp.paging.access` takes it too, for a copy of a page at the
+    most.
     """
 
     def __init__(
@@ -67,130 +102,106 @@ class DemandPager:
         self.trap = trap
         self.gate = gate
         self.bitmap = PresentBitmap(layout.pages)
-        self.counters = Counters()
+        self.ledger = Ledger(
+            self.bitmap,
+            trap.granule // PAGE_SIZE,
+            [(each.offset // PAGE_SIZE, (each.offset + each.size) // PAGE_SIZE) for each in layout.regions],
+            [(offset // PAGE_SIZE, length // PAGE_SIZE) for offset, length in source.extents()],
+        )
+        self.counters = self.ledger.counters
         self.error: PagingError | None = None
         self.enabled = False
         self.observer: Callable[[PageFault, Claim, int], None] | None = None
+        self.peers: Peers | None = None
+        self.mutex = threading.Lock()
+        self._unpinned = threading.Condition(self.mutex)
         self._source = source
         self._policy = policy
-        self._unit = trap.granule // PAGE_SIZE
-        self._states = bytearray(_ZERO * layout.pages)
-        for offset, length in source.extents():
-            first, count = offset // PAGE_SIZE, length // PAGE_SIZE
-            self._states[first : first + count] = _SOURCE * count
-        # Guards the states, the bitmap, the claims, the pins and the counters.
-        self._mutex = threading.Lock()
-        self._unpinned = threading.Condition(self._mutex)
-        self._claims: list[Claim] = []  # as many as threads that resolve: a list beats any tree
-        self._pins: dict[int, int] = {}
-        self._cancelled = False
+        self._fill_view = trap.fill_view
 
     # A fault
 
-    def resolve(self, fault: PageFault) -> Outcome:
+    def resolve(
+        self, fault: PageFault, timeout: float | None = None, cancellation: Cancellation | None = None
+    ) -> Outcome:
         """Make the faulting page present, or wait for whoever is at it.
 
-        For threads that may sleep: vCPU threads, devices in this process, the VMM itself.
+        For threads that may sleep: vCPU threads, devices in this process, the VMM itself. Waiting ends after
+        `timeout` seconds (TIMED_OUT) or when `cancellation` is cancelled (CANCELLED); a fetch of one's own does not.
         """
+        deadline = None
         while True:
             step = self.begin(fault)
             if isinstance(step, Claim):
                 return self._carry_out(step, fault)
             if isinstance(step, Outcome):
                 return step
-            step.wait()
+            assert isinstance(step, Wait)
+            if timeout is not None and deadline is None:
+                deadline = time.monotonic() + timeout
+            outcome = self._sleep(step, deadline, cancellation)
+            if outcome is not None:
+                return outcome
 
-    def resolve_or_park(self, fault: PageFault, wake: Callable[[], None]) -> Outcome | None:
-        """Make the faulting page present, but never wait for whoever is at it.
-
-        For userfaultfd readers and servers of other processes. Returns None if the page is claimed: then `wake` is
-        called, from another thread, when the claim has ended in whatever way.
-        """
-        step = self.begin(fault, wake)
-        if isinstance(step, Claim):
-            return self._carry_out(step, fault)
-        return None if isinstance(step, Wait) else step
-
-    def begin(self, fault: PageFault, wake: Callable[[], None] | None = None) -> Claim | Wait | Outcome:
-        """Claim the pages that a fault is to fetch, or say why not.
-
-        Never sleeps. Whoever gets a Claim fills it and commits, or fails it. Whoever gets a Wait waits, or has
-        left `wake` to be called instead.
-        """
-        page = fault.page
-        with self._mutex:
-            step = self._obstacle(page)
-            if step is not None:
-                if wake is not None and isinstance(step, Wait):
-                    step.claim.park(wake)
-                return step
-            self.counters.claims += 1
-            first, count = self._policy.window(page)
-            return self._claim(page, first, count)
-
-    def _obstacle(self, page: int) -> Wait | Outcome | None:
-        """Return why `page` cannot be claimed now, None if it can. Under the mutex."""
-        state = self._states[page]
-        if self._cancelled and state != _PRESENT_BYTE:
+    def _sleep(
+        self, wait: Wait, deadline: float | None, cancellation: Cancellation | None = None
+    ) -> Outcome | None:
+        """Wait for a claim; returns the outcome if that settles it, None if it is time to look again."""
+        if cancellation is not None:
+            cancellation.attend(wait)
+        if not wait.wait(None if deadline is None else max(deadline - time.monotonic(), 0)):
+            self.withdraw(wait, Wake.TIMED_OUT)  # or it has been woken since, for a reason of its own
+        if wait.reason is Wake.TIMED_OUT:
+            return Outcome.TIMED_OUT
+        if cancellation is not None and cancellation.cancelled:
             return Outcome.CANCELLED
-        # PRESENT with a claim on it: the bit is set before the trap admits, and until then the access would
-        # only fault again.
-        claim = None if state in _CLAIMABLE else self._claim_over(page)
-        if claim is not None:
-            self.counters.waits += 1
-            return Wait(claim)
-        if state == _PRESENT_BYTE:
-            return Outcome.PRESENT
-        return Outcome.FAILED if self.error is not None else None
-
-    def _claim_over(self, page: int) -> Claim | None:
-        for claim in self._claims:
-            if claim.first <= page < claim.first + claim.count:
-                return claim
         return None
 
-    def _claim(self, page: int, first: int, count: int) -> Claim:
-        """Claim the claimable run around `page` inside the window, in whole units. Under the mutex."""
-        unit = self._unit
-        if count == 1 == unit:
-            before = bytes((self._states[page],))
-            self._states[page] = State.INFLIGHT
-            claim = Claim(page, 1, before)
-        else:
-            start, end = self._claimable_run(page, first, first + count)
-            claim = Claim(start, end - start, bytes(self._states[start:end]))
-            self._states[start:end] = _INFLIGHT * (end - start)
-        self._claims.append(claim)
-        return claim
+    def resolve_or_park(self, fault: PageFault, waiter: Waiter) -> Outcome | None:
+        """Make the faulting page present, but never wait for whoever is at it.
 
-    def _claimable_run(self, page: int, start: int, end: int) -> tuple[int, int]:
-        """Cut [start, end), widened to units, to the stretch around `page` that can be claimed as one."""
-        unit, states = self._unit, self._states
-        first = page // unit * unit
-        last = min(first + unit, self.layout.pages)
-        low, high = self._bounds(page)
-        start = max(start // unit * unit, low)
-        end = min(-(-end // unit) * unit, high)
-        if states.count(_SOURCE, start, end) == end - start:
-            return start, end  # the common case, without a look at each page
-        # All pages of a unit are claimable or none is: they are claimed, admitted and revoked as one.
-        while first > start and states[first - 1] in _CLAIMABLE:
-            first -= unit if unit > 1 else 1
-        while last < end and states[last] in _CLAIMABLE:
-            last = min(last + unit, high)
-        return first, last
+        For userfaultfd readers and servers of other processes. Returns None if the page is claimed: then `waiter` is
+        notified when that claim has ended in whatever way, or when it is withdrawn.
+        """
+        step = self.begin(fault, waiter)
+        if isinstance(step, Claim):
+            return self._carry_out(step, fault)
+        return None if isinstance(step, Waiter) else step
 
-    def _bounds(self, page: int) -> tuple[int, int]:
-        for region in self.layout.regions:
-            low, high = region.offset // PAGE_SIZE, (region.offset + region.size) // PAGE_SIZE
-            if low <= page < high:
-                return low, high
-        raise IndexError(f"page {page} is not one of the {self.layout.pages} of RAM")
+    def begin(self, fault: PageFault, waiter: Waiter | None = None) -> Claim | Waiter | Outcome:
+        """Claim the pages that a fault is to fetch, or say why not.
+
+        Never sleeps. Whoever gets a Claim fills it and commits, or fails it. If somebody else has the page, `waiter`
+        is queued and returned, or else a new Wait.
+        """
+        page, ledger = fault.page, self.ledger
+        with self.mutex:
+            step = ledger.obstacle(page)
+            if step is None:
+                if self.error is not None:
+                    return Outcome.FAILED
+                ledger.counters.claims += 1
+                first, count = self._policy.window(page)
+                return ledger.claim(page, first, count)
+            if isinstance(step, Outcome):
+                return step
+            waiter = waiter or Wait()
+            ledger.queue(step, waiter)
+            return waiter
+
+    def withdraw(self, waiter: Waiter, reason: Wake = Wake.CANCELLED) -> bool:
+        """Give up waiting for somebody: the waiter is notified, now, with `reason`; False if it had been woken."""
+        with self.mutex:
+            if not self.ledger.withdraw(waiter, reason):
+                return False
+        waiter.notify()
+        return True
 
     # Carrying out a claim
 
     def _carry_out(self, claim: Claim, fault: PageFault) -> Outcome:
         began = 0 if self.observer is None else time.perf_counter_ns()
+        asking.fault = fault
         try:
             self.fill(claim)
         except SourceError as error:
@@ -199,6 +210,8 @@ class DemandPager:
         except BaseException as error:
             self.fail(claim, PagingError(f"filling page {claim.first} broke: {error!r}"))
             raise
+        finally:
+            asking.fault = None
         self.commit(claim)
         if self.observer is not None:
             self.observer(fault, claim, began)
@@ -210,6 +223,10 @@ class DemandPager:
         Pages whose bytes are in RAM already (BACKED) are left alone.
         """
         first, before = claim.first, claim.before
+        if before == _ONE_AT_SOURCE:  # the usual fault
+            offset = first * PAGE_SIZE
+            self._fetch(offset, self._fill_view[offset : offset + PAGE_SIZE])
+            return
         start, count = 0, claim.count
         while start < count:
             state = before[start]
@@ -217,7 +234,7 @@ class DemandPager:
             while end < count and before[end] == state:
                 end += 1
             offset, length = (first + start) * PAGE_SIZE, (end - start) * PAGE_SIZE
-            destination = self.trap.fill_view[offset : offset + length]
+            destination = self._fill_view[offset : offset + length]
             if state == _SOURCE_BYTE:
                 self._fetch(offset, destination)
             elif state == State.ZERO:
@@ -230,9 +247,9 @@ class DemandPager:
             try:
                 return self._source.fill(offset, destination)
             except SourceError as error:
-                if not error.transient or self._cancelled:
+                if not error.transient or self.ledger.cancelled:
                     raise
-            with self._mutex:
+            with self.mutex:
                 self.counters.retries += 1
             time.sleep(pause)
         return self._source.fill(offset, destination)
@@ -243,61 +260,46 @@ class DemandPager:
 
     def commit(self, claim: Claim) -> None:
         """Admit a filled claim: state and bit, then the trap, then whoever waits."""
-        first, count, before = claim.first, claim.count, claim.before
-        with self._mutex:
-            self._states[first : first + count] = _PRESENT * count
-            self.bitmap.set_range(first, count)
+        with self.mutex:
+            self.ledger.admit(claim)
         try:
-            self.trap.admit(first, count)
+            self.trap.admit(claim.first, claim.count)
         except BaseException as error:
             # The bytes are in RAM; what is broken is the trap.
-            self._end(claim, _BACKED * count, PagingError(f"pages could not be admitted: {error}"))
+            self._end(claim, State.BACKED, PagingError(f"pages could not be admitted: {error}"))
             raise
-        with self._mutex:
-            counters = self.counters
-            fetched = before.count(_SOURCE)
-            counters.pages_admitted += count
-            counters.pages_fetched += fetched
-            if fetched != count:
-                counters.pages_zeroed += before.count(_ZERO)
-                counters.pages_backed += before.count(_BACKED)
-            self._claims.remove(claim)
-        claim.wake()
+        with self.mutex:
+            woken = self.ledger.commit(claim)
+        for waiter in woken:
+            waiter.notify()
 
     def fail(self, claim: Claim, error: PagingError) -> None:
         """Give a claim up: its pages are as absent as before, and the pager is paused with `error`."""
         self._end(claim, claim.before, error)
 
-    def _end(self, claim: Claim, states: bytes, error: PagingError | None) -> None:
-        first, count = claim.first, claim.count
-        with self._mutex:
-            self._states[first : first + count] = states
-            if states.count(_PRESENT) != count:
-                self.bitmap.clear_range(first, count)
+    def _end(self, claim: Claim, states: bytes | State, error: PagingError | None = None) -> None:
+        """End a claim otherwise than by a commit, with the pages in `states`."""
+        if isinstance(states, State):
+            states = bytes((states,)) * claim.count
+        with self.mutex:
             if error is not None and self.error is None:
                 self.error = error
-            self._claims.remove(claim)
-        claim.wake()
+            woken = self.ledger.end(claim, states, Wake.REVOKED if error is None else Wake.FAILED)
+        for waiter in woken:
+            waiter.notify()
 
     # Pins: a present page that is held stays present
 
     def hold(self, page: int) -> bool:
         """Pin a page that is present and admitted; False if it is not. Undo with `release`."""
-        with self._mutex:
-            if self._states[page] != _PRESENT_BYTE or self._claim_over(page):
-                return False
-            self._pins[page] = self._pins.get(page, 0) + 1
-            return True
+        with self.mutex:
+            return self.ledger.pin(page)
 
     def release(self, page: int) -> None:
         """Undo one `hold`."""
-        with self._mutex:
-            left = self._pins[page] - 1
-            if left:
-                self._pins[page] = left
-                return
-            del self._pins[page]
-            self._unpinned.notify_all()
+        with self.mutex:
+            if self.ledger.unpin(page):
+                self._unpinned.notify_all()
 
     @contextlib.contextmanager
     def held(self, fault: PageFault) -> Iterator[Outcome]:
@@ -322,28 +324,22 @@ class DemandPager:
         Somebody discarded them behind the pager's back (a balloon). Pages that are claimed are left to whoever
         has them: a revocation drops pages too, and is announced in the same way.
         """
-        with self._mutex:
-            for page in range(first, min(first + count, self.layout.pages)):
-                if self._states[page] in _IN_RAM and self._claim_over(page) is None:
-                    self._states[page] = State.ZERO
-                    self.bitmap.clear_range(page, 1)
+        with self.mutex:
+            self.ledger.discarded(first, count)
 
     def reassert(self, page: int) -> None:
         """Have the trap admit a present page once more: an access has trapped although it is present.
 
         Under a claim, so that the trap is neither disarmed nor the page revoked meanwhile.
         """
-        first = page // self._unit * self._unit
-        count = min(self._unit, self.layout.pages - first)
-        with self._mutex:
-            if not self.enabled or self._states[page] != _PRESENT_BYTE or self._claim_over(page):
-                return
-            claim = Claim(first, count, _PRESENT * count)
-            self._claims.append(claim)
+        with self.mutex:
+            claim = self.ledger.begin_reassert(page) if self.enabled else None
+        if claim is None:
+            return
         try:
-            self.trap.reassert(first, count)
+            self.trap.reassert(claim.first, claim.count)
         finally:
-            self._end(claim, claim.before, None)
+            self._end(claim, State.PRESENT)
 
     # Marking, both ways
 
@@ -360,76 +356,87 @@ class DemandPager:
                 return outcome
 
     def _make_present(self, page: int, count: int) -> Outcome:
-        with self._mutex:
-            step = self._obstacle(page) or self._claim(page, page, count)
-        if isinstance(step, Claim):
-            return self._carry_out(step, PageFault(page))
-        if isinstance(step, Wait):
-            step.wait()
-            return Outcome.PRESENT
-        return step
+        """Make at least the first page of a run present, as much of it as can be had at once."""
+        with self.mutex:
+            step = self.ledger.obstacle(page)
+            if isinstance(step, Outcome):
+                return step
+            if step is None:
+                if self.error is not None:
+                    return Outcome.FAILED
+                claim = self.ledger.claim(page, page, count)
+            else:
+                wait = Wait()
+                self.ledger.queue(step, wait)
+        if step is None:
+            return self._carry_out(claim, PageFault(page))
+        return self._sleep(wait, None) or Outcome.PRESENT
 
-    def mark_nonpresent(self, first: int, count: int) -> int:
+    def mark_nonpresent(self, first: int, count: int, timeout: float | None = None) -> int:
         """Shut the guest out of a range: its bytes stay in RAM, the next access traps and costs no fetch.
 
         vCPUs may run meanwhile. The range is widened to whole units. Returns how many pages were present. Raises
-        PagingError while demand paging is switched off.
+        BusyError if somebody keeps a page for longer than `timeout` seconds (None waits): what was taken away before
+        that stays away, the rest is present. PagingError while demand paging is switched off.
         """
         page, end = self._checked(first, count)
-        unit = self._unit
+        unit = self.ledger.unit
         page, end = page // unit * unit, min(-(-end // unit) * unit, self.layout.pages)
+        deadline = None if timeout is None else time.monotonic() + timeout
         revoked = 0
         while page < end:
-            step, page = self._begin_revoke(page, end)
-            if isinstance(step, Wait):
-                step.wait()
-            elif step is not None:
-                self._revoke(step)
-                revoked += step.count
+            claim, wait, page = self._begin_revoke(page, end)
+            if wait is not None:
+                wait.wait()  # for an admit that is under way, which does not take long
+            elif claim is not None:
+                self._revoke(claim, deadline)
+                revoked += claim.count
         return revoked
 
-    def _begin_revoke(self, page: int, end: int) -> tuple[Claim | Wait | None, int]:
-        """Claim the next present run of [page, end) for revocation; returns it and where to go on."""
-        with self._mutex:
-            if self._cancelled:
-                return None, end
+    def _begin_revoke(self, page: int, end: int) -> tuple[Claim | None, Wait | None, int]:
+        """Claim the next present run of [page, end) for revocation; returns it, or what is in the way."""
+        with self.mutex:
             if not self.enabled:
                 raise PagingError(
                     "pages cannot be marked while demand paging is switched off: enable it first"
                 )
-            run = self.bitmap.next_present_run(page, end)
-            if run is None:
-                return None, end
-            first = run[0]
-            last = min(first + min(run[1], max(_REVOKE_BATCH, self._unit)), self._bounds(first)[1])
-            # Present, and yet claimed: being admitted at this moment.
-            for other in self._claims:
-                if other.first <= first < other.first + other.count:
-                    self.counters.waits += 1
-                    return Wait(other), first
-                if first < other.first < last:
-                    last = other.first
-            claim = Claim(first, last - first, _PRESENT * (last - first))
-            self._states[first:last] = _EVICTING * (last - first)
-            self.bitmap.clear_range(first, last - first)
-            self._claims.append(claim)
-            # Pins taken before the state changed; none can be added now.
-            while any(first <= pinned < last for pinned in self._pins):
-                self._unpinned.wait()
-            return claim, last
+            claim, in_the_way, page = self.ledger.begin_revoke(page, end, _REVOKE_BATCH)
+            wait = None
+            if in_the_way is not None:
+                wait = Wait()
+                self.ledger.queue(in_the_way, wait)
+            return claim, wait, page
 
-    def _revoke(self, claim: Claim) -> None:
-        count = claim.count
+    def _revoke(self, claim: Claim, deadline: float | None) -> None:
+        try:
+            self._drain(claim, deadline)
+        except BaseException:
+            self._end(claim, State.PRESENT)  # as before: neither bytes nor trap have been touched
+            raise
         quiesced = self.gate.quiesced() if self.trap.needs_quiesce else contextlib.nullcontext()
         try:
             with quiesced:
-                self.trap.revoke(claim.first, count)
+                self.trap.revoke(claim.first, claim.count)
         except BaseException as error:
-            self._end(claim, _BACKED * count, PagingError(f"pages could not be revoked: {error}"))
+            self._end(claim, State.BACKED, PagingError(f"pages could not be revoked: {error}"))
             raise
-        with self._mutex:
-            self.counters.pages_revoked += count
-        self._end(claim, _BACKED * count, None)
+        with self.mutex:
+            self.counters.pages_revoked += claim.count
+        self._end(claim, State.BACKED)
+
+    def _drain(self, claim: Claim, deadline: float | None) -> None:
+        """Wait until nobody in user space is at the pages; nobody can begin to be any more. Raises BusyError."""
+        if self.peers is not None:
+            self.peers.invalidate(claim.first, claim.count, deadline)
+        with self.mutex:
+            while self.ledger.pinned(claim):
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    gpa = self.layout.gpa_of_page(claim.first)
+                    raise BusyError(
+                        f"the {claim.count} pages from gpa {gpa:#x} are in use: a view of them is open"
+                    )
+                self._unpinned.wait(left)
 
     def mark_bitmap_present(self, words: Words) -> Outcome:
         """Make the pages of a sparse bitmap (`kvmdp.memory.bitmap`) present."""
@@ -486,18 +493,19 @@ class DemandPager:
         holds up. A revocation would (the pins), but its pages are absent from its beginning.
         """
         while True:
-            with self._mutex:
+            with self.mutex:
                 absent = self.layout.pages - self.bitmap.count()
                 if absent:
                     raise PagingError(
                         f"demand paging cannot be switched off while {absent} pages are absent: "
                         "make them present first"
                     )
-                if not self._claims:
+                if not self.ledger.claims:
                     self.enabled = False
                     return
-                ended = self._claims[0].event()
-            ended.wait()
+                wait = Wait()
+                self.ledger.queue(self.ledger.claims[0], wait)
+            wait.wait()
 
     def cancel(self) -> None:
         """Begin no more claims: every fault on an absent page ends as CANCELLED.
@@ -505,19 +513,17 @@ class DemandPager:
         Claims under way end in their own time. Whoever waits for one is woken now, but for pages that are present
         already and only being admitted; so is whoever sleeps in the kernel on an absent page.
         """
-        with self._mutex:
-            self._cancelled = True
-            absent = [claim for claim in self._claims if self._states[claim.first] != _PRESENT_BYTE]
-            waiting = [claim.event() for claim in absent]
+        with self.mutex:
+            woken = self.ledger.cancel()
             self._unpinned.notify_all()
-        for event in waiting:
-            event.set()
+        for waiter in woken:
+            waiter.notify()
         if self.enabled:
             self.trap.release_sleepers()
 
     def abort(self, error: PagingError) -> None:
         """Pause with `error`: something that serves faults has broken."""
-        with self._mutex:
+        with self.mutex:
             if self.error is None:
                 self.error = error
 

@@ -101,7 +101,7 @@ class VcpuPaging:
             return
         if outcome is Outcome.FAILED and self._pager.error is not None:
             raise self._pager.error
-        raise PagingError(f"the page at gpa {self._layout.gpa_of_page(page):#x} is {outcome.value}")
+        raise PagingError(f"the page at gpa {self._layout.gpa_of_page(page):#x} is {outcome.name.lower()}")
 
     def _repeats_of(self, *pages: int) -> int:
         """Count a fault without effect at the present RIP on these pages; return how many it has been."""

@@ -9,14 +9,26 @@ Units: bytes. Offsets and lengths are multiples of `PAGE_SIZE`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.wire.records import PageFault
+
 PAGE_SIZE = 4096
 WORDS_PER_PAGE = PAGE_SIZE // 8
+
+
+class _Asking(threading.local):
+    fault: PageFault | None = None
+
+
+# The fault on whose account this thread is in a source's `fill`, None if it is no fault's. Set by the pager, for
+# sources that tell somebody who is asking; it goes past wrappers, which have no use for it.
+asking = _Asking()
 
 
 class SourceError(Exception):

@@ -6,10 +6,11 @@ Units: RAM pages, unless a name says bytes.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from kvmdp.memory.bitmap import PresentBitmapView
+from kvmdp.paging.claim import Waiter
 from kvmdp.paging.fault import Outcome, PageFault, PagingError
 
 
@@ -29,10 +30,10 @@ class Presence(Protocol):
         """Undo one `hold`."""
         ...
 
-    def resolve_or_park(self, fault: PageFault, wake: Callable[[], None]) -> Outcome | None:
+    def resolve_or_park(self, fault: PageFault, waiter: Waiter) -> Outcome | None:
         """Resolve a fault without ever waiting for a claim.
 
-        Returns None if somebody else is at the page: then `wake` is called when that has ended.
+        Returns None if somebody else is at the page: then `waiter` is notified when that has ended.
         """
         ...
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.claim import Waiter
 from kvmdp.paging.fault import Origin, Outcome, PageFault
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
@@ -107,7 +108,7 @@ class UserfaultfdTrap(UffdView):
         assert self._presence is not None
         uffd, hva = self._uffd_of(page), self._hva(page)
         outcome = self._presence.resolve_or_park(
-            PageFault(page, Origin.VCPU, _UNKNOWN), lambda: uffd.wake(hva, PAGE_SIZE)
+            PageFault(page, Origin.VCPU, _UNKNOWN), Waiter(lambda: uffd.wake(hva, PAGE_SIZE))
         )
         if outcome is Outcome.PRESENT:
             self._map_again(page)

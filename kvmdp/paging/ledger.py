@@ -1,0 +1,245 @@
+"""The ledger: the state of every page, the claims, the pins, and who waits for whom. Pure: no lock, no clock, no call.
+
+`DemandPager` calls every method under its mutex and notifies, outside it, the waiters that a method returns. A test
+calls them in any order it likes: what is said here about wake-ups holds by the order of calls alone.
+
+Why no wake-up is lost: a waiter is queued while its claim is listed (`queue`). Each way for a claim to be over with
+(`end`) and each way to give up waiting (`withdraw`, `cancel`) takes the waiter out of the queue and sets its reason in
+one step. So it is in one queue or has a reason, never both and never neither, and gets one reason only.
+
+Why no page is filled over: a claim takes only pages whose state says that nobody else touches their bytes, and makes
+that state INFLIGHT in the same step.
+
+Units: RAM pages. A *unit* is the block of pages the trap can flip on its own (1 page, or a granule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvmdp.memory.bitmap import PresentBitmap
+from kvmdp.paging.claim import Claim, Counters, State, Waiter, Wake
+from kvmdp.paging.fault import Outcome
+
+# Looked up in the hot path, where an enum member costs an attribute access and a comparison by method.
+_SOURCE, _INFLIGHT, _PRESENT, _BACKED, _ZERO, _EVICTING, _ADMITTING = (bytes([state]) for state in State)
+_CLAIMABLE = frozenset((State.SOURCE, State.BACKED, State.ZERO))
+_IN_RAM = frozenset((State.PRESENT, State.BACKED))
+_PRESENT_BYTE = int(State.PRESENT)
+_ADMITTING_BYTE = int(State.ADMITTING)
+_INFLIGHT_BYTE = int(State.INFLIGHT)
+
+
+class Ledger:
+    """States and claims of the pages of RAM.
+
+    Arguments: `bitmap`, kept as the projection of the states: bit set if and only if PRESENT or ADMITTING; `unit`;
+    `bounds`, the (first, end) pages of each stretch that is contiguous in guest-physical space, ascending: no claim
+    reaches over their borders; `data`, the (first, count) of the runs whose bytes are at the source; all else is ZERO.
+    """
+
+    def __init__(
+        self,
+        bitmap: PresentBitmap,
+        unit: int,
+        bounds: Sequence[tuple[int, int]],
+        data: Sequence[tuple[int, int]],
+    ) -> None:
+        self.bitmap = bitmap
+        self.pages = bitmap.pages
+        self.unit = unit
+        self.states = bytearray(_ZERO * self.pages)
+        for first, count in data:
+            self.states[first : first + count] = _SOURCE * count
+        self.counters = Counters()
+        self.claims: list[Claim] = []  # as many as threads that resolve: a list beats any tree
+        self.cancelled = False
+        self._bounds = tuple(bounds)
+        self._pins: dict[int, int] = {}
+
+    # Faults
+
+    def obstacle(self, page: int) -> Claim | Outcome | None:
+        """Return what keeps `page` from being claimed: the claim to wait for, or how the access ends. None: nothing."""
+        state = self.states[page]
+        if state == _PRESENT_BYTE:
+            return Outcome.PRESENT
+        if state == _ADMITTING_BYTE:  # until the trap has been told, the access would only fault again
+            return self._claim_on(page)
+        if self.cancelled:
+            return Outcome.CANCELLED
+        return None if state in _CLAIMABLE else self._claim_on(page)
+
+    def _claim_on(self, page: int) -> Claim:
+        return next(each for each in self.claims if each.first <= page < each.first + each.count)
+
+    def claim(self, page: int, first: int, count: int) -> Claim:
+        """Claim the claimable run around `page` inside the window [first, first + count), in whole units."""
+        if count == 1 == self.unit:
+            claim = Claim(page, 1, bytes((self.states[page],)))
+            self.states[page] = _INFLIGHT_BYTE
+        else:
+            start, end = self._claimable_run(page, first, first + count)
+            claim = Claim(start, end - start, bytes(self.states[start:end]))
+            self.states[start:end] = _INFLIGHT * (end - start)
+        self.claims.append(claim)
+        return claim
+
+    def _claimable_run(self, page: int, start: int, end: int) -> tuple[int, int]:
+        """Cut [start, end), widened to units, to the stretch around `page` that can be claimed as one."""
+        unit, states = self.unit, self.states
+        first = page // unit * unit
+        last = min(first + unit, self.pages)
+        low, high = self.bounds_of(page)
+        start = max(start // unit * unit, low)
+        end = min(-(-end // unit) * unit, high)
+        if states.count(_SOURCE, start, end) == end - start:
+            return start, end  # the common case, without a look at each page
+        # All pages of a unit are claimable or none is: they are claimed, admitted and revoked as one.
+        while first > start and states[first - 1] in _CLAIMABLE:
+            first -= unit if unit > 1 else 1
+        while last < end and states[last] in _CLAIMABLE:
+            last = min(last + unit, high)
+        return first, last
+
+    def bounds_of(self, page: int) -> tuple[int, int]:
+        """Return the (first, end) pages of the contiguous stretch that holds `page`. Raises IndexError."""
+        for low, high in self._bounds:
+            if low <= page < high:
+                return low, high
+        raise IndexError(f"page {page} is not one of the {self.pages} of RAM")
+
+    def admit(self, claim: Claim) -> None:
+        """The bytes of a claim are in RAM: set state and bit. The claim goes on until the trap has been told."""
+        first, count = claim.first, claim.count
+        self.states[first : first + count] = _ADMITTING * count
+        self.bitmap.set_range(first, count)
+
+    def commit(self, claim: Claim) -> list[Waiter]:
+        """End a claim whose pages the trap has admitted; returns whom to notify."""
+        counters, count, before = self.counters, claim.count, claim.before
+        fetched = before.count(_SOURCE)
+        counters.pages_admitted += count
+        counters.pages_fetched += fetched
+        if fetched != count:
+            counters.pages_zeroed += before.count(_ZERO)
+            counters.pages_backed += before.count(_BACKED)
+        self.states[claim.first : claim.first + count] = _PRESENT * count
+        return self._take_off(claim, Wake.COMMITTED)
+
+    def end(self, claim: Claim, states: bytes, reason: Wake) -> list[Waiter]:
+        """End a claim in any other way: its pages are in `states`, a byte each. Returns whom to notify."""
+        first, count = claim.first, claim.count
+        self.states[first : first + count] = states
+        if states == _PRESENT * count:
+            self.bitmap.set_range(first, count)
+        else:
+            self.bitmap.clear_range(first, count)
+        return self._take_off(claim, reason)
+
+    def _take_off(self, claim: Claim, reason: Wake) -> list[Waiter]:
+        self.claims.remove(claim)
+        return _wake(claim, reason)
+
+    # Waiting
+
+    def queue(self, claim: Claim, waiter: Waiter) -> None:
+        """Have `waiter` woken when `claim`, which is listed, ends. It waits for nothing else."""
+        self.counters.waits += 1
+        waiter.claim, waiter.reason = claim, None
+        claim.waiters.append(waiter)
+
+    def withdraw(self, waiter: Waiter, reason: Wake) -> bool:
+        """Take one waiter out of its queue, whom the caller then notifies; False if it has been woken already."""
+        if waiter.claim is None:
+            return False
+        waiter.claim.waiters.remove(waiter)
+        waiter.claim, waiter.reason = None, reason
+        return True
+
+    def cancel(self) -> list[Waiter]:
+        """Let nobody begin any more; returns whom to notify: all who wait for pages that are absent.
+
+        Who waits for a page that is only being admitted is woken by that.
+        """
+        self.cancelled = True
+        woken: list[Waiter] = []
+        for claim in self.claims:
+            if self.states[claim.first] != _ADMITTING_BYTE:
+                woken += _wake(claim, Wake.CANCELLED)
+        return woken
+
+    # Pins: a present page that is pinned stays present
+
+    def pin(self, page: int) -> bool:
+        """Pin a page that is present and admitted; False if it is not."""
+        if self.states[page] != _PRESENT_BYTE:
+            return False
+        self._pins[page] = self._pins.get(page, 0) + 1
+        return True
+
+    def unpin(self, page: int) -> bool:
+        """Undo one `pin`; True if it was the page's last."""
+        left = self._pins[page] - 1
+        if left:
+            self._pins[page] = left
+            return False
+        del self._pins[page]
+        return True
+
+    def pinned(self, claim: Claim) -> bool:
+        """Whether a page of the claim is pinned."""
+        first, end = claim.first, claim.first + claim.count
+        return any(first <= page < end for page in self._pins)
+
+    # Taking away
+
+    def begin_revoke(self, page: int, end: int, most: int) -> tuple[Claim | None, Claim | None, int]:
+        """Claim the next present run of [page, end) to take it away: EVICTING, bits cleared.
+
+        Returns (claim, claim in the way, page to go on at): the first is None if there is nothing to take, or if the
+        second has to end before. `most` bounds the run.
+        """
+        run = self.bitmap.next_present_run(page, end)
+        if self.cancelled or run is None:
+            return None, None, end
+        first = run[0]
+        last = min(first + min(run[1], max(most, self.unit)), self.bounds_of(first)[1])
+        for other in self.claims:
+            if other.first <= first < other.first + other.count:
+                return None, other, first  # its bit is set: it is being admitted at this moment
+            if first < other.first < last:
+                last = other.first
+        claim = Claim(first, last - first, _PRESENT * (last - first))
+        self.states[first:last] = _EVICTING * (last - first)
+        self.bitmap.clear_range(first, last - first)
+        self.claims.append(claim)
+        return claim, None, last
+
+    def begin_reassert(self, page: int) -> Claim | None:
+        """Claim the unit of a present page, which stays present, so that its trap can be told once more."""
+        if self.states[page] != _PRESENT_BYTE:
+            return None
+        first = page // self.unit * self.unit
+        count = min(self.unit, self.pages - first)
+        claim = Claim(first, count, _PRESENT * count)
+        self.states[first : first + count] = _ADMITTING * count
+        self.claims.append(claim)
+        return claim
+
+    def discarded(self, first: int, count: int) -> None:
+        """The bytes of these pages are gone: those that nobody has claimed read as zeros from now on."""
+        for page in range(first, min(first + count, self.pages)):
+            if self.states[page] in _IN_RAM:
+                self.states[page] = State.ZERO
+                self.bitmap.clear_range(page, 1)
+
+
+def _wake(claim: Claim, reason: Wake) -> list[Waiter]:
+    """Empty a claim's queue; returns who was in it."""
+    woken = claim.waiters
+    if woken:
+        claim.waiters = []
+        for waiter in woken:
+            waiter.claim, waiter.reason = None, reason
+    return woken

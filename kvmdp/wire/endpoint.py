@@ -1,0 +1,176 @@
+"""Where peers meet: a Unix SEQPACKET socket at a path, and who is at the other end of a connection.
+
+Only processes of the same user, or root's, are let in (SO_PEERCRED). A peer counts as dead when its pidfd says so, not
+when its connection ends: a process that has closed its socket can still write into memory that it has mapped.
+
+Sources: unix(7), pidfd_open(2) (Linux 5.3). Units: seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+MAX_PATH = 107  # bytes: sun_path has 108, one of them the NUL
+
+_UCRED = struct.Struct("3i")
+
+
+class EndpointError(Exception):
+    """Nobody can be met at a path, or nobody who may be; the message says why and what to do."""
+
+
+@dataclass(slots=True)
+class Peer:
+    """The process at the other end of a connection; owns its pidfd.
+
+    Of a connection that was made by `connect` it is the process that listens.
+    """
+
+    pid: int
+    uid: int
+    pidfd: int
+
+    @classmethod
+    def of(cls, connection: socket.socket) -> Self:
+        """Return who is connected. Raises EndpointError if it is another user's process, or one that has gone."""
+        pid, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if uid not in (os.geteuid(), 0):
+            raise EndpointError(
+                f"process {pid} belongs to user {uid}: only this user's, or root's, may be a peer"
+            )
+        try:
+            return cls(pid, uid, os.pidfd_open(pid))
+        except ProcessLookupError:
+            raise EndpointError(f"process {pid} has ended before its session began") from None
+
+    def wait_dead(self, timeout: float) -> bool:
+        """Wait until the process has ended; False if it lives on after `timeout` seconds."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+
+    def close(self) -> None:
+        """Close the pidfd; a second call does nothing."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class Listener:
+    """Listens at `path`; owns the socket and its file.
+
+    A socket file that a dead process has left there is replaced. Raises EndpointError if there is anything else, or
+    somebody listens there already; OSError.
+    """
+
+    def __init__(self, path: str) -> None:
+        _check_length(path)
+        _make_room(path)
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            before = os.umask(0o077)  # nobody else may connect
+            try:
+                self.socket.bind(path)
+            finally:
+                os.umask(before)
+            self._inode = Path(path).stat().st_ino
+            self.socket.listen()
+        except OSError as error:
+            self.socket.close()
+            raise EndpointError(f"cannot listen at {path}: {error.strerror}; name another path") from None
+
+    def accept(self, timeout: float | None = None) -> socket.socket:
+        """Return the next connection. Raises TimeoutError after `timeout` seconds."""
+        self.socket.settimeout(timeout)
+        connection, _ = self.socket.accept()
+        connection.setblocking(True)
+        return connection
+
+    def close(self) -> None:
+        """Stop listening and remove the socket's file, if it is still this one; a second call does nothing."""
+        if self.socket.fileno() < 0:
+            return
+        self.socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            if Path(self.path).stat().st_ino == self._inode:
+                Path(self.path).unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def connect(path: str) -> socket.socket:
+    """Return a connection to whoever listens at `path`.
+
+    Raises EndpointError if there is nothing, nobody, or somebody else's socket.
+    """
+    _check_length(path)
+    try:
+        found = Path(path).stat()
+    except FileNotFoundError:
+        raise EndpointError(f"there is no socket {path}: start who listens there first") from None
+    except OSError as error:
+        raise EndpointError(f"cannot look at {path}: {error.strerror}") from None
+    if not stat.S_ISSOCK(found.st_mode):
+        raise EndpointError(f"{path} is not a socket: name the one that the other side listens at")
+    if found.st_uid not in (os.geteuid(), 0):
+        raise EndpointError(
+            f"the socket {path} belongs to user {found.st_uid}: only this user's, or root's, is used"
+        )
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect(path)
+    except OSError as error:
+        connection.close()
+        why = {
+            errno.ECONNREFUSED: "nobody listens there any more",
+            errno.EPROTOTYPE: "it is a socket of another type, not kvmdp's",
+        }.get(error.errno or 0, str(error.strerror))
+        raise EndpointError(f"cannot connect to {path}: {why}; start who listens there first") from None
+    return connection
+
+
+def _check_length(path: str) -> None:
+    length = len(os.fsencode(path))
+    if not 1 <= length <= MAX_PATH:
+        raise EndpointError(
+            f"a socket path has 1 to {MAX_PATH} bytes, this one has {length}: choose a shorter one, or change to its "
+            "folder and give a relative one"
+        )
+
+
+def _make_room(path: str) -> None:
+    """Remove a socket file at which nobody listens any more; EndpointError if the path is taken otherwise."""
+    try:
+        found = Path(path).lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise EndpointError(f"cannot look at {path}: {error.strerror}") from None
+    if not stat.S_ISSOCK(found.st_mode):
+        raise EndpointError(f"{path} is there already and is not a socket: name another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise EndpointError(f"{path} is there already ({error.strerror}): name another path") from None
+    raise EndpointError(f"somebody listens at {path} already: name another path, or end that process")
