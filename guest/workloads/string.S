@@ -1,8 +1,9 @@
 # string: string instructions, on pages that no other instruction has touched before.  Each page of the first half of
 # its pages is paired with one of the second half.  Of a pair, rep movsq and rep stosq write the second; and bytes go
 # out of the first to the loopback port (rep outsb; rep outsw across the page's end) and come in to the second from
-# there (rep insb).  Ports and memory take turns in coming first, so that each meets absent pages.  The checksum is
-# over the second half, read back.  An access is a string instruction.
+# there (rep insb).  Ports and memory take turns in coming first, and bytes cross only into a pair where ports come
+# first, so that each meets absent pages.  The checksum is over the second half, read back.  An access is a string
+# instruction.
 
 .intel_syntax noprefix
 .include "abi.inc"
@@ -60,7 +61,7 @@ move_strings:
     add r10, 2
     ret
 
-# r8, r9 = the pair, r12, r14 = their numbers; r13 = pairs that are left, this one included.
+# r8, r9 = the pair, r12, r14 = the pages' numbers; ebp = the pair's number; r13 = pairs that are left, with this one.
 port_strings:
     mov edx, LOOPBACK_PORT
     lea rsi, [r8 + STRING_OUT_OFFSET]
@@ -70,6 +71,8 @@ port_strings:
     mov ecx, STRING_OUT_BYTES
     rep insb
     add r10, 2
+    test ebp, 1
+    jnz 1f
     cmp r13, 1                          # the page after this one is not of this half
     je 1f
     cmp r12, LOW_RAM_PAGES - 1          # the next page is on the other side of the hole

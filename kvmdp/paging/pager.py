@@ -83,6 +83,7 @@ class DemandPager:
         self._unpinned = threading.Condition(self._mutex)
         self._claims: list[Claim] = []  # as many as threads that resolve: a list beats any tree
         self._pins: dict[int, int] = {}
+        self._retained: list[tuple[int, int]] = []  # (first, end) of pages that never become non-present
         self._cancelled = False
 
     # A fault
@@ -316,6 +317,17 @@ class DemandPager:
             outcome = self.resolve(fault)
         yield outcome
 
+    def retain(self, first: int, count: int) -> None:
+        """Never make these pages non-present from now on, once they are present; widened to whole units.
+
+        For pages of which KVM keeps what it has read: live page tables. A pin would make a revocation wait; these it
+        passes over. A revocation that has begun ends first.
+        """
+        first, end = self._checked(first, count)
+        unit = self._unit
+        with self._mutex:
+            self._retained.append((first // unit * unit, -(-end // unit) * unit))
+
     def discarded(self, first: int, count: int) -> None:
         """Take note that the bytes of these pages are gone, or going: those nobody has claimed read as zeros now.
 
@@ -372,8 +384,8 @@ class DemandPager:
     def mark_nonpresent(self, first: int, count: int) -> int:
         """Shut the guest out of a range: its bytes stay in RAM, the next access traps and costs no fetch.
 
-        vCPUs may run meanwhile. The range is widened to whole units. Returns how many pages were present. Raises
-        PagingError while demand paging is switched off.
+        vCPUs may run meanwhile. The range is widened to whole units; pages that are retained are passed over. Returns
+        how many pages were shut off. Raises PagingError while demand paging is switched off.
         """
         page, end = self._checked(first, count)
         unit = self._unit
@@ -402,6 +414,11 @@ class DemandPager:
                 return None, end
             first = run[0]
             last = min(first + min(run[1], max(_REVOKE_BATCH, self._unit)), self._bounds(first)[1])
+            for kept, kept_end in self._retained:
+                if kept <= first < kept_end:
+                    return None, kept_end
+                if first < kept < last:
+                    last = kept
             # Present, and yet claimed: being admitted at this moment.
             for other in self._claims:
                 if other.first <= first < other.first + other.count:

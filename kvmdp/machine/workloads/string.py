@@ -10,7 +10,14 @@ import numpy as np
 
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.workloads.arithmetic import GAMMA, Bools, Pages, SequenceChecksum, Words
-from kvmdp.machine.workloads.base import LOW_RAM_PAGES, PageReader, Share, Workload, WorkloadOptions, in_chunks
+from kvmdp.machine.workloads.base import (
+    LOW_RAM_PAGES,
+    PageReader,
+    Share,
+    Workload,
+    WorkloadOptions,
+    in_chunks,
+)
 from kvmdp.source.base import PAGE_SIZE
 
 _MOST_PAGES = 2048  # each byte that goes out is an exit: about twenty of them a pair of pages
@@ -87,6 +94,5 @@ def _crosses(share: Share, pages: Pages) -> Bools:
     """Tell of pages of the second half whether bytes cross into the next one, and out of that of its partner."""
     half = share.count // 2
     last_low = LOW_RAM_PAGES - 1
-    return np.asarray(
-        (pages != share.first + 2 * half - 1) & (pages != last_low) & (pages - half != last_low)
-    )
+    pair = pages - half - share.first
+    return np.asarray((pair % 2 == 0) & (pair != half - 1) & (pages != last_low) & (pages - half != last_low))
