@@ -67,9 +67,9 @@ def _print(document: dict[str, Any]) -> None:
         _print_wrapped(f"{', '.join(where)}: {text}")
     for trap, reason in document["skipped"].items():
         _print_wrapped(f"{trap} was skipped: {reason}")
-    inexact = [f"{cell['access']} under {cell['trap']}" for cell in document["cells"] if not cell["exact"]]
-    _print_wrapped(
-        f"bytes exact in {len(document['cells']) - len(inexact)} of {len(document['cells'])} cells"
+    exact = sum(cell["exact"] for cell in document["cells"])
+    print(
+        f"\nexact bytes in {exact} of {len(document['cells'])} cells; not missed: {', '.join(_tallies(document))}"
     )
     if not document["ok"]:
         print("FAILED: an access that must be caught was not")
