@@ -19,7 +19,7 @@ from kvmdp.cli.progress import Progress
 from kvmdp.cli.summary import print_summary, results
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import GuestImageError, read_program, vector_flags
-from kvmdp.machine.experiment import RunResult, run_program, run_workload
+from kvmdp.machine.experiment import RunResult, run_program, run_workload, usable_memory
 from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.probe import choose_trap, working_traps
 from kvmdp.machine.runloop import GuestError
@@ -91,6 +91,12 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="memory a memslot covers, for memory-fault and mmio (default: least that "
         "makes at most 16384 memslots)",
+    )
+    option(
+        "--page-tables",
+        default="boot",
+        choices=("boot", "paged"),
+        help="where the guest's lie: in the boot slot, or paged, in RAM's last pages (default: boot)",
     )
     option(
         "--readers",
@@ -230,7 +236,7 @@ def _plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workloa
     with Kvm() as kvm:
         vector = vector_flags(kvm)
     return memory, WorkloadOptions(
-        memory_bytes=memory,
+        memory_bytes=usable_memory(memory, options.page_tables),
         vcpus=options.vcpus,
         ring=options.ring,
         seed=options.seed,
@@ -277,6 +283,7 @@ def _machine_options(options: argparse.Namespace, memory: int) -> MachineOptions
         granule=granule,
         fault_around=options.fault_around,
         uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1),
+        page_tables=options.page_tables,
         program=b"" if options.guest is None else read_program(options.guest),
     )
 
@@ -319,6 +326,7 @@ def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str,
         "memory_bytes": machine.memory_bytes,
         "page_size": PAGE_SIZE,
         "fault_around": machine.fault_around,
+        "page_tables": machine.page_tables,
         "workload": options.workload if options.guest is None else "program",
         "image": options.image,
         "seed": options.seed,

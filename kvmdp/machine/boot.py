@@ -1,10 +1,10 @@
 """The boot slot and the state every vCPU starts in: the host's half of the guest ABI (`guest/README.md`).
 
 The boot slot lies in the hole of the guest-physical map and is always present. It holds what must never be absent:
-the guest's code, its descriptor tables and stacks, the parameter blocks, the page tables. Everything is mapped
-where it lies (linear address = gpa), with 2 MiB pages.
+the guest's code, its descriptor tables and stacks, the parameter blocks, and (`kvmdp.machine.page_tables`) page
+tables.
 
-Sources: Intel SDM volume 3, chapters 2 (control registers), 4 (paging), 13 (XCR0).
+Sources: Intel SDM volume 3, chapters 2 (control registers), 13 (XCR0).
 """
 
 from __future__ import annotations
@@ -12,24 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from kvmdp.abi.kvm import KVM_CAP_XCRS
 from kvmdp.abi.kvm_para import KVM_CPUID_FEATURES
 from kvmdp.abi.kvm_x86 import kvm_cpuid_entry2, kvm_regs, kvm_segment
 from kvmdp.kvm import Kvm, Vcpu, Vm
 from kvmdp.machine import guest_abi as guest
-from kvmdp.memory.layout import GuestLayout
+from kvmdp.machine.page_tables import PageTables
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.size import format_size
 
 BOOT_MEMSLOT = 0
-
-_LARGE_PAGE = 2 << 20
-_TABLE = 4096
-_ENTRIES = _TABLE // 8
-
-_PRESENT, _WRITE, _USER, _ACCESSED, _DIRTY, _LARGE = 1 << 0, 1 << 1, 1 << 2, 1 << 5, 1 << 6, 1 << 7
 
 _CR0 = 1 << 0 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31  # PE, MP, ET, NE, WP, PG
 _CR4_PAE, _CR4_OSFXSR, _CR4_OSXMMEXCPT, _CR4_OSXSAVE = 1 << 5, 1 << 9, 1 << 10, 1 << 18
@@ -77,14 +69,12 @@ class BootSlot:
     Made with everything in place but the parameter blocks, which the caller fills through `parameters`.
     """
 
-    def __init__(self, layout: GuestLayout, image: bytes, program: bytes = b"") -> None:
-        tables = _table_count(layout) * _TABLE
-        used = guest.PAGE_TABLES_BASE - guest.BOOT_BASE + tables
-        self.size = -(-used // _LARGE_PAGE) * _LARGE_PAGE
+    def __init__(self, tables: PageTables, image: bytes, program: bytes = b"") -> None:
+        self.size = tables.boot_size
         self._mapping = Mapping.anonymous(self.size)
         self._put(guest.BOOT_BASE, image)
         self._put(guest.PROGRAM_BASE, program)
-        self._write_page_tables(layout)
+        self._put(guest.PAGE_TABLES_BASE, tables.boot_tables)
 
     def _put(self, gpa: int, data: bytes) -> None:
         offset = gpa - guest.BOOT_BASE
@@ -106,35 +96,9 @@ class BootSlot:
         """Give the slot to the VM."""
         vm.set_user_memory_region(BOOT_MEMSLOT, guest.BOOT_BASE, self.size, self._mapping.hva)
 
-    def _write_page_tables(self, layout: GuestLayout) -> None:
-        """Map RAM and the boot slot one to one with 2 MiB pages: a PML4, a PDPT, a page directory a GiB."""
-        offset = guest.PAGE_TABLES_BASE - guest.BOOT_BASE
-        count = _table_count(layout)
-        tables = np.frombuffer(self._mapping.view[offset : offset + count * _TABLE], dtype=np.uint64)
-        tables = tables.reshape(count, _ENTRIES)
-        link = _PRESENT | _WRITE | _USER | _ACCESSED
-        gpa_of = guest.PAGE_TABLES_BASE
-        tables[0, 0] = gpa_of + _TABLE | link
-        directories = count - 2
-        tables[1, :directories] = (
-            gpa_of + (2 + np.arange(directories, dtype=np.uint64)) * np.uint64(_TABLE)
-        ) | np.uint64(link)
-        leaves = tables[2:].reshape(-1)
-        ranges = [(region.gpa, region.size) for region in layout.regions]
-        ranges.append((guest.BOOT_BASE, self.size))
-        for gpa, size in ranges:
-            numbers = np.arange(gpa // _LARGE_PAGE, -(-(gpa + size) // _LARGE_PAGE), dtype=np.uint64)
-            leaves[numbers] = (numbers * np.uint64(_LARGE_PAGE)) | np.uint64(link | _DIRTY | _LARGE)
-
     def close(self) -> None:
         """Unmap; the VM must be closed, or not run any more."""
         self._mapping.close()
-
-
-def _table_count(layout: GuestLayout) -> int:
-    """Return how many page tables map everything: RAM's last GiB, at least as far as the boot slot's."""
-    end = max(layout.regions[-1].gpa + layout.regions[-1].size, 4 << 30)
-    return 2 + -(-end >> 30)
 
 
 def guest_cpuid(kvm: Kvm) -> list[kvm_cpuid_entry2]:
@@ -164,7 +128,9 @@ def vector_flags(kvm: Kvm) -> guest.VectorFlag:
     return guest.VectorFlag.AVX | guest.VectorFlag.AVX2
 
 
-def set_boot_state(vcpu: Vcpu, cpuid: Sequence[kvm_cpuid_entry2], vector: guest.VectorFlag) -> None:
+def set_boot_state(
+    vcpu: Vcpu, cpuid: Sequence[kvm_cpuid_entry2], vector: guest.VectorFlag, tables: PageTables
+) -> None:
     """Put a new vCPU at the guest's entry: long mode, ring 0, flat segments, its parameter block in RDI."""
     vcpu.set_cpuid(cpuid)
     sregs = vcpu.sregs
@@ -177,7 +143,7 @@ def set_boot_state(vcpu: Vcpu, cpuid: Sequence[kvm_cpuid_entry2], vector: guest.
     sregs.cs = code
     sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data
     sregs.cr0 = _CR0
-    sregs.cr3 = guest.PAGE_TABLES_BASE
+    sregs.cr3 = tables.root
     sregs.cr4 = _CR4_PAE | _CR4_OSFXSR | _CR4_OSXMMEXCPT | (_CR4_OSXSAVE if vector else 0)
     sregs.efer = _EFER
     vcpu.set_sregs(sregs)

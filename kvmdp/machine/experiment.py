@@ -15,9 +15,11 @@ import numpy.typing as npt
 
 from kvmdp.machine.guest_abi import ParameterBlock
 from kvmdp.machine.hostinfo import resident_memory
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine, MachineOptions, PageTablePlace
+from kvmdp.machine.page_tables import page_table_bytes
 from kvmdp.machine.runloop import EXIT_NAMES
 from kvmdp.machine.workloads import Workload, combined_checksum
+from kvmdp.memory.layout import GuestLayout
 from kvmdp.paging.claim import Counters
 from kvmdp.source.base import PageSource, read_pages
 from kvmdp.source.patched import PatchedSource
@@ -61,6 +63,15 @@ class RunResult:
         return not self.wrong_pages and self.expected_checksum in (None, self.guest_checksum)
 
 
+def usable_memory(memory_bytes: int, page_tables: PageTablePlace) -> int:
+    """Return how much of RAM, from its beginning, is left to the guest's work (`MachineOptions.page_tables`).
+
+    Raises ValueError for a size that RAM cannot have.
+    """
+    layout = GuestLayout(memory_bytes)
+    return memory_bytes if page_tables == "boot" else memory_bytes - page_table_bytes(layout)
+
+
 def run_workload(
     options: MachineOptions,
     workload: Workload,
@@ -71,21 +82,29 @@ def run_workload(
 ) -> RunResult:
     """Boot a machine, run `workload` on the memory that `source` delivers, compare. The source stays the caller's.
 
-    Raises what `Machine` and `Machine.run` raise.
+    Raises what `Machine` and `Machine.run` raise, and ValueError if the workload would use pages that hold page
+    tables: `usable_memory` says how much memory to plan it for.
     """
     patched = PatchedSource(source, workload.patches) if workload.patches else source
-
-    def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        return read_pages(patched, pages)
-
     with Machine(options, patched) as machine:
+        tables = machine.page_tables
+        if tables.pages and workload.touched[-1] >= tables.first_page:
+            raise ValueError(
+                f"{workload.name} would use page {workload.touched[-1]} of RAM, and from {tables.first_page} on there "
+                "are page tables: plan it for less memory"
+            )
+
+        def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+            return read_pages(machine.source, pages)
+
         measured = _run(machine, workload.blocks, timeout, on_tick)
         expected = combined_checksum(workload.expected_checksums(image))
         checked, wrong = 0, []
         for pages in _present_pages(machine):
             checked += len(pages)
-            rows = machine.memory.read_pages(pages) != workload.expected_pages(image, pages)
-            wrong += [machine.layout.gpa_of_page(page) for page in pages[rows.any(axis=1)].tolist()]
+            difference = machine.memory.read_pages(pages) ^ workload.expected_pages(image, pages)
+            tables.ignore_walks(pages, difference)
+            wrong += [machine.layout.gpa_of_page(page) for page in pages[difference.any(axis=1)].tolist()]
         return measured(expected, checked, wrong[:_MAX_NAMED])
 
 

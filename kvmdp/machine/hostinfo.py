@@ -59,6 +59,11 @@ def kvm_flavour() -> str:
     return next((name for name in _FLAVOURS if Path("/sys/module", name).exists()), "unknown")
 
 
+def emulates_ring_0() -> bool:
+    """Return whether KVM runs a guest's ring 0 in its emulator: PVM, which has no hardware behind it."""
+    return kvm_flavour() == "kvm_pvm"
+
+
 def uses_nested_paging() -> bool:
     """Return whether KVM gives guests page tables of their own in hardware (TDP), or shadows them."""
     flavour = kvm_flavour()

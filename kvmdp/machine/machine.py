@@ -9,29 +9,36 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Literal
 
 from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SYNC_REGS
 from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS
 from kvmdp.kvm import Kvm, Vcpu, Vm
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
-from kvmdp.machine.hostinfo import vmalloc_used
+from kvmdp.machine.hostinfo import uses_nested_paging, vmalloc_used
+from kvmdp.machine.page_tables import PageTables
+from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.machine.runloop import GuestError, VcpuThread
 from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import PagingError
+from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround
+from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.registry import create_trap
-from kvmdp.paging.trap.userfaultfd import UffdOptions
+from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 from kvmdp.paging.vcpu import VcpuPaging
 from kvmdp.source.base import PageSource
+from kvmdp.source.patched import PatchedSource
 
 _TICK_SECONDS = 0.1
 _STALL_SECONDS = 1.0
 _JOIN_SECONDS = 30.0
+
+PageTablePlace = Literal["boot", "paged", "absent"]
 
 
 class GuestTimeoutError(GuestError):
@@ -44,7 +51,9 @@ class MachineOptions:
 
     `memory_bytes` of RAM; `trap` and `backing` by name; `granule` in bytes or None for the trap's choice;
     `fault_around` in pages; `program`, a flat binary for the guest's program area. `uffd` is for the trap
-    userfaultfd. `pin` has a host CPU for each vCPU, or none.
+    userfaultfd. `pin` has a host CPU for each vCPU, or none. `page_tables` is where the guest's lie: in the "boot"
+    slot, or "paged", in RAM's last pages, which are made present before the guest is entered if the trap does not
+    catch page walks on this host; "absent" leaves that out, to see what comes of it.
     """
 
     memory_bytes: int
@@ -56,12 +65,24 @@ class MachineOptions:
     program: bytes = b""
     uffd: UffdOptions = field(default_factory=UffdOptions)
     pin: tuple[int, ...] = ()
+    page_tables: PageTablePlace = "boot"
+
+
+def catches_page_walks(trap: str) -> bool:
+    """Return whether an absent page table traps by itself under `trap` on this host.
+
+    With page tables in hardware a walk is an access like any other, but memory without a slot ends it. Where KVM
+    shadows page tables it walks them itself: that puts it to sleep in userfaultfd, and what it cannot read in any
+    other way it takes for not mapped.
+    """
+    return trap == UserfaultfdTrap.name or (trap != MmioTrap.name and uses_nested_paging())
 
 
 class Machine:
     """A guest with demand-paged RAM; owns all it is made of.
 
-    The source belongs to the caller. `set_parameters` comes before `run`. `setup_seconds` says what each phase
+    The source belongs to the caller; `source` is that with the page tables in it, if they are paged: what RAM holds
+    before the guest runs. `set_parameters` comes before `run`. `setup_seconds` says what each phase
     took, `slot_bytes` what kernel memory (vmalloc) arming took; the rest of the machine's state is in `pager`,
     `memory` and `threads`.
 
@@ -80,6 +101,9 @@ class Machine:
     def _build(self, options: MachineOptions, source: PageSource, stack: contextlib.ExitStack) -> None:
         with self._phase("memory"):
             self.layout = GuestLayout(options.memory_bytes)
+            self.page_tables = PageTables(self.layout, paged=options.page_tables != "boot")
+            patches = self.page_tables.patches
+            self.source = PatchedSource(source, patches) if patches else source
             policy = FaultAround(options.fault_around)
             self.backing = stack.enter_context(BACKINGS[options.backing](options.memory_bytes))
         with self._phase("vm"):
@@ -87,7 +111,7 @@ class Machine:
             self.vm: Vm = stack.enter_context(kvm.create_vm())
             if self.vm.check_extension(KVM_CAP_EXIT_ON_EMULATION_FAILURE):
                 self.vm.enable_cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
-            boot = BootSlot(self.layout, stock_image(), options.program)
+            boot = BootSlot(self.page_tables, stock_image(), options.program)
             stack.callback(boot.close)
             boot.map_into(self.vm)
             self._boot = boot
@@ -97,29 +121,44 @@ class Machine:
             )
             stack.callback(trap.close)
             self.gate = VcpuGate()
-            self.pager = DemandPager(self.layout, trap, source, policy, self.gate)
+            self.pager = DemandPager(self.layout, trap, self.source, policy, self.gate)
             stack.callback(self.pager.close)
             self.memory = GuestMemory(self.layout, self.backing, self.pager)
         with self._phase("arm"):
             before = vmalloc_used()
             self.pager.enable()
             self.slot_bytes = max(vmalloc_used() - before, 0)
+            self._secure_page_tables()
         with self._phase("vcpus"):
             cpuid = guest_cpuid(kvm)
             vector = vector_flags(kvm)
+            self.ports = Ports()
+            Loopback(self.ports, options.vcpus)
             self.threads: list[VcpuThread] = []
             for index in range(options.vcpus):
                 vcpu = stack.enter_context(self.vm.create_vcpu(index))
-                set_boot_state(vcpu, cpuid, vector)
+                set_boot_state(vcpu, cpuid, vector, self.page_tables)
                 if kvm.check_extension(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS:
                     vcpu.sync_registers()
                 self.threads.append(self._thread_of(vcpu))
+
+    def _secure_page_tables(self) -> None:
+        """See to it that paged page tables stay, and are there before a walk that would not trap."""
+        first, count = self.page_tables.first_page, self.page_tables.pages
+        if not count:
+            return
+        self.pager.retain(first, count)
+        if self.options.page_tables == "absent" or catches_page_walks(self.options.trap):
+            return
+        if self.pager.mark_present(first, count) is not Outcome.PRESENT:
+            raise self.pager.error or PagingError("the page tables cannot be made present")
 
     def _thread_of(self, vcpu: Vcpu) -> VcpuThread:
         pin = self.options.pin
         cpu = pin[vcpu.index] if pin else None
         paging = VcpuPaging(self.pager, vcpu, self.backing, self._read_physical)
-        return VcpuThread(vcpu, paging, self.gate, self._boot.parameters(vcpu.index), self._wake, cpu)
+        parameters = self._boot.parameters(vcpu.index)
+        return VcpuThread(vcpu, paging, self.gate, self.ports, parameters, self._wake, cpu)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -153,9 +192,10 @@ class Machine:
             for thread in self.threads:
                 thread.start()
             self._monitor(deadline, on_tick)
+            # Before the stop: a vCPU that is let go of while it walks an absent page table ends in a triple fault.
+            errors = [thread.error for thread in self.threads if thread.error is not None]
         finally:
             self.stop()
-        errors = [thread.error for thread in self.threads if thread.error is not None]
         if errors:
             raise errors[0]
         if not all(thread.done for thread in self.threads):

@@ -18,22 +18,25 @@ from kvmdp.paging.pager import DemandPager
 
 
 class GuestMemory:
-    """Reads and writes guest RAM by guest-physical address (gpa, bytes).
+    """Reads and writes guest RAM by guest-physical address (gpa, bytes) on behalf of `origin`.
 
     All methods raise ValueError for addresses that are not RAM and PagingError if a page cannot be made
     present.
     """
 
-    def __init__(self, layout: GuestLayout, backing: Backing, pager: DemandPager) -> None:
+    def __init__(
+        self, layout: GuestLayout, backing: Backing, pager: DemandPager, origin: Origin = Origin.HOST
+    ) -> None:
         self._layout = layout
         self._pager = pager
+        self._origin = origin
         self._view = backing.vmm.view
 
     def read(self, gpa: int, length: int) -> bytes:
         """Return `length` bytes at `gpa`."""
         data = bytearray(length)
         for page, offset, start, count in self._pieces(gpa, length):
-            with self._pager.held(PageFault(page, Origin.HOST)) as outcome:
+            with self._pager.held(PageFault(page, self._origin)) as outcome:
                 self._check(outcome, page)
                 data[start : start + count] = self._view[offset : offset + count]
         return bytes(data)
@@ -41,7 +44,7 @@ class GuestMemory:
     def write(self, gpa: int, data: bytes) -> None:
         """Write `data` at `gpa`."""
         for page, offset, start, count in self._pieces(gpa, len(data)):
-            with self._pager.held(PageFault(page, Origin.HOST)) as outcome:
+            with self._pager.held(PageFault(page, self._origin)) as outcome:
                 self._check(outcome, page)
                 self._view[offset : offset + count] = data[start : start + count]
 
@@ -50,7 +53,7 @@ class GuestMemory:
         content = np.empty((len(pages), PAGE_SIZE // 8), dtype=np.uint64)
         rows = content.data.cast("B")
         for row, page in enumerate(pages.tolist()):
-            with self._pager.held(PageFault(page, Origin.HOST)) as outcome:
+            with self._pager.held(PageFault(page, self._origin)) as outcome:
                 self._check(outcome, page)
                 offset = page * PAGE_SIZE
                 rows[row * PAGE_SIZE : (row + 1) * PAGE_SIZE] = self._view[offset : offset + PAGE_SIZE]

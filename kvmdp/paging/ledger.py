@@ -56,6 +56,7 @@ class Ledger:
         self.cancelled = False
         self._bounds = tuple(bounds)
         self._pins: dict[int, int] = {}
+        self._retained: list[tuple[int, int]] = []  # (first, end) of whole units; a few
 
     # Faults
 
@@ -192,19 +193,37 @@ class Ledger:
         first, end = claim.first, claim.first + claim.count
         return any(first <= page < end for page in self._pins)
 
+    # Retained pages: once present they stay so, and a revocation passes them over
+
+    def retain(self, first: int, end: int) -> None:
+        """Retain the units that hold the pages [first, end); counted, as the same may be retained twice."""
+        self._retained.append(self._whole_units(first, end))
+
+    def let_go(self, first: int, end: int) -> None:
+        """Undo one `retain` of the same pages."""
+        self._retained.remove(self._whole_units(first, end))
+
+    def _whole_units(self, first: int, end: int) -> tuple[int, int]:
+        return first // self.unit * self.unit, min(-(-end // self.unit) * self.unit, self.pages)
+
     # Taking away
 
     def begin_revoke(self, page: int, end: int, most: int) -> tuple[Claim | None, Claim | None, int]:
         """Claim the next present run of [page, end) to take it away: EVICTING, bits cleared.
 
-        Returns (claim, claim in the way, page to go on at): the first is None if there is nothing to take, or if the
-        second has to end before. `most` bounds the run.
+        Returns (claim, claim in the way, page to go on at): the first is None if there is nothing to take, if the
+        second has to end before, or if the run begins with retained pages. `most` bounds the run.
         """
         run = self.bitmap.next_present_run(page, end)
         if self.cancelled or run is None:
             return None, None, end
         first = run[0]
         last = min(first + min(run[1], max(most, self.unit)), self.bounds_of(first)[1])
+        for kept, kept_end in self._retained:
+            if kept <= first < kept_end:
+                return None, None, kept_end
+            if first < kept < last:
+                last = kept
         for other in self.claims:
             if other.first <= first < other.first + other.count:
                 return None, other, first  # its bit is set: it is being admitted at this moment

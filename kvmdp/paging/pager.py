@@ -318,6 +318,23 @@ class DemandPager:
             outcome = self.resolve(fault)
         yield outcome
 
+    def retain(self, first: int, count: int) -> None:
+        """Never make these pages non-present from now on, once they are present; widened to whole units.
+
+        For pages that KVM uses without an access that could trap: live page tables, of which it keeps what it has
+        read, and pages it writes to by itself. A pin would make a revocation wait; these it passes over. One that has
+        begun ends first: whoever wants the pages present makes them so afterwards. Undone by `let_go`; counted.
+        """
+        first, end = self._checked(first, count)
+        with self.mutex:
+            self.ledger.retain(first, end)
+
+    def let_go(self, first: int, count: int) -> None:
+        """Undo one `retain` of the same pages."""
+        first, end = self._checked(first, count)
+        with self.mutex:
+            self.ledger.let_go(first, end)
+
     def discarded(self, first: int, count: int) -> None:
         """Take note that the bytes of these pages are gone, or going: those nobody has claimed read as zeros now.
 
@@ -375,9 +392,10 @@ class DemandPager:
     def mark_nonpresent(self, first: int, count: int, timeout: float | None = None) -> int:
         """Shut the guest out of a range: its bytes stay in RAM, the next access traps and costs no fetch.
 
-        vCPUs may run meanwhile. The range is widened to whole units. Returns how many pages were present. Raises
-        BusyError if somebody keeps a page for longer than `timeout` seconds (None waits): what was taken away before
-        that stays away, the rest is present. PagingError while demand paging is switched off.
+        vCPUs may run meanwhile. The range is widened to whole units; pages that are retained are passed over. Returns
+        how many pages were shut off. Raises BusyError if somebody keeps a page for longer than `timeout` seconds (None
+        waits): what was taken away before that stays away, the rest is present. PagingError while demand paging is
+        switched off.
         """
         page, end = self._checked(first, count)
         unit = self.ledger.unit

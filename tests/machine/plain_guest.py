@@ -10,6 +10,9 @@ from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE
 from kvmdp.abi.mman import MADV_NOHUGEPAGE
 from kvmdp.kvm import Interrupted, Io, Kvm
 from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
+from kvmdp.machine.guest_abi import LOOPBACK_PORT
+from kvmdp.machine.page_tables import PageTables
+from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.mapping import Mapping
 
@@ -33,18 +36,21 @@ class PlainGuest:
             vm = stack.enter_context(kvm.create_vm())
             if vm.check_extension(KVM_CAP_EXIT_ON_EMULATION_FAILURE):
                 vm.enable_cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
-            self.boot = stack.enter_context(contextlib.closing(BootSlot(layout, stock_image(), program)))
+            tables = PageTables(layout, paged=False)
+            self.boot = stack.enter_context(contextlib.closing(BootSlot(tables, stock_image(), program)))
             self.boot.map_into(vm)
             for slot, region in enumerate(layout.regions, start=1):
                 vm.set_user_memory_region(slot, region.gpa, region.size, self._mapping.hva + region.offset)
             cpuid = guest_cpuid(kvm)
             self.vector_flags = vector_flags(kvm)
             self.blocks, self.vcpus = [], []
+            self._ports = Ports()
+            Loopback(self._ports, len(blocks))
             for index, block in enumerate(blocks):
                 place = self.boot.parameters(index)
                 ctypes.pointer(place)[0] = block
                 vcpu = stack.enter_context(vm.create_vcpu(index))
-                set_boot_state(vcpu, cpuid, self.vector_flags)
+                set_boot_state(vcpu, cpuid, self.vector_flags, tables)
                 self.blocks.append(place)
                 self.vcpus.append(vcpu)
             self._stack = stack.pop_all()
@@ -65,6 +71,9 @@ class PlainGuest:
     def _run(self, vcpu):
         vcpu.attach_thread()
         exit_ = vcpu.run()
+        while isinstance(exit_, Io) and exit_.port == LOOPBACK_PORT:
+            self._ports.handle(vcpu.index, exit_)
+            exit_ = vcpu.run()
         if isinstance(exit_, Io):
             self.ends[vcpu.index] = int.from_bytes(exit_.data, "little")
         elif isinstance(exit_, Interrupted):

@@ -1,0 +1,340 @@
+"""Which accesses each trap catches, and how: a micro guest, or a thread of the host, for every kind of access.
+
+The question behind it: userfaultfd works for every access in every form; what do traps that exit see? Nothing here
+is declared. Each cell is run, its bytes are compared, and what it says is what was seen.
+
+The in-kernel design (KVM Demand Paging, KVM Userfault) would stop every access of KVM's in one place. From user space
+some are caught otherwise, or only because kvmdp sees to it: the notes say which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kvmdp.kvm import Kvm
+from kvmdp.machine.boot import vector_flags
+from kvmdp.machine.experiment import run_workload, usable_memory
+from kvmdp.machine.hostinfo import emulates_ring_0
+from kvmdp.machine.machine import Machine, MachineOptions, PageTablePlace
+from kvmdp.machine.probe import ACCESSES as GUEST_ACCESSES
+from kvmdp.machine.runloop import EXIT_NAMES, GuestError
+from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.access import GuestMemory
+from kvmdp.paging.fault import Origin, PageFault, PagingError, UnsupportedError
+from kvmdp.paging.trap.registry import TRAPS
+from kvmdp.source.base import read_pages
+from kvmdp.source.patched import PatchedSource
+from kvmdp.source.synthetic import SyntheticSource
+
+_MEMORY = 2 << 20
+_PAGES = 8
+_SEED = 2023
+_TIMEOUT = 10.0
+
+# sgdt [0x3000]; mov rax,[0x3002]; xor edx,edx; ret
+_SGDT = bytes.fromhex("0f01042500300000 488b042502300000 31d2 c3")
+_SGDT_PAGE = 3
+
+
+class Seen(enum.Enum):
+    """What became of an access to an absent page."""
+
+    EXIT = "caught by exit"  # KVM_RUN came back, the access was retried
+    SLEEP = "caught by sleep"  # whoever made it slept until the page was there
+    EMULATION = "completed by emulation"  # KVM_RUN came back in the middle of it, user space did the rest
+    MISSED = "missed"  # nothing trapped, or it failed, or the bytes were wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One kind of access under one trap.
+
+    `exits` counts what was seen by kind: exits of KVM_RUN, `uffd_event` (a reader served it), `request` (the pager
+    was asked first). `exact`: every byte was right. `ok`: it was, or this is known, and `note` says what helps.
+    """
+
+    access: str
+    trap: str
+    seen: Seen
+    exits: dict[str, int]
+    exact: bool
+    note: str = ""
+    ok: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """The table: cells by access, then trap; `skipped` has the traps this host cannot have, with the reason."""
+
+    cells: list[Cell]
+    skipped: dict[str, str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every cell was exact or is known not to be."""
+        return all(cell.ok for cell in self.cells)
+
+
+def coverage(on_cell: Callable[[str, str], None] | None = None) -> Coverage:
+    """Run every cell; `on_cell` is told of each (access, trap) before it runs. Raises KvmError without KVM."""
+    with Kvm():
+        pass
+    skipped: dict[str, str] = {}
+    cells = []
+    for access in ACCESSES:
+        for trap in TRAPS:
+            if trap in skipped:
+                continue
+            if on_cell is not None:
+                on_cell(access, trap)
+            try:
+                cells.append(run_cell(access, trap))
+            except UnsupportedError as error:
+                skipped[trap] = str(error)
+    return Coverage([cell for cell in cells if cell.trap not in skipped], skipped)
+
+
+def run_cell(access: str, trap: str) -> Cell:
+    """Run one cell. Raises UnsupportedError if this host lacks the trap."""
+    try:
+        cell = ACCESSES[access](access, trap)
+    except (PagingError, GuestError, OSError) as error:
+        return Cell(access, trap, Seen.MISSED, {}, exact=False, note=str(error), ok=False)
+    if cell.note:
+        return cell
+    if not cell.exact:
+        return replace(cell, seen=Seen.MISSED, note="the bytes were wrong", ok=False)
+    if cell.seen is Seen.MISSED:
+        return replace(cell, note="nothing trapped", ok=False)
+    if "emulation_failure" in cell.exits:
+        return replace(cell, note=_DECODED)
+    return replace(cell, note=_NOTES.get((access, cell.seen), ""))
+
+
+def _seen(exits: dict[str, int]) -> Seen:
+    if "mmio" in exits:
+        return Seen.EMULATION
+    if "uffd_event" in exits or "request" in exits:
+        return Seen.SLEEP
+    return Seen.EXIT if exits else Seen.MISSED
+
+
+# Accesses of a guest that a workload makes
+
+
+def _workload_cell(
+    access: str,
+    trap: str,
+    name: str,
+    *,
+    write: bool = False,
+    ring: int = 3,
+    page_tables: PageTablePlace = "boot",
+) -> Cell:
+    with Kvm() as kvm:
+        vector = vector_flags(kvm)
+    memory = usable_memory(_MEMORY, page_tables)
+    work = WorkloadOptions(
+        memory_bytes=memory, pages=_PAGES, seed=_SEED, vector=vector, write=write, ring=ring
+    )
+    workload = make_workload(name, work)
+    machine = MachineOptions(_MEMORY, trap, page_tables=page_tables)
+    result = run_workload(machine, workload, SyntheticSource(_MEMORY, _SEED), timeout=_TIMEOUT)
+    exits = {kind: count for kind, count in result.exits.items() if kind not in ("io", "interrupted")}
+    if not exits and len(result.latencies):
+        exits = {"uffd_event": len(result.latencies)}
+    # A page that never became present is one that the guest used behind the trap's back.
+    all_trapped = result.counters.pages_admitted >= len(workload.touched)
+    return Cell(access, trap, _seen(exits), exits, exact=result.ok and all_trapped)
+
+
+def _guest(access: str, trap: str) -> Cell:
+    name, write = GUEST_ACCESSES[access]
+    return _workload_cell(access, trap, name, write=write)
+
+
+def _string(access: str, trap: str) -> Cell:
+    return _workload_cell(access, trap, "string")
+
+
+def _emulator(access: str, trap: str) -> Cell:
+    """All of ring 0 where KVM has no hardware behind it; elsewhere what it emulates of ring 3."""
+    if emulates_ring_0():
+        return _workload_cell(access, trap, "touch", write=True, ring=0)
+    return _workload_cell(access, trap, "string")
+
+
+def _page_walk(access: str, trap: str) -> Cell:
+    """Leave the page tables absent; if that is no good, show that making them present first is."""
+    try:
+        return _workload_cell(access, trap, "touch", write=True, page_tables="absent")
+    except (PagingError, GuestError) as error:
+        what = str(error).removeprefix("vCPU 0: ")
+    prepared = _workload_cell(access, trap, "touch", write=True, page_tables="paged")
+    if not prepared.exact:
+        raise PagingError("with page tables made present before the guest was entered, the bytes were wrong")
+    note = (
+        f"KVM walks page tables in software and takes an absent one for not mapped ({what}); --page-tables paged "
+        "makes them present before the guest is entered, and was exact"
+    )
+    return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note)
+
+
+# An access on which KVM spins
+
+
+def _descriptor_store(access: str, trap: str) -> Cell:
+    expected, _ = _run_sgdt(trap, present=True)
+    found, exits = _run_sgdt(trap, present=False)
+    stalls = exits.pop("stall", 0)
+    if stalls and not exits:
+        note = "KVM spins without an exit; the watchdog looked at the instruction and made its page present"
+        return Cell(
+            access, trap, Seen.MISSED, exits, exact=found == expected, note=note, ok=found == expected
+        )
+    return Cell(access, trap, _seen(exits), exits, exact=found == expected)
+
+
+def _run_sgdt(trap: str, *, present: bool) -> tuple[tuple[int, bytes], dict[str, int]]:
+    """Return what the program returned and left in its page, and what was seen."""
+    options = MachineOptions(_MEMORY, trap, program=_SGDT)
+    with Machine(options, SyntheticSource(_MEMORY, _SEED)) as machine:
+        machine.set_parameters(program_blocks(WorkloadOptions(memory_bytes=_MEMORY, seed=_SEED)))
+        if present:
+            machine.pager.mark_present(_SGDT_PAGE, 1)
+        machine.run(_TIMEOUT)
+        exits = _vcpu_exits(machine)
+        stalls = sum(thread.stalls for thread in machine.threads)
+        if stalls:
+            exits["stall"] = stalls
+        page = machine.memory.read(_SGDT_PAGE * PAGE_SIZE, PAGE_SIZE)
+        return (machine.threads[0].parameters.checksum, page), exits
+
+
+def _vcpu_exits(machine: Machine) -> dict[str, int]:
+    exits: Counter[str] = Counter()
+    for thread in machine.threads:
+        for kind, count in thread.exits.items():
+            exits[EXIT_NAMES.get(kind, kind.__name__)] += count
+    events = sum(len(each) for each in machine.pager.trap.latencies)
+    if events:
+        exits["uffd_event"] = events
+    return {kind: count for kind, count in exits.items() if kind not in ("io", "interrupted")}
+
+
+# Accesses without a vCPU
+
+
+def _device(access: str, trap: str) -> Cell:
+    """A thread reads and writes absent pages through GuestMemory; then a guest reads all of them."""
+    source = SyntheticSource(_MEMORY, _SEED)
+    writes = [(page * PAGE_SIZE + 100, bytes([page]) * 300) for page in range(1, _PAGES, 2)]
+    workload = make_workload("checksum", WorkloadOptions(memory_bytes=_MEMORY, pages=2 * _PAGES, seed=_SEED))
+    with Machine(MachineOptions(_MEMORY, trap), source) as machine, _observed(machine) as origins:
+        machine.set_parameters(workload.blocks)
+        device = GuestMemory(machine.layout, machine.backing, machine.pager, Origin.DEVICE)
+        read: list[bytes] = []
+
+        def transfer() -> None:
+            for gpa, data in writes:
+                device.write(gpa, data)
+            read.extend(device.read(page * PAGE_SIZE + 50, 2000) for page in range(0, _PAGES, 2))
+
+        _in_a_thread(transfer)
+        requests = origins[Origin.DEVICE]
+        machine.run(_TIMEOUT)
+        after = PatchedSource(source, writes)
+        expected = workload.expected_checksums(lambda pages: read_pages(after, pages))
+        image = source.pages(np.arange(0, _PAGES, 2)).view(np.uint8)
+        exact = read == [row.tobytes() for row in image[:, 50:2050]]
+        exact &= [thread.parameters.checksum for thread in machine.threads] == expected
+        exits = {"request": requests} if requests else {}
+        return Cell(access, trap, _seen(exits), exits, exact=exact)
+
+
+def _system_call(access: str, trap: str) -> Cell:
+    """The kernel reads an absent page of the guest view on behalf of somebody who has not asked."""
+    source = SyntheticSource(_MEMORY, _SEED)
+    with Machine(MachineOptions(_MEMORY, trap), source) as machine:
+        view = machine.backing.guest.view[:PAGE_SIZE]
+        receiving, sending = os.pipe2(os.O_CLOEXEC)
+        try:
+            os.write(sending, view)
+            found = os.read(receiving, PAGE_SIZE)
+        except OSError as error:
+            note = f"it fails ({error.strerror}), nothing wrong is read; devices have to ask the pager first"
+            return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note)
+        finally:
+            view.release()
+            os.close(receiving)
+            os.close(sending)
+        exits = _vcpu_exits(machine)
+    if exits:
+        return Cell(access, trap, _seen(exits), exits, exact=found == source.pages(np.arange(1)).tobytes())
+    note = "it reads memory that nobody has filled; devices have to ask the pager first"
+    return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note)
+
+
+@contextlib.contextmanager
+def _observed(machine: Machine) -> Iterator[Counter[Origin]]:
+    """Count the faults that are resolved, by origin."""
+    origins: Counter[Origin] = Counter()
+
+    def observe(fault: PageFault, _claim: object, _began: int) -> None:
+        origins[fault.origin] += 1
+
+    machine.pager.observer = observe
+    yield origins
+    machine.pager.observer = None
+
+
+def _in_a_thread(work: Callable[[], None]) -> None:
+    errors: list[Exception] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=guarded, name="device")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+ACCESSES: dict[str, Callable[[str, str], Cell]] = {
+    **dict.fromkeys(GUEST_ACCESSES, _guest),
+    "string": _string,
+    "page walk": _page_walk,
+    "emulator": _emulator,
+    "sgdt": _descriptor_store,
+    "device thread": _device,
+    "system call": _system_call,
+}
+
+_DECODED = "KVM's emulator fails without an address; user space decodes the instruction and has it retried"
+_EMULATED = "KVM does half of it and user space the rest, where the kernel design would have it retried"
+_NOTES: dict[tuple[str, Seen], str] = {
+    **{(access, Seen.EMULATION): _EMULATED for access in ("read", "write", "vector", "fetch")},
+    ("atomic", Seen.EMULATION): f"{_EMULATED}; one that crosses a page would not be atomic",
+    ("string", Seen.EMULATION): "ins and outs are KVM's emulator's, which takes absent memory for a device",
+    (
+        "emulator",
+        Seen.EMULATION,
+    ): "KVM's emulator takes absent memory for a device, and user space completes it",
+    (
+        "device thread",
+        Seen.SLEEP,
+    ): "it asks the pager first and waits there; what does not ask is the row below",
+}

@@ -1,0 +1,175 @@
+"""The coverage table: what each cell says is what happened, and a trap that fails is found out."""
+
+import errno
+import os
+
+import pytest
+from harness import TRAPS, require_trap
+
+from kvmdp.machine import coverage as module
+from kvmdp.machine.coverage import ACCESSES, Seen, coverage, run_cell
+from kvmdp.machine.hostinfo import emulates_ring_0, uses_nested_paging
+from kvmdp.machine.machine import catches_page_walks
+from kvmdp.paging.access import GuestMemory
+from kvmdp.paging.fault import UnsupportedError
+from kvmdp.paging.trap import registry
+from kvmdp.paging.trap.mmio import MmioTrap
+from kvmdp.paging.trap.registry import TRAPS as ALL_TRAPS
+from kvmdp.source.synthetic import SyntheticSource
+
+pytestmark = pytest.mark.kvm
+
+OWN_EXIT = {"marker": "sigbus", "memory-fault": "memory_fault", "mmio": "mmio", "userfaultfd": "uffd_event"}
+RING_3_DATA = ("read", "write", "atomic")
+
+
+class NeverTraps(MmioTrap):
+    """All of RAM is plain memory, as if nothing had been armed."""
+
+    def arm(self, presence):
+        self._slots.map_plain()
+
+
+class FilledBefore(NeverTraps):
+    """The same on memory that happens to hold what the source has: right bytes, and nothing was caught."""
+
+    def arm(self, presence):
+        super().arm(presence)
+        SyntheticSource(module._MEMORY, module._SEED).fill(0, self.fill_view)
+
+
+def cell(access, trap):
+    require_trap(trap)
+    return run_cell(access, trap)
+
+
+@pytest.mark.parametrize("access", ["read", "write", "fetch", "atomic", "vector", "string", "emulator"])
+@pytest.mark.parametrize("trap", ALL_TRAPS)
+def test_what_a_vcpu_does_is_caught_and_exact(trap, access):
+    found = cell(access, trap)
+    assert found.exact
+    assert found.ok
+    assert found.seen is not Seen.MISSED
+    assert sum(found.exits.values()) >= 8
+    if trap == "userfaultfd":
+        assert (found.seen, found.exits.keys()) == (Seen.SLEEP, {"uffd_event"})
+    else:
+        assert found.seen is (Seen.EMULATION if "mmio" in found.exits else Seen.EXIT)
+    if found.seen is Seen.EMULATION:
+        assert found.note
+
+
+@pytest.mark.parametrize("access", RING_3_DATA)
+@pytest.mark.parametrize("trap", ALL_TRAPS)
+def test_plain_accesses_are_caught_in_the_traps_own_way_one_by_one(trap, access):
+    assert cell(access, trap).exits == {OWN_EXIT[trap]: 8}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_string_instructions_are_data_to_the_trap_and_port_io_is_emulated(trap):
+    found = cell("string", trap)
+    assert found.seen is Seen.EMULATION
+    if trap != "mmio":
+        assert found.exits == {OWN_EXIT[trap]: 4, "mmio": 4}
+
+
+@pytest.mark.parametrize("trap", ALL_TRAPS)
+def test_a_page_walk_is_caught_or_what_helps_is_said(trap):
+    found = cell("page walk", trap)
+    assert found.ok
+    if catches_page_walks(trap):
+        assert (found.exact, found.note) == (True, "")
+        assert sum(found.exits.values()) == 8 + 3  # the pages, and PML4, PDPT and a directory
+    else:
+        assert (found.seen, found.exact) == (Seen.MISSED, False)
+        assert (
+            "--page-tables paged makes them present before the guest is entered, and was exact" in found.note
+        )
+
+
+@pytest.mark.parametrize("trap", ALL_TRAPS)
+def test_an_access_on_which_kvm_spins_is_not_called_caught(trap):
+    found = cell("sgdt", trap)
+    assert found.exact
+    assert found.ok
+    if trap == "userfaultfd":
+        assert found.seen is Seen.SLEEP
+    elif not uses_nested_paging():
+        assert found.seen is Seen.MISSED
+        assert "the watchdog" in found.note
+
+
+@pytest.mark.parametrize("trap", ALL_TRAPS)
+def test_a_device_that_asks_waits_and_one_that_does_not_is_caught_by_userfaultfd_alone(trap):
+    asking, unasked = cell("device thread", trap), cell("system call", trap)
+    assert (asking.seen, asking.exits, asking.exact) == (Seen.SLEEP, {"request": 8}, True)
+    if trap == "userfaultfd":
+        assert (unasked.seen, unasked.exits, unasked.exact) == (Seen.SLEEP, {"uffd_event": 1}, True)
+    else:
+        assert (unasked.seen, unasked.exits, unasked.exact) == (Seen.MISSED, {}, False)
+        assert unasked.note.endswith("devices have to ask the pager first")
+        assert unasked.note.startswith("it fails (Bad address)") is (trap == "marker")
+
+
+@pytest.mark.parametrize(
+    "access", [each for each in ACCESSES if each not in ("page walk", "system call", "sgdt")]
+)
+def test_a_trap_that_never_traps_is_found_out(access, monkeypatch):
+    monkeypatch.setitem(registry.TRAPS, "mmio", lambda made_of: NeverTraps(made_of.slots, made_of.backing))
+    found = run_cell(access, "mmio")
+    assert found.seen is Seen.MISSED or access == "device thread"
+    assert not found.ok or access == "device thread"
+    assert found.note
+
+
+@pytest.mark.parametrize("access", ["read", "write", "string", "emulator"])
+def test_right_bytes_that_nothing_caught_are_missed(access, monkeypatch):
+    monkeypatch.setitem(registry.TRAPS, "mmio", lambda made_of: FilledBefore(made_of.slots, made_of.backing))
+    found = run_cell(access, "mmio")
+    assert (found.seen, found.ok, found.exits) == (Seen.MISSED, False, {})
+
+
+def test_a_device_that_does_not_ask_is_found_out(monkeypatch):
+    def write_without_asking(memory, gpa, data):
+        memory._view[gpa : gpa + len(data)] = data
+
+    monkeypatch.setattr(GuestMemory, "write", write_without_asking)
+    found = run_cell("device thread", "mmio")
+    assert (found.seen, found.exact, found.ok, found.note) == (
+        Seen.MISSED,
+        False,
+        False,
+        "the bytes were wrong",
+    )
+
+
+def test_a_cell_that_breaks_is_missed_and_says_why(monkeypatch):
+    def broken(*arguments):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setitem(registry.TRAPS, "mmio", broken)
+    found = run_cell("read", "mmio")
+    assert (found.seen, found.exact, found.ok) == (Seen.MISSED, False, False)
+    assert "Cannot allocate memory" in found.note
+
+
+def test_a_trap_that_the_host_lacks_is_a_column_with_the_reason(monkeypatch):
+    def lacking(*arguments):
+        raise UnsupportedError("no such thing: get one")
+
+    for trap in ("marker", "userfaultfd", "memory-fault"):
+        monkeypatch.setitem(registry.TRAPS, trap, lacking)
+    asked = []
+    monkeypatch.setattr(module, "ACCESSES", {each: ACCESSES[each] for each in ("read", "device thread")})
+    table = coverage(lambda access, trap: asked.append((access, trap)))
+    assert [(cell.access, cell.trap) for cell in table.cells] == [("read", "mmio"), ("device thread", "mmio")]
+    assert table.skipped == dict.fromkeys(("marker", "memory-fault", "userfaultfd"), "no such thing: get one")
+    assert table.ok
+    assert len(asked) == 4 + 1
+
+
+def test_ring_0_stands_for_the_emulator_where_it_is_emulated():
+    found = run_cell("emulator", "mmio")
+    # Eight pages written by ring 0, or eight of which bytes went out and came in.
+    assert found.exits == {"mmio": 8}
+    assert emulates_ring_0() or "emulation_failure" not in found.exits
