@@ -68,9 +68,8 @@ def _print(document: dict[str, Any]) -> None:
     for trap, reason in document["skipped"].items():
         _print_wrapped(f"{trap} was skipped: {reason}")
     exact = sum(cell["exact"] for cell in document["cells"])
-    print(
-        f"\nexact bytes in {exact} of {len(document['cells'])} cells; not missed: {', '.join(_tallies(document))}"
-    )
+    print(f"\nexact bytes in {exact} of {len(document['cells'])} cells")
+    print(f"not missed: {', '.join(_tallies(document))}")
     if not document["ok"]:
         print("FAILED: an access that must be caught was not")
 

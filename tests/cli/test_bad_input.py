@@ -72,6 +72,11 @@ def test_an_image_that_may_not_be_read(image):
     [
         (("--seed", "-1"), f"seed -1 is out of range: give one from 0 to {(1 << 64) - 1}"),
         (("--order", "backwards"), "argument --order: invalid choice: 'backwards'"),
+        (("--page-tables", "absent"), "argument --page-tables: invalid choice: 'absent'"),
+        (
+            ("--memory", "2M", "--page-tables", "paged", "--pages", "510"),
+            "510 pages: the guest has 1 to 509",
+        ),
         (("--vcpus", "two"), "argument --vcpus: invalid int value: 'two'; see kvmdp run --help"),
         (("--memroy", "2M"), "unrecognized arguments: --memroy 2M; see kvmdp --help"),
         (("--timeout", "0"), "--timeout 0: give more than 0 seconds"),

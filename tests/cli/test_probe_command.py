@@ -136,7 +136,7 @@ def test_people_get_a_table_and_a_file_of_the_same(tmp_path):
 @pytest.mark.kvm  # "not KVM" needs a /dev/kvm to put something else over
 @pytest.mark.usefixtures("own_namespace")
 @pytest.mark.parametrize("host", BROKEN_HOSTS)
-def test_without_kvm_both_commands_say_what_is_lacking(host):
+def test_without_kvm_the_commands_say_what_is_lacking(host):
     wrapper, reason = BROKEN_HOSTS[host]
     run = kvmdp("run", wrapper=wrapper)
     assert run.status == 4
@@ -144,6 +144,9 @@ def test_without_kvm_both_commands_say_what_is_lacking(host):
     assert run.err.count("\n") == 1
     assert "/dev/kvm failed: " in run.error
     assert reason in run.error
+
+    coverage = kvmdp("compare", "--coverage", wrapper=wrapper)
+    assert (coverage.status, coverage.out, coverage.err) == (4, "", run.err)
 
     told = kvmdp("probe", wrapper=wrapper)
     assert told.status == 4

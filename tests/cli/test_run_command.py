@@ -305,3 +305,23 @@ def test_no_escape_sequence_goes_elsewhere(program):
         done = command.finish()
     assert "\x1b" not in done.err
     assert re.search(r"^\d+ of 16384 pages present \(\d+%\), \d+ faults/s$", done.err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_page_tables_in_paged_ram_are_the_last_pages_and_part_of_the_proof(trap):
+    done = kvmdp("run", "--memory", "2M", "--trap", trap, "--page-tables", "paged", "--json", "-")
+    document = done.document
+    assert (done.status, document["ok"], document["page_tables"]) == (0, True, "paged")
+    assert document["accesses"] == (512 - 3) * 512
+    assert document["pages_present"] == document["pages_checked"] == document["pages_fetched"] == 512
+
+
+def test_page_tables_lie_in_the_boot_slot_unless_asked_otherwise():
+    assert kvmdp("run", "--memory", "2M", "--pages", 4, "--json", "-").document["page_tables"] == "boot"
+
+
+def test_a_program_is_told_of_the_pages_that_are_left_to_it(program):
+    # mov rax,[rdi+0x30] (page_count); xor edx,edx; ret
+    path = program(bytes.fromhex("488b4730 31d2 c3"))
+    done = kvmdp("run", "--memory", "2M", "--guest", path, "--page-tables", "paged", "--json", "-")
+    assert (done.status, int(done.document["guest_checksum"], 16)) == (0, 509)

@@ -280,3 +280,38 @@ def test_off_is_refused_while_pages_are_absent_and_marking_while_it_is_off():
 def test_fault_around_takes_powers_of_two(pages):
     with pytest.raises(ValueError, match="give a power of two from 1 to 512"):
         FaultAround(pages)
+
+
+def test_retained_pages_are_passed_over_whatever_is_marked_around_them():
+    with pager_of() as pager:
+        pager.mark_present(0, PAGES)
+        pager.retain(10, 3)
+        pager.retain(20, 1)
+        assert pager.mark_nonpresent(11, 1) == 0
+        assert pager.mark_nonpresent(8, 5) == 2
+        assert pager.mark_nonpresent(12, 10) == 10 - 2
+        assert pager.mark_nonpresent(0, PAGES) == PAGES - 4 - 2 - 8
+        assert pager.bitmap.present_runs().tolist() == [[10, 3], [20, 1]]
+        assert pager.mark_bitmap_nonpresent(bitmap_of([10, 12, 20])) == 0
+
+
+def test_retained_pages_that_are_absent_become_present_as_others_do_and_stay():
+    with pager_of() as pager:
+        pager.retain(5, 1)
+        assert pager.mark_nonpresent(5, 1) == 0
+        assert pager.resolve(PageFault(5)) is Outcome.ADMITTED
+        assert pager.mark_nonpresent(4, 3) == 0
+        assert pager.bitmap.test(5)
+
+
+def test_a_retained_page_keeps_its_whole_unit():
+    with pager_of(granule=4 * 4096) as pager:
+        pager.mark_present(0, PAGES)
+        pager.retain(9, 1)
+        assert pager.mark_nonpresent(0, 16) == 12
+        assert pager.bitmap.next_present_run(0, 16) == (8, 4)
+
+
+def test_a_range_that_is_not_ram_cannot_be_retained():
+    with pager_of() as pager, pytest.raises(IndexError):
+        pager.retain(PAGES - 1, 2)
