@@ -24,6 +24,8 @@ from kvmdp.paging.fault import PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround
+from kvmdp.paging.trap.device import DeviceView
+from kvmdp.paging.trap.hybrid import HybridTrap
 from kvmdp.paging.trap.registry import create_trap
 from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.paging.vcpu import VcpuPaging
@@ -44,7 +46,7 @@ class MachineOptions:
 
     `memory_bytes` of RAM; `trap` and `backing` by name; `granule` in bytes or None for the trap's choice;
     `fault_around` in pages; `program`, a flat binary for the guest's program area. `uffd` is for the trap
-    userfaultfd. `pin` has a host CPU for each vCPU, or none.
+    userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none.
     """
 
     memory_bytes: int
@@ -63,7 +65,8 @@ class Machine:
 
     The source belongs to the caller. `set_parameters` comes before `run`. `setup_seconds` says what each phase
     took, `slot_bytes` what kernel memory (vmalloc) arming took; the rest of the machine's state is in `pager`,
-    `memory` and `threads`.
+    `memory` and `threads`. Under a hybrid trap `device_view` is where threads of this process read and write RAM
+    by plain loads and stores until the machine stops; else it is None.
 
     Raises ValueError for options that make no sense, KvmError or UnsupportedError where the host lacks what they
     need.
@@ -100,6 +103,7 @@ class Machine:
             self.pager = DemandPager(self.layout, trap, source, policy, self.gate)
             stack.callback(self.pager.close)
             self.memory = GuestMemory(self.layout, self.backing, self.pager)
+            self.device_view: DeviceView | None = trap.device_view if isinstance(trap, HybridTrap) else None
         with self._phase("arm"):
             before = vmalloc_used()
             self.pager.enable()

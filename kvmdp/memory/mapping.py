@@ -13,6 +13,7 @@ from kvmdp.abi import libc
 from kvmdp.abi.mman import (
     MADV_DONTNEED,
     MAP_ANONYMOUS,
+    MAP_FIXED,
     MAP_NORESERVE,
     MAP_PRIVATE,
     MAP_SHARED,
@@ -56,6 +57,11 @@ class Mapping:
     def drop(self, offset: int, length: int) -> None:
         """Unmap the pages of a range from the page table: private ones lose their bytes, shared ones do not."""
         self.advise(MADV_DONTNEED, offset, length)
+
+    def detach(self) -> None:
+        """Put private memory that reads as zeros in place of what is mapped: who still uses the addresses gets that."""
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
+        libc.mmap(self.length, PROT_READ | PROT_WRITE, flags, address=self.hva)
 
     def close(self) -> None:
         """Unmap; a second call does nothing."""
