@@ -23,7 +23,12 @@ pytestmark = pytest.mark.kvm
 MEMORY = 32 << 20
 ARENA = 64 << 20
 EVERY = pytest.mark.parametrize(
-    ("trap", "backing"), [(trap, backing) for trap in TRAPS for backing in BACKINGS]
+    ("trap", "backing"),
+    [
+        *((trap, backing) for trap in TRAPS for backing in BACKINGS),
+        ("hybrid-memory-fault", "memfd"),
+        ("hybrid-mmio", "memfd"),
+    ],
 )
 
 
@@ -177,6 +182,28 @@ def test_a_guest_on_which_kvm_spins_is_stopped_and_leaves_nothing(monkeypatch, t
             machine.run(0.2)
 
     check_nothing_left(end, repeats=2)
+
+
+@pytest.mark.parametrize("trap", ["hybrid-memory-fault", "hybrid-mmio"])
+def test_a_machine_whose_devices_are_in_mid_access_leaves_nothing(trap):
+    def read_all(machine):
+        for page in range(MEMORY // 4096):
+            try:
+                machine.device_view.read(page * 4096, 8)
+            except PagingError:
+                return
+
+    def end():
+        with make(trap) as machine:
+            threads = [threading.Thread(target=read_all, args=(machine,)) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            while machine.pager.counters.claims < 5:
+                pass
+        for thread in threads:
+            thread.join()
+
+    check_nothing_left(end)
 
 
 @EVERY
