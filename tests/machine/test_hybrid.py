@@ -13,6 +13,7 @@ from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END, PAGE_SIZE
 from kvmdp.paging.fault import Origin, PagingError
+from kvmdp.paging.trap import uffd as uffd_module
 from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
@@ -65,6 +66,14 @@ def test_a_device_reads_what_the_source_has_and_the_pager_knows_it_was_a_device(
         assert faults == [(page, Origin.DEVICE) for page in (0, 1, 2, 510, 511)]
         device.read(PAGE_SIZE, PAGE_SIZE)
         assert machine.pager.counters.pages_fetched == 5
+
+
+@every
+def test_a_userfaultfd_for_user_mode_faults_alone_will_do(trap, monkeypatch):
+    monkeypatch.setattr(uffd_module, "_open_permitted", lambda kernel_faults: uffd_module._open(True))
+    source = SyntheticSource(MEMORY, SEED)
+    with make_machine(trap, source=source) as machine:
+        assert machine.device_view.read(PAGE_SIZE, PAGE_SIZE) == content(source, 1)
 
 
 @every
@@ -276,9 +285,9 @@ def asleep_on_page_5(machine):
     return thread, errors
 
 
-def await_failure(machine):
+def wait_until(condition):
     deadline = time.monotonic() + TIMEOUT
-    while machine.pager.error is None:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -289,7 +298,7 @@ def test_a_device_that_sleeps_on_a_page_that_never_comes_wakes_to_an_error_when_
     source = Stuck(MEMORY, SEED)
     with make_machine(trap, workload=workload, source=source) as machine:
         thread, errors = asleep_on_page_5(machine)
-        await_failure(machine)
+        wait_until(lambda: machine.pager.error is not None)
         assert thread.is_alive()
         with pytest.raises(PagingError, match=r"gpa 0x5000 cannot be fetched: .* it is gone"):
             machine.run(TIMEOUT)
@@ -304,7 +313,7 @@ def test_a_device_that_sleeps_on_a_page_that_never_comes_wakes_to_an_error_when_
 def test_closing_a_machine_waits_for_a_device_that_sleeps_and_wakes_it_to_an_error(trap):
     with make_machine(trap, source=Stuck(MEMORY, SEED)) as machine:
         thread, errors = asleep_on_page_5(machine)
-        await_failure(machine)
+        wait_until(lambda: machine.pager.error is not None)
     thread.join(TIMEOUT)
     assert errors == ["the device view ended during an access: the machine is stopping"]
 
@@ -336,6 +345,5 @@ def test_an_access_cut_off_by_the_end_does_not_get_into_ram(trap):
         thread.join(TIMEOUT)
         assert len(errors) == 1
         go_on.set()
-        while not machine.pager.bitmap.test(0):  # the claim ends in its own time
-            time.sleep(0.001)
+        wait_until(lambda: machine.pager.bitmap.test(0))  # the claim ends in its own time
         assert machine.memory.read(0, PAGE_SIZE) == content(source, 0)

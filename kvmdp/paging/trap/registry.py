@@ -51,7 +51,7 @@ HYBRID_TRAPS: dict[str, Callable[[Materials], Trap]] = {
     "hybrid-memory-fault": functools.partial(_hybrid, "memory-fault"),
     "hybrid-mmio": functools.partial(_hybrid, "mmio"),
 }
-ALL_TRAPS = TRAPS | HYBRID_TRAPS
+ALL_TRAPS = (*TRAPS, *HYBRID_TRAPS)
 
 # Those whose faults are exits of KVM_RUN, the fastest first, as measured on every host seen so far: the order in
 # which `auto` tries them.
@@ -93,7 +93,7 @@ def create_trap(
     else:
         slots = RamSlots(vm, layout, backing.guest, granule or least_granule(layout))
     try:
-        return ALL_TRAPS[name](Materials(vm, layout, slots, backing, uffd))
+        return (TRAPS | HYBRID_TRAPS)[name](Materials(vm, layout, slots, backing, uffd))
     except BaseException:
         slots.close()
         raise
