@@ -103,12 +103,12 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="userfaultfd: reader threads, 1 to 99 (default: 1)",
+        help="userfaultfd, hybrids: reader threads, 1 to 99 (default: 1)",
     )
     option(
         "--uffd-per-vcpu",
         action="store_true",
-        help="userfaultfd: a descriptor for each vCPU's share of RAM (default: one)",
+        help="userfaultfd, hybrids: a descriptor for each vCPU's share of RAM (default: one)",
     )
     option(
         "--uffd-mode",

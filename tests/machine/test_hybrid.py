@@ -24,6 +24,13 @@ HYBRIDS = ("hybrid-memory-fault", "hybrid-mmio")
 every = pytest.mark.parametrize("trap", HYBRIDS)
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def content(source, page):
     return source.pages(np.array([page])).tobytes()
 
@@ -194,6 +201,41 @@ def test_pages_that_come_and_go_under_vcpus_and_a_device_lose_nothing(trap, gran
 
 
 @every
+def test_the_only_reader_does_not_wait_for_a_claim_that_is_at_its_memslot(trap, monkeypatch):
+    source = SyntheticSource(MEMORY, SEED)
+    at_its_memslot, go_on = threading.Event(), threading.Event()
+    with make_machine(trap, source=source) as machine:
+        pager, device = machine.pager, machine.device_view
+        admit = pager.trap.admit
+
+        def admit_late(first, count):
+            if first == 0:
+                at_its_memslot.set()
+                assert go_on.wait(TIMEOUT)
+            admit(first, count)
+
+        monkeypatch.setattr(pager.trap, "admit", admit_late)
+        got = {}
+
+        def read(memory, page, key):
+            got[key] = memory.read(page * PAGE_SIZE, PAGE_SIZE)
+
+        host = threading.Thread(target=read, args=(machine.memory, 0, "host"))
+        host.start()
+        assert at_its_memslot.wait(TIMEOUT)
+        parked = threading.Thread(target=read, args=(device, 0, "parked"))
+        parked.start()
+        wait_until(lambda: pager.counters.waits == 1)
+        read(device, 7, "other")
+        assert got == {"other": content(source, 7)}
+        go_on.set()
+        for thread in (host, parked):
+            thread.join(TIMEOUT)
+        assert got["host"] == got["parked"] == content(source, 0)
+        assert pager.counters.pages_fetched == 2
+
+
+@every
 def test_while_a_page_is_shut_out_it_is_mapped_for_no_device(trap, monkeypatch):
     seen = []
     with make_machine(trap) as machine, open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
@@ -283,13 +325,6 @@ def asleep_on_page_5(machine):
     thread = threading.Thread(target=read)
     thread.start()
     return thread, errors
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 @every

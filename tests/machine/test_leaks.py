@@ -13,8 +13,11 @@ from kvmdp.machine.machine import GuestTimeoutError, Machine, MachineOptions
 from kvmdp.machine.runloop import GuestError
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.trap.device import DeviceFaults
 from kvmdp.paging.trap.marker import MarkerTrap
+from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.slots import RamSlots
+from kvmdp.paging.trap.view import UffdView
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -256,7 +259,19 @@ def test_a_machine_that_cannot_be_made_leaves_nothing(monkeypatch, trap, place, 
     check_nothing_left(end)
 
 
-def broken(*_arguments):
+@pytest.mark.parametrize("place", [(DeviceFaults, "arm"), (MmioTrap, "arm"), (UffdView, "__init__")])
+def test_a_hybrid_machine_that_cannot_be_made_leaves_nothing(monkeypatch, place):
+    make("hybrid-mmio").close()
+    monkeypatch.setattr(*place, broken)
+
+    def end():
+        with pytest.raises(MemoryError, match="no more"):
+            make("hybrid-mmio")
+
+    check_nothing_left(end)
+
+
+def broken(*_arguments, **_options):
     raise MemoryError("no more")
 
 

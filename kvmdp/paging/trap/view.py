@@ -259,7 +259,7 @@ class UffdTrap(UffdView):
         """Put aside the bytes of pages that are about to go, where there is a staging area: no vCPU is in KVM_RUN."""
         if self._staging is not None:
             start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
-            self._staging.view[start:end] = self._view.view[start:end]
+            self._staging.view[start:end] = self._backing.vmm.view[start:end]
 
     def poison_absent(self) -> None:
         """Put markers on all that is absent: an access there is an exit."""
