@@ -42,6 +42,8 @@ libc.mmap.argtypes = [
 libc.mmap.restype = ctypes.c_void_p
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.munmap.restype = ctypes.c_int
+libc.memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+libc.memmove.restype = ctypes.c_void_p
 libc.syscall.restype = ctypes.c_long
 
 _MAP_FAILED = ctypes.c_void_p(-1).value

@@ -124,6 +124,7 @@ class Comparison:
             "cpu_us_per_fault": _spread(Spread.of([_cpu_us(each) for each in measured])),
             "switches_per_fault": _spread(Spread.of([_switches(each) for each in measured])),
             "latency_us": {**percentiles(latencies), "buckets": buckets(latencies)},
+            "device": _device(measured) if contender.work.device_pages else None,
             "in_flight": round(float(np.mean([each.in_flight for each in measured])), 2),
             "memory": {
                 "vmpte_kib": max(each.vmpte_bytes for each in measured) // 1024,
@@ -162,6 +163,12 @@ def _cpu_us(measurement: Measurement) -> float:
 def _switches(measurement: Measurement) -> float:
     each = measurement.round
     return (each.voluntary_switches + each.involuntary_switches) / (each.faults or each.pages)
+
+
+def _device(measured: Sequence[Measurement]) -> dict[str, Any]:
+    """Pages that the device thread got to before the guest was done, in all rounds, and what each read took."""
+    latencies = np.concatenate([each.device_latencies for each in measured])
+    return {"pages": len(latencies), "latency_us": {**percentiles(latencies), "buckets": buckets(latencies)}}
 
 
 def _spread(spread: Spread) -> dict[str, float]:

@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvmdp.bench.work import Work
+from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import parse_size
-from kvmdp.paging.trap.registry import TRAPS
-from kvmdp.paging.trap.userfaultfd import UffdOptions
+from kvmdp.paging.trap.registry import ALL_TRAPS, check_backing
+from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
 PRESENT = "present"
 SHARDED = "userfaultfd-sharded"
+MISSING = "userfaultfd-missing"
 _READERS = re.compile(r"userfaultfd-r([1-9][0-9]?)")
 
 # What is compared if the user names nothing.
@@ -37,6 +40,8 @@ _OVERRIDES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "fault-around": ("fault_around", int),
     "latency": ("latency", parse_latency),
     "bandwidth": ("bandwidth", parse_bandwidth),
+    "uffd-mode": ("uffd_mode", parse_mode),
+    "device": ("device_pages", int),
 }
 
 
@@ -57,14 +62,15 @@ class Contender:
     @property
     def uffd_options(self) -> UffdOptions:
         """The options of the trap userfaultfd."""
-        return UffdOptions(self.readers, self.work.vcpus if self.sharded else 1)
+        return UffdOptions(self.readers, self.work.vcpus if self.sharded else 1, self.work.uffd_mode)
 
 
 def contender(text: str, work: Work) -> Contender:
     """Return the contender that `text` names, which does `work` but for what `text` says.
 
-    Names are `present`, those of the traps, `userfaultfd-rN` (N readers) and `userfaultfd-sharded`. Raises
-    ValueError, one sentence, for anything else.
+    Names are `present`, those of the traps, `userfaultfd-rN` (N readers), `userfaultfd-sharded` and
+    `userfaultfd-missing` (in that mode also where memory is shared). Raises ValueError, one sentence, for anything
+    else, and for a device thread that reads more pages than there are.
     """
     name, _, overrides = text.partition(":")
     for override in filter(None, overrides.split(",")):
@@ -76,14 +82,37 @@ def contender(text: str, work: Work) -> Contender:
             work = replace(work, **{field: read(value)})
         except ValueError as error:
             raise ValueError(f"{text!r}: {key} cannot be {value!r} ({error})") from None
+    found = _named(name, text, work)
+    _check(found)
+    return found
+
+
+def _named(name: str, text: str, work: Work) -> Contender:
     if name == PRESENT:
         return Contender(text, None, work)
-    if name in TRAPS:
+    if name in ALL_TRAPS:
         return Contender(text, name, work)
     if name == SHARDED:
         return Contender(text, "userfaultfd", work, sharded=True)
+    if name == MISSING:
+        return Contender(text, "userfaultfd", replace(work, uffd_mode="missing"))
     readers = _READERS.fullmatch(name)
     if readers:
         return Contender(text, "userfaultfd", work, readers=int(readers[1]))
-    known = ", ".join((PRESENT, *TRAPS, "userfaultfd-rN", SHARDED))
+    known = ", ".join((PRESENT, *ALL_TRAPS, "userfaultfd-rN", SHARDED, MISSING))
     raise ValueError(f"there is no contender {name!r}: choose from {known}")
+
+
+def _check(found: Contender) -> None:
+    """Raise ValueError if the contender's memory or device is not for its trap."""
+    work = found.work
+    if work.backing not in BACKINGS:
+        raise ValueError(
+            f"{found.name!r}: there is no backing {work.backing!r}; there are {', '.join(BACKINGS)}"
+        )
+    if found.trap is not None:
+        check_backing(found.trap, BACKINGS[work.backing])
+    check_mode(work.uffd_mode, BACKINGS[work.backing])
+    pages = work.memory_bytes // PAGE_SIZE
+    if not 0 <= work.device_pages <= max(pages, 0):
+        raise ValueError(f"{found.name!r}: a device cannot read {work.device_pages} of {pages} pages")

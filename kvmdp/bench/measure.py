@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmdp.bench.contender import Contender
+from kvmdp.bench.device import DeviceThread
 from kvmdp.bench.trace import Record, Tracer
 from kvmdp.bench.work import Work
 from kvmdp.kvm import BusError, Kvm, MemoryFault
@@ -55,10 +56,11 @@ class Round:
 
 @dataclass(slots=True)
 class Measurement:
-    """A round with what is not part of the JSON's round: latencies, memory, network."""
+    """A round with what is not part of the JSON's round: latencies, of vCPUs and the device, memory, network."""
 
     round: Round
     latencies: npt.NDArray[np.uint64]
+    device_latencies: npt.NDArray[np.uint64]
     vmpte_bytes: int
     bitmap_bytes: int
     memslots: int
@@ -86,7 +88,12 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
         tracer = machine.pager.observer = Tracer(machine.layout) if traced else None
         before = resource.getrusage(resource.RUSAGE_SELF)
         faults = machine.pager.counters.claims
-        machine.run(_TIMEOUT)
+        device = DeviceThread(machine, work.device_pages)
+        device.start()
+        try:
+            machine.run(_TIMEOUT)
+        finally:
+            device.join()  # run has stopped the machine, however it ended
         after = resource.getrusage(resource.RUSAGE_SELF)
         latencies = [thread.latencies for thread in machine.threads]
         latencies += machine.pager.trap.latencies
@@ -102,6 +109,7 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
                 involuntary_switches=after.ru_nivcsw - before.ru_nivcsw,
             ),
             latencies=np.concatenate([np.frombuffer(each, dtype=np.uint64) for each in latencies]),
+            device_latencies=np.frombuffer(device.latencies, dtype=np.uint64),
             vmpte_bytes=max(page_table_memory() - tables, 0),
             bitmap_bytes=-(-machine.layout.pages // 64) * 8,
             memslots=machine.pager.trap.memslots,

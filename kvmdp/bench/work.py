@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvmdp.paging.trap.userfaultfd import UffdMode
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -11,7 +13,8 @@ class Work:
 
     `bytes_per_vcpu` of RAM a vCPU; `overlap`: every vCPU touches all of it, else each its share. `latency`
     (seconds) and `bandwidth` (bytes a second, 0 is no limit) of the simulated network. `pin`: host CPUs, one a
-    vCPU, or none.
+    vCPU, or none. `uffd_mode`: how the trap userfaultfd registers RAM. `device_pages`: how many pages, from RAM's last
+    one down, a device thread reads while the guest runs.
     """
 
     bytes_per_vcpu: int = 64 << 20
@@ -29,6 +32,8 @@ class Work:
     bandwidth: float = 0.0
     seed: int = 0
     pin: tuple[int, ...] = ()
+    uffd_mode: UffdMode | None = None
+    device_pages: int = 0
 
     @property
     def memory_bytes(self) -> int:

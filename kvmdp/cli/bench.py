@@ -19,6 +19,7 @@ from kvmdp.cli.output import (
     EXIT_OK,
     UsageError,
     check_json_target,
+    check_trace_target,
     say,
     write_file,
     write_json,
@@ -27,6 +28,7 @@ from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.policy import FaultAround
+from kvmdp.paging.trap.userfaultfd import parse_mode
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
 # What demand_paging_test calls a kind of memory -> ours
@@ -42,9 +44,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="measure ways of demand paging next to each other",
         description="Let contenders take turns on the same work, and report medians, ratios, latencies and CPU time. "
         "Letters are those of the kernel's demand_paging_test.",
-        epilog="contenders: present, the traps (marker, memory-fault, mmio, userfaultfd), userfaultfd-rN (N readers), "
-        "userfaultfd-sharded (a descriptor a vCPU). One may do other work than the rest: marker:vcpus=2, "
-        "mmio:fault-around=16. SIZE is in bytes, or has K, M, G or T behind it (powers of 1024).",
+        epilog="contenders: present, the traps (marker, memory-fault, mmio, userfaultfd, hybrid-memory-fault, "
+        "hybrid-mmio), userfaultfd-rN (N readers), userfaultfd-sharded (a descriptor a vCPU), userfaultfd-missing "
+        "(filled by UFFDIO_COPY also where RAM is shared). One may do other work than the rest: marker:vcpus=2, "
+        "mmio:fault-around=16, hybrid-mmio:device=1000 (a device thread reads the last 1000 pages meanwhile). "
+        "SIZE is in bytes, or has K, M, G or T behind it (powers of 1024).",
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
@@ -56,8 +60,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "-u",
         "--uffd",
         choices=_UFFD_MODES,
-        help="compare with userfaultfd only, in this mode; MISSING means anonymous "
-        "RAM, MINOR shared RAM (default: the contenders given)",
+        help="measure userfaultfd only, in this mode: MISSING fills by UFFDIO_COPY, MINOR maps by UFFDIO_CONTINUE "
+        "what has been filled in place (default: the contenders given)",
     )
     add(
         "-a",
@@ -131,7 +135,7 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, print, hold against bounds, return the exit status."""
     check_json_target(options.json)
-    check_json_target(options.trace)
+    check_trace_target(options.trace)
     try:
         bounds = read_bounds(options.check) if options.check else []
         work = _work(options)
@@ -171,8 +175,6 @@ def _work(options: argparse.Namespace) -> Work:
     backing = _MEMORY_KINDS[kind]
     if options.uffd == "MINOR" and backing == "anonymous":
         raise ValueError("-u MINOR: anonymous memory has no minor faults; use -s shmem")
-    if options.uffd == "MISSING" and backing != "anonymous":
-        raise ValueError("-u MISSING: shared memory is registered for minor faults too; use -s anonymous")
     for name, value, least in (("--rounds", options.rounds, 1), ("--warm-up", options.warm_up, 0)):
         if value < least:
             raise ValueError(f"{name} {value}: give at least {least}")
@@ -195,6 +197,7 @@ def _work(options: argparse.Namespace) -> Work:
         bandwidth=parse_bandwidth(options.bandwidth),
         seed=options.seed,
         pin=_cpus(options.pin, options.vcpus),
+        uffd_mode=parse_mode(options.uffd) if options.uffd else None,
     )
 
 
@@ -253,6 +256,11 @@ def print_document(document: dict[str, Any]) -> None:
         print(f"Total guest execution time: {middle['seconds']:.9f}s")
         print(f"Per-vcpu demand paging rate: {rate / each['vcpus']:f} pgs/sec/vcpu")
         print(f"Overall demand paging rate: {rate:f} pgs/sec")
+        if device := each["device"]:
+            latency = device["latency_us"]
+            print(
+                f"Device: {device['pages']} pages read, p50 {latency['p50']:.1f} us, p99 {latency['p99']:.1f} us"
+            )
     print()
     floors = {trap: spread for trap, spread in document["floor_us"].items() if spread}
     for trap, spread in floors.items():

@@ -26,18 +26,29 @@ def say(text: str) -> None:
 
 def check_json_target(target: str | None) -> None:
     """Raise UsageError if JSON could not be written to `target` later ("-" is stdout)."""
-    if target in (None, "-"):
-        return
-    path = Path(str(target))
+    if target not in (None, "-"):
+        _check_target("--json", str(target), "a file name or -")
+
+
+def check_trace_target(target: str | None) -> None:
+    """Raise UsageError if a trace could not be written to the file `target` later."""
+    if target == "-":
+        raise UsageError("--trace -: stdout has the result; give a file name")
+    if target is not None:
+        _check_target("--trace", target, "a file name")
+
+
+def _check_target(option: str, target: str, wanted: str) -> None:
+    path = Path(target)
     if path.is_dir():
-        raise UsageError(f"--json {target}: that is a directory; give a file name or -")
+        raise UsageError(f"{option} {target}: that is a directory; give {wanted}")
     if _is_stream(path):
         return
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise UsageError(f"--json {target}: there is no directory {folder}")
+        raise UsageError(f"{option} {target}: there is no directory {folder}")
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"--json {target}: no permission to write in {folder}")
+        raise UsageError(f"{option} {target}: no permission to write in {folder}")
 
 
 def write_json(target: str, document: dict[str, Any]) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from kvmdp import __version__
 from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_OK,
     UsageError,
     check_json_target,
+    check_trace_target,
     say,
+    write_file,
     write_json,
 )
 from kvmdp.cli.progress import Progress
@@ -20,7 +24,7 @@ from kvmdp.cli.summary import print_summary, results
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import GuestImageError, read_program, vector_flags
 from kvmdp.machine.experiment import RunResult, run_program, run_workload, usable_memory
-from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.probe import choose_trap, working_traps
 from kvmdp.machine.runloop import GuestError
 from kvmdp.machine.workloads import (
@@ -34,11 +38,12 @@ from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import PagingError, UnsupportedError
 from kvmdp.paging.policy import FaultAround
-from kvmdp.paging.trap.registry import SLOT_TRAPS, TRAPS
+from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
 from kvmdp.paging.trap.slots import check_granule, least_granule
-from kvmdp.paging.trap.userfaultfd import UffdOptions
+from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
 from kvmdp.source.base import PageSource, SourceError
 from kvmdp.source.image import ImageError, ImageSource
+from kvmdp.source.network import NetworkSource, parse_bandwidth, parse_latency
 from kvmdp.source.synthetic import SyntheticSource
 
 SCHEMA = "kvmdp.run/1"
@@ -60,6 +65,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
     _add_machine_options(parser.add_argument_group("machine"))
     _add_work_options(parser.add_argument_group("work"))
+    parser.add_argument("--trace", metavar="FILE", help="write one record a fault to FILE (default: none)")
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
     parser.add_argument(
         "--json", metavar="FILE", help="write the result as JSON to FILE, - is stdout (default: no JSON)"
@@ -74,7 +80,7 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         "--trap",
         default="auto",
         metavar="TRAP",
-        help=f"auto, {', '.join(TRAPS)} (default: auto, the fastest proven one with exits)",
+        help=f"auto, {', '.join(ALL_TRAPS)} (default: auto, the fastest proven one with exits)",
     )
     option(
         "--backing",
@@ -89,7 +95,7 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
     option(
         "--granule",
         metavar="SIZE",
-        help="memory a memslot covers, for memory-fault and mmio (default: least that "
+        help="memory a memslot covers, for memory-fault and mmio, hybrid or not (default: least that "
         "makes at most 16384 memslots)",
     )
     option(
@@ -103,12 +109,18 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="userfaultfd: reader threads, 1 to 99 (default: 1)",
+        help="userfaultfd, hybrids: reader threads, 1 to 99 (default: 1)",
     )
     option(
         "--uffd-per-vcpu",
         action="store_true",
-        help="userfaultfd: a descriptor for each vCPU's share of RAM (default: one)",
+        help="userfaultfd, hybrids: a descriptor for each vCPU's share of RAM (default: one)",
+    )
+    option(
+        "--uffd-mode",
+        metavar="MODE",
+        help="userfaultfd: missing (filled by UFFDIO_COPY) or minor (filled in place, mapped by UFFDIO_CONTINUE) "
+        "(default: minor; missing on anonymous)",
     )
     option(
         "--fault-around",
@@ -116,6 +128,15 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         default=1,
         metavar="N",
         help="pages fetched a fault, a power of two to 512 (default: 1)",
+    )
+    option(
+        "--latency",
+        default="0",
+        metavar="TIME",
+        help="of a simulated network to the source, as 30us (default: 0)",
+    )
+    option(
+        "--bandwidth", default="0", metavar="RATE", help="of that network, as 10Gbit (default: 0, no limit)"
     )
 
 
@@ -175,6 +196,7 @@ def _add_work_options(group: argparse._ArgumentGroup) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the guest, print the summary, return the exit status."""
     check_json_target(options.json)
+    check_trace_target(options.trace)
     with contextlib.ExitStack() as stack:
         try:
             source = stack.enter_context(_source(options))
@@ -185,7 +207,8 @@ def run(options: argparse.Namespace) -> int:
         _announce(options, machine, source)
         document = _document(options, machine)
         try:
-            result = _execute(options, machine, workload_options, source)
+            with _traced(options, document) as on_start:
+                result = _execute(options, machine, workload_options, source, on_start)
         except (PagingError, GuestError, SourceError, UnsupportedError, OSError) as error:
             document["error"] = str(error)
             if options.json:
@@ -214,7 +237,8 @@ def _source(options: argparse.Namespace) -> Iterator[PageSource]:
                 f"the image's last page has {source.tail_bytes} of {PAGE_SIZE} bytes: the rest of it reads as zeros"
             )
     try:
-        yield source
+        latency, bandwidth = parse_latency(options.latency), parse_bandwidth(options.bandwidth)
+        yield NetworkSource(source, latency, bandwidth) if latency or bandwidth else source
     finally:
         source.close()
 
@@ -259,13 +283,18 @@ def _machine_options(options: argparse.Namespace, memory: int) -> MachineOptions
         raise ValueError(f"--readers {options.readers}: give 1 to 99")
     if options.backing not in BACKINGS:
         raise ValueError(f"there is no backing {options.backing!r}: choose from {', '.join(BACKINGS)}")
-    if options.trap != "auto" and options.trap not in TRAPS:
+    if options.trap != "auto" and options.trap not in ALL_TRAPS:
         proven = ", ".join(working_traps(options.backing)) or "none"
         raise ValueError(
-            f"there is no trap {options.trap!r}: there are auto, {', '.join(TRAPS)}; this host proves {proven}"
+            f"there is no trap {options.trap!r}: there are auto, {', '.join(ALL_TRAPS)}; this host proves {proven}"
         )
     if options.guest is None and options.workload not in WORKLOADS:
         raise ValueError(f"there is no workload {options.workload!r}: choose from {', '.join(WORKLOADS)}")
+    mode = None if options.uffd_mode is None else parse_mode(options.uffd_mode)
+    if mode is not None and options.trap != "userfaultfd":
+        raise ValueError("--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out")
+    check_backing(options.trap, BACKINGS[options.backing])
+    check_mode(mode, BACKINGS[options.backing])
     trap = choose_trap(options.backing) if options.trap == "auto" else options.trap
     granule = None if options.granule is None else parse_size(options.granule)
     if trap in SLOT_TRAPS:
@@ -282,7 +311,7 @@ def _machine_options(options: argparse.Namespace, memory: int) -> MachineOptions
         vcpus=options.vcpus,
         granule=granule,
         fault_around=options.fault_around,
-        uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1),
+        uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1, mode),
         page_tables=options.page_tables,
         program=b"" if options.guest is None else read_program(options.guest),
     )
@@ -296,20 +325,60 @@ def _announce(options: argparse.Namespace, machine: MachineOptions, source: Page
     )
 
 
+@contextlib.contextmanager
+def _traced(
+    options: argparse.Namespace, document: dict[str, Any]
+) -> Iterator[Callable[[Machine], None] | None]:
+    """Yield what starts a trace of a machine, None if none is asked for; write it when the run is over.
+
+    A run that fails leaves its trace as it leaves its JSON document; one that is interrupted leaves neither.
+    """
+    if options.trace is None:
+        yield None
+        return
+    from kvmdp.bench.trace import Tracer, lines  # here, for most runs do without
+
+    tracers: list[Tracer] = []
+
+    def start(machine: Machine) -> None:
+        machine.pager.observer = tracer = Tracer(machine.layout)
+        tracers.append(tracer)
+
+    def write() -> None:
+        header = {"contender": None, "version": __version__}
+        header |= {key: document[key] for key in ("trap", "vcpus", "memory_bytes")}
+        records = tracers[0].records() if tracers else []
+        write_file(Path(options.trace), "".join(f"{line}\n" for line in lines(header, records)))
+
+    try:
+        yield start
+    except (PagingError, GuestError):
+        write()
+        raise
+    write()
+
+
 def _execute(
-    options: argparse.Namespace, machine: MachineOptions, work: WorkloadOptions, source: PageSource
+    options: argparse.Namespace,
+    machine: MachineOptions,
+    work: WorkloadOptions,
+    source: PageSource,
+    on_start: Callable[[Machine], None] | None,
 ) -> RunResult:
     progress = Progress()
     try:
         if options.guest is not None:
+            blocks = program_blocks(work)
             return run_program(
-                machine, program_blocks(work), source, timeout=options.timeout, on_tick=progress
+                machine, blocks, source, timeout=options.timeout, on_tick=progress, on_start=on_start
             )
         try:
             workload = make_workload(options.workload, work)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        return run_workload(machine, workload, source, timeout=options.timeout, on_tick=progress)
+        return run_workload(
+            machine, workload, source, timeout=options.timeout, on_tick=progress, on_start=on_start
+        )
     finally:
         progress.close()
 
@@ -327,6 +396,8 @@ def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str,
         "page_size": PAGE_SIZE,
         "fault_around": machine.fault_around,
         "page_tables": machine.page_tables,
+        "latency_s": parse_latency(options.latency),
+        "bandwidth_bytes_per_s": parse_bandwidth(options.bandwidth),
         "workload": options.workload if options.guest is None else "program",
         "image": options.image,
         "seed": options.seed,

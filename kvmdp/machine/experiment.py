@@ -79,9 +79,11 @@ def run_workload(
     *,
     timeout: float | None = None,
     on_tick: Callable[[Machine], None] | None = None,
+    on_start: Callable[[Machine], None] | None = None,
 ) -> RunResult:
     """Boot a machine, run `workload` on the memory that `source` delivers, compare. The source stays the caller's.
 
+    `on_start` is called with the machine before the guest runs, `on_tick` about ten times a second while it does.
     Raises what `Machine` and `Machine.run` raise, and ValueError if the workload would use pages that hold page
     tables: `usable_memory` says how much memory to plan it for.
     """
@@ -97,6 +99,8 @@ def run_workload(
         def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
             return read_pages(machine.source, pages)
 
+        if on_start is not None:
+            on_start(machine)
         measured = _run(machine, workload.blocks, timeout, on_tick)
         expected = combined_checksum(workload.expected_checksums(image))
         checked, wrong = 0, []
@@ -115,12 +119,15 @@ def run_program(
     *,
     timeout: float | None = None,
     on_tick: Callable[[Machine], None] | None = None,
+    on_start: Callable[[Machine], None] | None = None,
 ) -> RunResult:
     """Boot a machine with a program of the user's own (`options.program`) and run it to its end.
 
-    Raises what `Machine` and `Machine.run` raise.
+    `on_start` and `on_tick` are as for `run_workload`. Raises what `Machine` and `Machine.run` raise.
     """
     with Machine(options, source) as machine:
+        if on_start is not None:
+            on_start(machine)
         return _run(machine, blocks, timeout, on_tick)(None, 0, [])
 
 

@@ -28,6 +28,8 @@ from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.mmio import MmioTrap
+from kvmdp.paging.trap.device import DeviceView
+from kvmdp.paging.trap.hybrid import HybridTrap
 from kvmdp.paging.trap.registry import create_trap
 from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 from kvmdp.paging.vcpu import VcpuPaging
@@ -51,9 +53,9 @@ class MachineOptions:
 
     `memory_bytes` of RAM; `trap` and `backing` by name; `granule` in bytes or None for the trap's choice;
     `fault_around` in pages; `program`, a flat binary for the guest's program area. `uffd` is for the trap
-    userfaultfd. `pin` has a host CPU for each vCPU, or none. `page_tables` is where the guest's lie: in the "boot"
-    slot, or "paged", in RAM's last pages, which are made present before the guest is entered if the trap does not
-    catch page walks on this host; "absent" leaves that out, to see what comes of it.
+    userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none. `page_tables` is
+    where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present before the guest
+    is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see what comes of it.
     """
 
     memory_bytes: int
@@ -84,7 +86,8 @@ class Machine:
     The source belongs to the caller; `source` is that with the page tables in it, if they are paged: what RAM holds
     before the guest runs. `set_parameters` comes before `run`. `setup_seconds` says what each phase
     took, `slot_bytes` what kernel memory (vmalloc) arming took; the rest of the machine's state is in `pager`,
-    `memory` and `threads`.
+    `memory` and `threads`. Under a hybrid trap `device_view` is where threads of this process read and write RAM
+    by plain loads and stores until the machine stops; else it is None.
 
     Raises ValueError for options that make no sense, KvmError or UnsupportedError where the host lacks what they
     need.
@@ -124,6 +127,7 @@ class Machine:
             self.pager = DemandPager(self.layout, trap, self.source, policy, self.gate)
             stack.callback(self.pager.close)
             self.memory = GuestMemory(self.layout, self.backing, self.pager)
+            self.device_view: DeviceView | None = trap.device_view if isinstance(trap, HybridTrap) else None
         with self._phase("arm"):
             before = vmalloc_used()
             self.pager.enable()

@@ -131,7 +131,7 @@ def test_an_interruption_in_mid_run(program, trap, number, tmp_path):
     target = tmp_path / "result.json"
     target.write_text("older")
     arguments = ("--memory", "64M", "--guest", program(SLOW_WALK), "--trap", trap, "--vcpus", 2)
-    with Running("run", *arguments, "--json", target) as command:
+    with Running("run", *arguments, "--json", target, "--trace", tmp_path / "trace") as command:
         command.wait_for_progress()
         sent = time.monotonic()
         command.process.send_signal(number)

@@ -137,6 +137,33 @@ def test_help_is_no_error(arguments):
             ("--trap", "marker", "--granule", "64K"),
             "--granule is for memory-fault and mmio: the trap marker works by single pages",
         ),
+        (
+            ("--trap", "hybrid-mmio", "--backing", "anonymous"),
+            (
+                "the trap hybrid-mmio maps RAM once more for devices, which cannot be done with anonymous memory: "
+                "use the backing memfd"
+            ),
+        ),
+        (
+            ("--trap", "userfaultfd", "--backing", "anonymous", "--uffd-mode", "minor"),
+            "anonymous memory has no minor faults: use the mode missing, or the backing memfd",
+        ),
+        (
+            ("--trap", "userfaultfd", "--uffd-mode", "both"),
+            "there is no userfaultfd mode 'both': choose from missing, minor",
+        ),
+        (
+            ("--trap", "mmio", "--uffd-mode", "missing"),
+            "--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out",
+        ),
+        (("--latency", "fast"), "'fast' is not a latency: give a number with ns, us, ms or s, such as 30us"),
+        (
+            ("--bandwidth", "10G"),
+            "'10G' is not a bandwidth: give a number with Kbit, Mbit, Gbit or Tbit, such as 10Gbit",
+        ),
+        (("--trace", "-"), "--trace -: stdout has the result; give a file name"),
+        (("--trace", "/"), "--trace /: that is a directory; give a file name"),
+        (("--trace", "/nonexistent/trace"), "--trace /nonexistent/trace: there is no directory /nonexistent"),
     ],
 )
 def test_machines_that_cannot_be(arguments, sentence):
@@ -147,7 +174,8 @@ def test_machines_that_cannot_be(arguments, sentence):
 def test_an_unknown_trap_is_told_which_there_are_and_which_are_proven():
     sentence = refused("run", "--trap", "uffd")
     match = re.fullmatch(
-        r"there is no trap 'uffd': there are auto, marker, memory-fault, mmio, userfaultfd; this host proves (.+)",
+        r"there is no trap 'uffd': there are auto, marker, memory-fault, mmio, userfaultfd, hybrid-memory-fault, "
+        r"hybrid-mmio; this host proves (.+)",
         sentence,
     )
     assert match

@@ -39,6 +39,49 @@ def test_contenders_take_turns_and_the_result_is_one_document(tmp_path):
 
 
 @needs_kvm
+@pytest.mark.userfaultfd
+def test_hybrids_take_part_and_a_device_thread_is_told_apart(tmp_path):
+    trace = tmp_path / "trace"
+    done = kvmdp(
+        "bench", "-b", "2M", "--rounds", "2", "--json", "-", "--trace", str(trace),
+        "hybrid-mmio", "hybrid-memory-fault:device=512", "mmio:device=64",
+    )  # fmt: skip
+    assert done.status == 0
+    hybrid, with_device, mmio = json.loads(done.out)["contenders"]
+    assert [each["trap"] for each in (hybrid, with_device, mmio)] == [
+        "hybrid-mmio",
+        "hybrid-memory-fault",
+        "mmio",
+    ]
+    assert hybrid["device"] is None
+    assert 0 < with_device["device"]["pages"] <= 2 * 512
+    assert sum(with_device["device"]["latency_us"]["buckets"]) == with_device["device"]["pages"]
+    assert 0 < mmio["device"]["pages"] <= 2 * 64
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    origins = {line[3] for line in lines if isinstance(line, list)}
+    assert {"vcpu 0", "device"} <= origins
+
+
+@needs_kvm
+@pytest.mark.userfaultfd
+@pytest.mark.parametrize(("kind", "backing"), [("shmem", "memfd"), ("anonymous", "anonymous")])
+def test_missing_faults_alone_are_measured_on_either_memory(kind, backing):
+    done = kvmdp("bench", "-b", "2M", "--rounds", "1", "-u", "MISSING", "-s", kind, "--json", "-")
+    assert done.status == 0
+    document = json.loads(done.out)
+    assert (document["options"]["backing"], document["options"]["uffd_mode"]) == (backing, "missing")
+    assert document["contenders"][0]["rounds"][0]["faults"] == 512
+
+
+@needs_kvm
+@pytest.mark.userfaultfd
+def test_missing_and_minor_faults_take_turns_on_shared_memory():
+    done = kvmdp("bench", "-b", "2M", "--rounds", "1", "--json", "-", "userfaultfd-missing", "userfaultfd")
+    assert done.status == 0
+    assert [each["rounds"][0]["faults"] for each in json.loads(done.out)["contenders"]] == [512, 512]
+
+
+@needs_kvm
 def test_a_bound_that_does_not_hold_is_named_and_fails(tmp_path):
     bounds = tmp_path / "bounds.toml"
     bounds.write_text(
@@ -61,6 +104,13 @@ def test_a_bound_that_does_not_hold_is_named_and_fails(tmp_path):
         (["nonsense"], "there is no contender 'nonsense'"),
         (["marker", "marker"], "marker is named twice"),
         (["marker:colour=red"], "a contender has no 'colour'"),
+        (["hybrid-mmio:backing=anonymous"], "which cannot be done with anonymous memory"),
+        (["marker:backing=paper"], "there is no backing 'paper'"),
+        (["-b", "2M", "hybrid-mmio:device=513"], "a device cannot read 513 of 512 pages"),
+        (["-b", "2M", "hybrid-mmio:device=-1"], "a device cannot read -1 of 512 pages"),
+        (["userfaultfd:uffd-mode=both"], "there is no userfaultfd mode 'both'"),
+        (["userfaultfd:backing=anonymous,uffd-mode=minor"], "anonymous memory has no minor faults"),
+        (["--trace", "-"], "--trace -: stdout has the result; give a file name"),
         (["-u", "MINOR", "-s", "anonymous"], "anonymous memory has no minor faults"),
         (["-r", "3"], "-a and -r go with -u"),
         (["--latency", "fast"], "'fast' is not a latency"),

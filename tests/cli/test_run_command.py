@@ -325,3 +325,71 @@ def test_a_program_is_told_of_the_pages_that_are_left_to_it(program):
     path = program(bytes.fromhex("488b4730 31d2 c3"))
     done = kvmdp("run", "--memory", "2M", "--guest", path, "--page-tables", "paged", "--json", "-")
     assert (done.status, int(done.document["guest_checksum"], 16)) == (0, 509)
+
+
+@pytest.mark.userfaultfd
+@pytest.mark.parametrize("trap", ["hybrid-memory-fault", "hybrid-mmio"])
+def test_the_hybrid_traps_prove_a_run(trap):
+    done = kvmdp("run", "--memory", "2M", "--trap", trap, "--granule", "8K", "--json", "-")
+    assert done.status == 0
+    assert (done.document["ok"], done.document["trap"]) == (True, trap)
+    assert done.document["faults"] == 256
+
+
+@pytest.mark.userfaultfd
+@pytest.mark.parametrize("mode", ["missing", "minor"])
+def test_userfaultfd_proves_a_run_in_either_mode(mode):
+    done = kvmdp("run", "--memory", "2M", "--trap", "userfaultfd", "--uffd-mode", mode, "--json", "-")
+    assert done.status == 0
+    assert done.document["pages_fetched"] == 512
+
+
+def test_a_simulated_network_delays_and_changes_no_byte():
+    arguments = ("run", "--memory", "2M", "--trap", "mmio", "--json", "-")
+    near = kvmdp(*arguments).document
+    far = kvmdp(*arguments, "--latency", "1ms", "--bandwidth", "1Gbit").document
+    assert far["ok"] is True
+    assert (near["latency_s"], near["bandwidth_bytes_per_s"]) == (0, 0)
+    assert (far["latency_s"], far["bandwidth_bytes_per_s"]) == (0.001, 125e6)
+    assert far["guest_checksum"] == near["guest_checksum"]
+    assert far["seconds"] > 512 * 0.001  # what was slept, not what it took
+
+
+def test_a_trace_has_each_fault_and_says_what_the_run_was(tmp_path):
+    trace = tmp_path / "trace"
+    arguments = ("--memory", "2M", "--trap", "mmio", "--vcpus", 2, "--fault-around", 4)
+    done = kvmdp("run", *arguments, "--trace", trace, "--json", "-")
+    assert done.status == 0
+    header, *records = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert header == {
+        "schema": "kvmdp.trace/1",
+        "contender": None,
+        "version": kvmdp("--version").out.split()[1],
+        "trap": "mmio",
+        "vcpus": 2,
+        "memory_bytes": 2 << 20,
+    }
+    assert len(records) == done.document["faults"] == 128
+    assert sum(record[5] for record in records) == 512
+    assert {record[3] for record in records} == {"vcpu 0", "vcpu 1"}
+    report = kvmdp("report", trace)
+    assert report.status == 0
+    assert "mmio, 2 vCPUs: 128 faults" in report.out
+
+
+def test_a_run_that_fails_leaves_the_trace_of_what_it_got_to(image, tmp_path):
+    trace = tmp_path / "trace"
+    prelude = """
+import errno, os
+real = os.preadv
+def preadv(fd, buffers, offset):
+    if offset >= 5 * 4096:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return real(fd, buffers, offset)
+os.preadv = preadv
+"""
+    arguments = ("--image", image(2 << 20), "--trap", "mmio", "--trace", trace)
+    assert kvmdp("run", *arguments, prelude=prelude).status == 1
+    header, *records = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert header["trap"] == "mmio"
+    assert [record[1] for record in records] == [page * 4096 for page in range(5)]

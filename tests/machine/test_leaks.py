@@ -13,8 +13,11 @@ from kvmdp.machine.machine import GuestTimeoutError, Machine, MachineOptions
 from kvmdp.machine.runloop import GuestError
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.trap.device import DeviceFaults
 from kvmdp.paging.trap.marker import MarkerTrap
+from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.slots import RamSlots
+from kvmdp.paging.trap.view import UffdView
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -23,7 +26,12 @@ pytestmark = pytest.mark.kvm
 MEMORY = 32 << 20
 ARENA = 64 << 20
 EVERY = pytest.mark.parametrize(
-    ("trap", "backing"), [(trap, backing) for trap in TRAPS for backing in BACKINGS]
+    ("trap", "backing"),
+    [
+        *((trap, backing) for trap in TRAPS for backing in BACKINGS),
+        ("hybrid-memory-fault", "memfd"),
+        ("hybrid-mmio", "memfd"),
+    ],
 )
 
 
@@ -179,6 +187,28 @@ def test_a_guest_on_which_kvm_spins_is_stopped_and_leaves_nothing(monkeypatch, t
     check_nothing_left(end, repeats=2)
 
 
+@pytest.mark.parametrize("trap", ["hybrid-memory-fault", "hybrid-mmio"])
+def test_a_machine_whose_devices_are_in_mid_access_leaves_nothing(trap):
+    def read_all(machine):
+        for page in range(MEMORY // 4096):
+            try:
+                machine.device_view.read(page * 4096, 8)
+            except PagingError:
+                return
+
+    def end():
+        with make(trap) as machine:
+            threads = [threading.Thread(target=read_all, args=(machine,)) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            while machine.pager.counters.claims < 5:
+                pass
+        for thread in threads:
+            thread.join()
+
+    check_nothing_left(end)
+
+
 @EVERY
 def test_a_machine_that_never_ran_leaves_nothing(trap, backing):
     def end():
@@ -229,7 +259,19 @@ def test_a_machine_that_cannot_be_made_leaves_nothing(monkeypatch, trap, place, 
     check_nothing_left(end)
 
 
-def broken(*_arguments):
+@pytest.mark.parametrize("place", [(DeviceFaults, "arm"), (MmioTrap, "arm"), (UffdView, "__init__")])
+def test_a_hybrid_machine_that_cannot_be_made_leaves_nothing(monkeypatch, place):
+    make("hybrid-mmio").close()
+    monkeypatch.setattr(*place, broken)
+
+    def end():
+        with pytest.raises(MemoryError, match="no more"):
+            make("hybrid-mmio")
+
+    check_nothing_left(end)
+
+
+def broken(*_arguments, **_options):
     raise MemoryError("no more")
 
 

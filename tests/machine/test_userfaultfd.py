@@ -1,14 +1,18 @@
 """The userfaultfd mode: same pager, same results; vCPUs sleep in the kernel and always come out again."""
 
+import os
 import threading
 import time
 
+import numpy as np
 import pytest
-from harness import BACKINGS, SEED, TIMEOUT, all_of_ram, make_machine, plan
+from harness import BACKINGS, MEMORY, SEED, TIMEOUT, all_of_ram, make_machine, plan
 
+from kvmdp.abi.mman import MADV_DONTNEED, MADV_REMOVE
 from kvmdp.machine.experiment import run_workload
-from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
+from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.source.base import SourceError
@@ -16,7 +20,13 @@ from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 
-FORMS = {"one reader": UffdOptions(), "four readers": UffdOptions(4), "sharded": UffdOptions(1, 2)}
+FORMS = {
+    "one reader": UffdOptions(),
+    "four readers": UffdOptions(4),
+    "sharded": UffdOptions(1, 2),
+    "missing": UffdOptions(mode="missing"),
+    "missing, sharded": UffdOptions(2, 2, "missing"),
+}
 
 
 def prove(workload, backing="memfd", form="one reader", **options):
@@ -37,10 +47,19 @@ def test_every_workload_is_exact_and_fetches_each_page_once(name, backing, vcpus
     assert set(result.exits) == {"io"}
 
 
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_is_exact_on_shared_memory_with_missing_faults_alone(name, vcpus):
+    workload = plan(name, vcpus=vcpus)
+    result = prove(workload, form="missing")
+    assert result.counters.pages_fetched == len(workload.touched)
+
+
+@pytest.mark.parametrize("form", ["one reader", "missing"])
 @pytest.mark.parametrize("backing", BACKINGS)
 @pytest.mark.parametrize("name", sorted(set(WORKLOADS) - {"vector"}))
-def test_ring_0_is_exact_too(name, backing):
-    prove(plan(name, ring=0, pages=32), backing)
+def test_ring_0_is_exact_too(name, backing, form):
+    prove(plan(name, ring=0, pages=32), backing, form)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -58,18 +77,20 @@ def test_blocks_of_pages_arrive_together(form):
     assert result.counters.claims == result.counters.pages_fetched // 16
 
 
+@pytest.mark.parametrize("form", ["one reader", "missing, sharded"])
 @pytest.mark.parametrize("backing", BACKINGS)
-def test_pages_that_come_and_go_lose_no_addition(backing):
+def test_pages_that_come_and_go_lose_no_addition(backing, form):
     workload = plan("atomic", vcpus=2, iterations=400)
     source = SyntheticSource(workload.options.memory_bytes, SEED)
-    with make_machine("userfaultfd", backing, workload=workload, source=source) as machine:
+    with make_machine("userfaultfd", backing, workload=workload, source=source, uffd=FORMS[form]) as machine:
         stop = threading.Event()
 
         def revoke():
-            page = 0
-            while not stop.is_set():
+            # Not for ever: where pages go faster than they come back, the guest would hardly get on.
+            for page in range(0, 7 * 300, 7):
+                if stop.is_set():
+                    break
                 machine.pager.mark_nonpresent(page % 480, 8)
-                page += 7
                 time.sleep(0.001)
 
         revoker = threading.Thread(target=revoke)
@@ -85,6 +106,41 @@ def test_pages_that_come_and_go_lose_no_addition(backing):
         assert machine.pager.counters.pages_revoked > 0
 
 
+def pages_in_the_memory_file(machine):
+    return os.fstat(machine.backing.fd).st_blocks * 512 // PAGE_SIZE
+
+
+def test_with_missing_faults_alone_an_absent_page_is_a_hole_of_the_memory_file():
+    source = SyntheticSource(MEMORY, SEED)
+    with make_machine("userfaultfd", source=source, uffd=FORMS["missing"]) as machine:
+        assert pages_in_the_memory_file(machine) == 0
+        machine.memory.write(3 * PAGE_SIZE, b"kept")
+        machine.memory.read(8 * PAGE_SIZE, 4 * PAGE_SIZE)
+        assert pages_in_the_memory_file(machine) == 5
+        assert machine.pager.mark_nonpresent(0, 10) == 3
+        assert pages_in_the_memory_file(machine) == 2
+        page = source.pages(np.array([3])).tobytes()
+        assert machine.memory.read(3 * PAGE_SIZE, PAGE_SIZE) == b"kept" + page[4:]
+        assert (machine.pager.counters.pages_fetched, machine.pager.counters.pages_backed) == (5, 1)
+
+
+@pytest.mark.parametrize(("form", "advice"), [("one reader", MADV_DONTNEED), ("missing", MADV_REMOVE)])
+def test_pages_that_are_discarded_read_as_zeros_afterwards(form, advice):
+    with make_machine("userfaultfd", uffd=FORMS[form]) as machine:
+        machine.memory.write(2 * PAGE_SIZE, b"discarded")
+        machine.memory.write(3 * PAGE_SIZE, b"kept")
+        machine.backing.guest.advise(advice, 2 * PAGE_SIZE, PAGE_SIZE)
+        assert not machine.pager.bitmap.test(2)
+        assert machine.memory.read(2 * PAGE_SIZE, PAGE_SIZE) == bytes(PAGE_SIZE)
+        assert machine.memory.read(3 * PAGE_SIZE, 4) == b"kept"
+
+
+def test_anonymous_memory_has_no_minor_faults():
+    options = MachineOptions(MEMORY, "userfaultfd", "anonymous", uffd=UffdOptions(mode="minor"))
+    with pytest.raises(ValueError, match="anonymous memory has no minor faults: use the mode missing"):
+        Machine(options, SyntheticSource(MEMORY))
+
+
 class Stuck(SyntheticSource):
     """Fails for good at page 5."""
 
@@ -95,11 +151,12 @@ class Stuck(SyntheticSource):
 
 
 @pytest.mark.parametrize("ring", [3, 0])
+@pytest.mark.parametrize("form", ["one reader", "missing"])
 @pytest.mark.parametrize("backing", BACKINGS)
-def test_a_vcpu_that_sleeps_on_a_page_that_never_comes_is_let_go(backing, ring):
+def test_a_vcpu_that_sleeps_on_a_page_that_never_comes_is_let_go(backing, form, ring):
     workload = plan("touch", vcpus=2, overlap=True, ring=ring)
     source = Stuck(workload.options.memory_bytes, SEED)
-    with make_machine("userfaultfd", backing, workload=workload, source=source) as machine:
+    with make_machine("userfaultfd", backing, workload=workload, source=source, uffd=FORMS[form]) as machine:
         with pytest.raises(PagingError, match=r"gpa 0x5000 cannot be fetched: .* it is gone"):
             machine.run(TIMEOUT)
         assert not machine.pager.bitmap.test(5)

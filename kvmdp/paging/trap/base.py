@@ -80,7 +80,7 @@ class Trap(Protocol):
 
     @property
     def latencies(self) -> Sequence[array[int]]:
-        """Nanoseconds from event to wake of the faults served by threads of the trap's own, an array a thread."""
+        """Nanoseconds from event to wake of vCPUs' faults served by threads of the trap's own, an array a thread."""
         ...
 
     def arm(self, presence: Presence) -> None:

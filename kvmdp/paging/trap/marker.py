@@ -20,10 +20,10 @@ from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
-from kvmdp.paging.trap.view import UffdView
+from kvmdp.paging.trap.view import UffdTrap
 
 
-class MarkerTrap(UffdView):
+class MarkerTrap(UffdTrap):
     """Absent pages are under markers."""
 
     name = "marker"
@@ -31,7 +31,9 @@ class MarkerTrap(UffdView):
     def __init__(self, slots: RamSlots, backing: Backing) -> None:
         # Write protection not for its faults: with it, markers survive a collapse into a huge page.
         protection = supported_features() & abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
-        super().__init__(slots, backing, abi.UFFD_FEATURE_POISON | protection, kernel_faults=False)
+        super().__init__(
+            slots, backing, abi.UFFD_FEATURE_POISON | protection, minor=backing.shared, kernel_faults=False
+        )
 
     def arm(self, presence: Presence) -> None:
         """Register the guest view, start the reader, put markers on what is absent."""
@@ -51,7 +53,7 @@ class MarkerTrap(UffdView):
         for page in range(first, first + count):
             uffd = self._uffd_of(page)
             while True:
-                self._guest.drop(page * PAGE_SIZE, PAGE_SIZE)
+                self._view.drop(page * PAGE_SIZE, PAGE_SIZE)
                 if uffd.poison(self._hva(page), PAGE_SIZE):
                     break
 
@@ -77,7 +79,7 @@ class MarkerTrap(UffdView):
         at the page's state and the call, and the guest would be let into a page it was shut out of.
         """
         assert self._presence is not None
-        page = (address - self._guest.hva) // PAGE_SIZE
+        page = (address - self._view.hva) // PAGE_SIZE
         uffd, hva = self._uffd_of(page), self._hva(page)
         if not self._presence.hold(page):
             uffd.poison(hva, PAGE_SIZE)

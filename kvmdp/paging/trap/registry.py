@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.trap.base import Trap
+from kvmdp.paging.trap.device import DeviceFaults
+from kvmdp.paging.trap.hybrid import HybridTrap
 from kvmdp.paging.trap.marker import MarkerTrap
 from kvmdp.paging.trap.memory_fault import MemoryFaultTrap
 from kvmdp.paging.trap.mmio import MmioTrap
@@ -21,6 +24,7 @@ class Materials:
     """What a trap is made from."""
 
     vm: Vm
+    layout: GuestLayout
     slots: RamSlots
     backing: Backing
     uffd: UffdOptions
@@ -33,10 +37,35 @@ TRAPS: dict[str, Callable[[Materials], Trap]] = {
     "userfaultfd": lambda made_of: UserfaultfdTrap(made_of.slots, made_of.backing, made_of.uffd),
 }
 
+
+def _hybrid(exit_trap: str, made_of: Materials) -> Trap:
+    vcpus = TRAPS[exit_trap](made_of)
+    options = made_of.uffd
+    devices = DeviceFaults(made_of.layout, made_of.backing, readers=options.readers, shards=options.shards)
+    return HybridTrap(f"hybrid-{exit_trap}", vcpus, devices)
+
+
+# An exit trap for vCPUs, userfaultfd for user space. Apart from the rest, because they prove nothing of their own:
+# neither `auto` nor `kvmdp probe` tries them.
+HYBRID_TRAPS: dict[str, Callable[[Materials], Trap]] = {
+    "hybrid-memory-fault": functools.partial(_hybrid, "memory-fault"),
+    "hybrid-mmio": functools.partial(_hybrid, "mmio"),
+}
+ALL_TRAPS = (*TRAPS, *HYBRID_TRAPS)
+
 # Those whose faults are exits of KVM_RUN, the fastest first, as measured on every host seen so far: the order in
 # which `auto` tries them.
 EXIT_TRAPS = ("marker", "memory-fault", "mmio")
-SLOT_TRAPS = frozenset(("memory-fault", "mmio"))
+SLOT_TRAPS = frozenset(("memory-fault", "mmio", *HYBRID_TRAPS))
+
+
+def check_backing(name: str, backing: Backing | type[Backing]) -> None:
+    """Raise ValueError if the trap `name` cannot work on such RAM."""
+    if name in HYBRID_TRAPS and not backing.shared:
+        raise ValueError(
+            f"the trap {name} maps RAM once more for devices, which cannot be done with {backing.name} memory: "
+            "use the backing memfd"
+        )
 
 
 def create_trap(
@@ -50,11 +79,13 @@ def create_trap(
     """Make the trap `name`, not yet armed.
 
     `granule` is bytes (a power of two) for the traps that work by memslot; None takes the smallest that keeps
-    them within 16,384 slots. `uffd` is for the trap userfaultfd. Raises ValueError for an unknown name or a granule
-    the trap cannot have, UnsupportedError or KvmError where the kernel lacks what the trap needs.
+    them within 16,384 slots. `uffd` is for the trap userfaultfd, and but for its mode for the device view of the
+    hybrid ones. Raises ValueError for an unknown name or a granule or a backing the trap cannot have,
+    UnsupportedError or KvmError where the kernel lacks what the trap needs.
     """
-    if name not in TRAPS:
-        raise ValueError(f"there is no trap {name!r}: choose from {', '.join(TRAPS)}")
+    if name not in ALL_TRAPS:
+        raise ValueError(f"there is no trap {name!r}: choose from {', '.join(ALL_TRAPS)}")
+    check_backing(name, backing)
     if name not in SLOT_TRAPS:
         if granule is not None and granule != PAGE_SIZE:
             raise ValueError(f"the trap {name} always works by 4 KiB pages: leave the granule out")
@@ -62,7 +93,7 @@ def create_trap(
     else:
         slots = RamSlots(vm, layout, backing.guest, granule or least_granule(layout))
     try:
-        return TRAPS[name](Materials(vm, slots, backing, uffd))
+        return (TRAPS | HYBRID_TRAPS)[name](Materials(vm, layout, slots, backing, uffd))
     except BaseException:
         slots.close()
         raise

@@ -130,7 +130,7 @@ class Uffd:
         return self._each(abi.UFFDIO_POISON, request, request.range, hva, length, "UFFDIO_POISON")
 
     def copy(self, hva: int, source: int, length: int) -> None:
-        """Fill absent private pages from `source` (hva). Pages already there are left as they are."""
+        """Fill absent pages from `source` (hva): private ones, or holes of a memory file. Pages there already stay."""
         done = 0
         while done < length:
             request = abi.uffdio_copy(hva + done, source + done, length - done)

@@ -4,6 +4,11 @@ The baseline that the other traps are compared with. There is no exit of KVM_RUN
 from the descriptor, resolve them through the same pager, and the page's arrival wakes the sleeper. One descriptor
 for all of RAM with any number of readers, or one a vCPU (`shards`).
 
+Shared memory can be registered for MISSING faults alone, as the kernel's demand_paging_test does: then an absent page
+is a hole of the memory file, for a page that the page cache holds does not trap. So marking it non-present moves its
+bytes to the staging area and punches the hole, with every vCPU out of KVM_RUN, and whoever discards shared memory in
+this mode must do it by MADV_REMOVE: MADV_DONTNEED takes nothing out of the file.
+
 Needs a userfaultfd that takes the kernel's own faults, since it is KVM that faults: a privilege.
 
 A reader never waits for a claim: a fault on a page that somebody else is at is parked until the claim ends, and is
@@ -20,28 +25,53 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.abi.mman import MADV_REMOVE
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import Waiter
 from kvmdp.paging.fault import Origin, Outcome, PageFault
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
-from kvmdp.paging.trap.view import UffdView
+from kvmdp.paging.trap.view import UffdTrap
 
 _UNKNOWN = -1  # userfaultfd does not say which vCPU it was
+
+UffdMode = Literal["missing", "minor"]
 
 
 @dataclass(frozen=True, slots=True)
 class UffdOptions:
-    """How many descriptors share RAM out evenly (`shards`), and how many reader threads each has."""
+    """How many descriptors share RAM out evenly (`shards`), and how many reader threads each has.
+
+    `mode`: "missing" registers for missing faults alone and fills with UFFDIO_COPY, "minor" registers for both kinds
+    and maps with UFFDIO_CONTINUE; None takes minor where memory is shared. Private memory has no minor faults.
+    """
 
     readers: int = 1
     shards: int = 1
+    mode: UffdMode | None = None
 
 
-class UserfaultfdTrap(UffdView):
+def parse_mode(text: str) -> UffdMode:
+    """Return the mode that `text` names, in either case. Raises ValueError."""
+    for mode in get_args(UffdMode):
+        if text.lower() == mode:
+            return cast(UffdMode, mode)
+    raise ValueError(f"there is no userfaultfd mode {text!r}: choose from {', '.join(get_args(UffdMode))}")
+
+
+def check_mode(mode: UffdMode | None, backing: Backing | type[Backing]) -> None:
+    """Raise ValueError if such RAM cannot be registered in this mode."""
+    if mode == "minor" and not backing.shared:
+        raise ValueError(
+            f"{backing.name} memory has no minor faults: use the mode missing, or the backing memfd"
+        )
+
+
+class UserfaultfdTrap(UffdTrap):
     """Absent pages are not mapped; the faults go to readers.
 
     `latencies` has an array for each reader, filled by it: nanoseconds from the event's read to the sleeper's wake.
@@ -50,10 +80,12 @@ class UserfaultfdTrap(UffdView):
     name = "userfaultfd"
 
     def __init__(self, slots: RamSlots, backing: Backing, options: UffdOptions) -> None:
+        check_mode(options.mode, backing)
         super().__init__(
             slots,
             backing,
             abi.UFFD_FEATURE_EVENT_REMOVE,
+            minor=backing.shared and options.mode != "missing",
             kernel_faults=True,
             readers=options.readers,
             shards=options.shards,
@@ -67,6 +99,7 @@ class UserfaultfdTrap(UffdView):
     def revoke(self, first: int, count: int) -> None:
         """Unmap present pages, whose bytes stay in the memory file or move to the staging area.
 
+        What has been staged leaves the memory file too: it is dropped from private memory, punched out of shared.
         From the drop on an access sleeps; its event is parked, because the page is claimed, and woken when the
         claim ends. Each drop sleeps until a reader has taken the event that announces it, and may be over before
         the reader looks at it: so it is left word that this drop loses nothing.
@@ -75,7 +108,10 @@ class UserfaultfdTrap(UffdView):
         for start, number, _ in self._pieces(first, count):
             with self._mutex:
                 self._own_drops[self._hva(start), self._hva(start + number)] += 1
-            self._guest.drop(start * PAGE_SIZE, number * PAGE_SIZE)
+            if self._staging is not None and self._backing.shared:
+                self._view.advise(MADV_REMOVE, start * PAGE_SIZE, number * PAGE_SIZE)
+            else:
+                self._view.drop(start * PAGE_SIZE, number * PAGE_SIZE)
 
     def reassert(self, first: int, count: int) -> None:
         """Map present pages that something took out of the page table."""
@@ -98,7 +134,7 @@ class UserfaultfdTrap(UffdView):
         self.latencies.append(latencies)
 
         def serve(address: int, read: int) -> None:
-            if self._serve((address - self._guest.hva) // PAGE_SIZE):
+            if self._serve((address - self._view.hva) // PAGE_SIZE):
                 latencies.append(time.perf_counter_ns() - read)
 
         return serve
@@ -138,5 +174,5 @@ class UserfaultfdTrap(UffdView):
                 self._own_drops[start, end] -= 1
                 return
             del self._own_drops[start, end]
-        first = (start - self._guest.hva) // PAGE_SIZE
+        first = (start - self._view.hva) // PAGE_SIZE
         self._presence.discarded(first, (end - start) // PAGE_SIZE)

@@ -1,9 +1,12 @@
-"""The guest view of RAM registered with userfaultfd, and the threads that read its faults.
+"""A view of RAM registered with userfaultfd, and the threads that read its faults.
 
-What the traps `marker` and `userfaultfd` have in common. Shared memory is filled through the VMM view and mapped
-with UFFDIO_CONTINUE. It is registered MISSING as well as MINOR: with MISSING alone the kernel could map the page
-cache's page behind our back. Private memory has no second view: it is filled in a staging area and moved into place
-with UFFDIO_COPY.
+`UffdView` is what the guest view of the traps `marker` and `userfaultfd` and the device view of the hybrid traps
+have in common, `UffdTrap` what these two traps share.
+
+Shared memory is filled through the VMM view and mapped with UFFDIO_CONTINUE. It is registered MISSING as well as
+MINOR: with MISSING alone the kernel could map the page cache's page behind our back. Private memory has no second
+view, and shared memory registered MISSING alone must have no page in the page cache that is not present: both are
+filled in a staging area, from where UFFDIO_COPY moves pages into place.
 
 Units: RAM pages, unless a name says bytes.
 """
@@ -31,76 +34,44 @@ _BATCH = 32  # events taken with one read
 
 
 class UffdView:
-    """A guest view whose faults on absent pages go to userfaultfd; RAM has one plain memslot a region.
+    """A mapping of all of RAM whose faults on absent pages go to userfaultfd.
 
-    `shards` descriptors share RAM out evenly; each has `readers` threads. A trap derives from it and says what an
-    event means.
+    `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it says what an event
+    means. `features` are of `UFFD_FEATURE_*`, `mode` is of `UFFDIO_REGISTER_MODE_*`.
     """
-
-    granule = PAGE_SIZE
-    latencies: Sequence[array[int]] = ()
 
     def __init__(
         self,
-        slots: RamSlots,
-        backing: Backing,
+        view: Mapping,
         features: int,
+        mode: int,
         *,
         kernel_faults: bool,
         readers: int = 1,
         shards: int = 1,
     ) -> None:
-        self._slots = slots
-        self._backing = backing
-        self._guest = backing.guest
-        self._mode = abi.UFFDIO_REGISTER_MODE_MISSING
-        if backing.shared:
-            features |= abi.UFFD_FEATURE_MISSING_SHMEM | abi.UFFD_FEATURE_MINOR_SHMEM
-            self._mode |= abi.UFFDIO_REGISTER_MODE_MINOR
-        if supported_features() & features & abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM:
-            self._mode |= abi.UFFDIO_REGISTER_MODE_WP
-        pages = backing.size // PAGE_SIZE
-        self._shard = -(-pages // shards)  # pages a descriptor has
+        self._view = view
+        self._mode = mode
+        self._pages = view.length // PAGE_SIZE
+        self._shard = -(-self._pages // shards)  # pages a descriptor has
         self._readers_each = readers
         self._readers: list[threading.Thread] = []
         self._wakeup = -1
         self._presence: Presence | None = None
         self._this_thread = threading.local()
-        self._staging: Mapping | None = None
         self._uffds: list[Uffd] = []
         try:
-            for _ in range(-(-pages // self._shard)):
+            for _ in range(-(-self._pages // self._shard)):
                 self._uffds.append(Uffd(features, kernel_faults=kernel_faults))
                 self._uffds[-1].on_again = self._make_way
-            if not backing.shared:
-                # Of RAM's size, of which only what is on its way, or shut out, takes memory.
-                self._staging = Mapping.anonymous(backing.size)
         except BaseException:
-            for uffd in self._uffds:
-                uffd.close()
+            self._close_descriptors()
             raise
 
-    @property
-    def needs_quiesce(self) -> bool:
-        """Private pages must stand still while their bytes move to the staging area; shared ones need not."""
-        return self._staging is not None
-
-    @property
-    def fill_view(self) -> memoryview:
-        """The VMM view of shared memory, the staging area of private memory."""
-        return (self._staging or self._backing.vmm).view
-
-    @property
-    def memslots(self) -> int:
-        """How many memslots RAM takes now."""
-        return self._slots.count
-
     def arm(self, presence: Presence) -> None:
-        """Register the guest view and start the readers."""
-        if not self._slots.count:
-            self._slots.map_plain()
+        """Register the view and start the readers."""
         self._presence = presence
-        for first, count, uffd in self._pieces(0, self._backing.size // PAGE_SIZE):
+        for first, count, uffd in self._pieces(0, self._pages):
             uffd.register(self._hva(first), count * PAGE_SIZE, self._mode)
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for shard, uffd in enumerate(self._uffds):
@@ -110,33 +81,17 @@ class UffdView:
                 self._readers[-1].start()
 
     def disarm(self) -> None:
-        """Stop the readers and unregister the guest view."""
+        """Stop the readers and unregister the view."""
         self._stop_readers()
         self.unregister()
 
     def unregister(self) -> None:
-        """Make the guest view plain memory, which wakes whoever sleeps on it."""
-        for first, count, uffd in self._pieces(0, self._backing.size // PAGE_SIZE):
+        """Make the view plain memory, which wakes whoever sleeps on it."""
+        for first, count, uffd in self._pieces(0, self._pages):
             uffd.unregister(self._hva(first), count * PAGE_SIZE)
 
-    def admit(self, first: int, count: int) -> None:
-        """Map pages whose content is in place, over nothing or over markers, and wake who sleeps on them."""
-        for start, number, uffd in self._pieces(first, count):
-            length = number * PAGE_SIZE
-            if self._staging is None:
-                uffd.continue_(self._hva(start), length)
-            else:
-                uffd.copy(self._hva(start), self._staging.hva + start * PAGE_SIZE, length)
-                self._staging.drop(start * PAGE_SIZE, length)
-
-    def _stage(self, first: int, count: int) -> None:
-        """Put aside the bytes of private pages that are about to go; no vCPU is in KVM_RUN."""
-        if self._staging is not None:
-            start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
-            self._staging.view[start:end] = self._guest.view[start:end]
-
     def _hva(self, page: int) -> int:
-        return self._guest.hva + page * PAGE_SIZE
+        return self._view.hva + page * PAGE_SIZE
 
     def _uffd_of(self, page: int) -> Uffd:
         return self._uffds[page // self._shard]
@@ -216,6 +171,96 @@ class UffdView:
             self._readers.clear()
             os.close(self._wakeup)
 
+    def _close_descriptors(self) -> None:
+        for uffd in self._uffds:
+            uffd.close()
+
+    def close(self) -> None:
+        """Stop the readers and close the descriptors; the mapping belongs to whoever made it."""
+        self._stop_readers()
+        self._close_descriptors()
+
+
+class UffdTrap(UffdView):
+    """The guest view, registered; RAM has one plain memslot a region.
+
+    With `minor`, which shared memory alone can have, pages are filled in the memory file and then mapped; without it
+    in a staging area. `features` are what the trap needs beyond those of its memory.
+    """
+
+    granule = PAGE_SIZE
+    latencies: Sequence[array[int]] = ()
+
+    def __init__(
+        self,
+        slots: RamSlots,
+        backing: Backing,
+        features: int,
+        *,
+        minor: bool,
+        kernel_faults: bool,
+        readers: int = 1,
+        shards: int = 1,
+    ) -> None:
+        mode = abi.UFFDIO_REGISTER_MODE_MISSING
+        if backing.shared:
+            features |= abi.UFFD_FEATURE_MISSING_SHMEM
+        if minor:
+            features |= abi.UFFD_FEATURE_MINOR_SHMEM
+            mode |= abi.UFFDIO_REGISTER_MODE_MINOR
+        if supported_features() & features & abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM:
+            mode |= abi.UFFDIO_REGISTER_MODE_WP
+        super().__init__(
+            backing.guest, features, mode, kernel_faults=kernel_faults, readers=readers, shards=shards
+        )
+        self._slots = slots
+        self._backing = backing
+        self._staging: Mapping | None = None
+        if not minor:
+            try:
+                # Of RAM's size, of which only what is on its way, or shut out, takes memory.
+                self._staging = Mapping.anonymous(backing.size)
+            except BaseException:
+                self._close_descriptors()
+                raise
+
+    @property
+    def needs_quiesce(self) -> bool:
+        """Pages must stand still while their bytes move to the staging area; where there is none they need not."""
+        return self._staging is not None
+
+    @property
+    def fill_view(self) -> memoryview:
+        """The staging area, where there is one, else the VMM view."""
+        return (self._staging or self._backing.vmm).view
+
+    @property
+    def memslots(self) -> int:
+        """How many memslots RAM takes now."""
+        return self._slots.count
+
+    def arm(self, presence: Presence) -> None:
+        """Give RAM its memslots, register the guest view, start the readers."""
+        if not self._slots.count:
+            self._slots.map_plain()
+        super().arm(presence)
+
+    def admit(self, first: int, count: int) -> None:
+        """Map pages whose content is in place, over nothing or over markers, and wake who sleeps on them."""
+        for start, number, uffd in self._pieces(first, count):
+            length = number * PAGE_SIZE
+            if self._staging is None:
+                uffd.continue_(self._hva(start), length)
+            else:
+                uffd.copy(self._hva(start), self._staging.hva + start * PAGE_SIZE, length)
+                self._staging.drop(start * PAGE_SIZE, length)
+
+    def _stage(self, first: int, count: int) -> None:
+        """Put aside the bytes of pages that are about to go, where there is a staging area: no vCPU is in KVM_RUN."""
+        if self._staging is not None:
+            start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
+            self._staging.view[start:end] = self._backing.vmm.view[start:end]
+
     def poison_absent(self) -> None:
         """Put markers on all that is absent: an access there is an exit."""
         assert self._presence is not None
@@ -225,9 +270,7 @@ class UffdView:
 
     def close(self) -> None:
         """Stop the readers, close the descriptors, give back the staging area."""
-        self._stop_readers()
-        for uffd in self._uffds:
-            uffd.close()
+        super().close()
         if self._staging is not None:
             self._staging.close()
         self._slots.close()

@@ -1,0 +1,46 @@
+"""A device beside the guest: a thread that reads pages of RAM, present or not, while the vCPUs run.
+
+Under a hybrid trap it makes plain loads on the device view, under any other it asks `GuestMemory`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+
+from kvmdp.machine.machine import Machine
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.fault import PagingError
+
+
+class DeviceThread:
+    """Reads `pages` pages, from the last of RAM down; ends by itself when the machine stops.
+
+    `latencies` has the nanoseconds that each read took, one a page.
+    """
+
+    def __init__(self, machine: Machine, pages: int) -> None:
+        self.latencies = array("Q")
+        self._layout = machine.layout
+        self._memory = machine.device_view or machine.memory
+        self._pages = pages
+        self._thread = threading.Thread(target=self._read, name="device")
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the thread's end; only once the machine is stopping, or has read all."""
+        self._thread.join()
+
+    def _read(self) -> None:
+        for page in range(self._layout.pages - 1, self._layout.pages - 1 - self._pages, -1):
+            gpa = self._layout.gpa_of_page(page)
+            began = time.perf_counter_ns()
+            try:
+                self._memory.read(gpa, PAGE_SIZE)
+            except PagingError:
+                return  # the machine is stopping; if that is for a page that cannot be had, Machine.run says so
+            self.latencies.append(time.perf_counter_ns() - began)
