@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 TIMEOUT = 60  # seconds: a command that hangs fails its test, it does not hang the suite
-_START = "from kvmdp.cli.main import entry; entry()"
+_START = "from kvmdp.cli.entry import entry; entry()"
 # A wrapper that takes from root what sets it above the permissions of files that are not its own.
 _OVERRIDES = "-dac_override,-dac_read_search"
 WITHOUT_OVERRIDE = ("setpriv", f"--inh-caps={_OVERRIDES}", f"--bounding-set={_OVERRIDES}")

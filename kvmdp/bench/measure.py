@@ -18,7 +18,7 @@ from kvmdp.bench.trace import Record, Tracer
 from kvmdp.bench.work import Work
 from kvmdp.kvm import BusError, Kvm, MemoryFault
 from kvmdp.machine.boot import vector_flags
-from kvmdp.machine.hostinfo import page_table_memory
+from kvmdp.machine.hostinfo import page_table_memory, vmalloc_used
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
@@ -80,6 +80,7 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
         source = PatchedSource(source, workload.patches)
     tables = page_table_memory()
     with Machine(machine_options(contender), source) as machine:
+        vmalloc = vmalloc_used()
         if contender.trap is None:
             _make_plain(machine)
         machine.set_parameters(workload.blocks)
@@ -105,7 +106,8 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
             vmpte_bytes=max(page_table_memory() - tables, 0),
             bitmap_bytes=-(-machine.layout.pages // 64) * 8,
             memslots=machine.pager.trap.memslots,
-            slot_bytes=machine.slot_bytes,
+            # What arming took, and what was made since: mmio has no memslots to begin with.
+            slot_bytes=machine.slot_bytes + max(vmalloc_used() - vmalloc, 0),
             in_flight=network.in_flight if network else 0.0,
             memory_bytes=work.memory_bytes,
             trace=tracer.records() if tracer else [],

@@ -11,7 +11,9 @@ from kvmdp.bench.check import Bound, judge, read_bounds
 from kvmdp.bench.comparison import BASELINE, Comparison
 from kvmdp.bench.contender import DEFAULT, SHARDED, Contender, contender
 from kvmdp.bench.measure import Measurement, plan
+from kvmdp.bench.report.table import lines
 from kvmdp.bench.work import Work
+from kvmdp.cli.lists import parse_backing
 from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -23,14 +25,11 @@ from kvmdp.cli.output import (
     write_file,
     write_json,
 )
-from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.policy import FaultAround
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
-# What demand_paging_test calls a kind of memory -> ours
-_MEMORY_KINDS = {"shmem": "memfd", "anonymous": "anonymous"} | {name: name for name in BACKINGS}
 _UFFD_MODES = ("MISSING", "MINOR")
 
 
@@ -131,7 +130,7 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, print, hold against bounds, return the exit status."""
     check_json_target(options.json)
-    check_json_target(options.trace)
+    check_json_target(options.trace, "--trace")
     try:
         bounds = read_bounds(options.check) if options.check else []
         work = _work(options)
@@ -166,9 +165,7 @@ def run(options: argparse.Namespace) -> int:
 def _work(options: argparse.Namespace) -> Work:
     """Return the work that all contenders do unless they say otherwise. Raises ValueError."""
     kind = options.memory_kind or ("anonymous" if options.uffd == "MISSING" else "shmem")
-    if kind not in _MEMORY_KINDS:
-        raise ValueError(f"-s {kind}: there is shmem and anonymous")
-    backing = _MEMORY_KINDS[kind]
+    backing = parse_backing(kind)
     if options.uffd == "MINOR" and backing == "anonymous":
         raise ValueError("-u MINOR: anonymous memory has no minor faults; use -s shmem")
     if options.uffd == "MISSING" and backing != "anonymous":
@@ -246,13 +243,7 @@ def print_document(document: dict[str, Any]) -> None:
         f"{options['order']} {options['workload']}, {options['rounds']} rounds{partial}"
     )
     for each in document["contenders"]:
-        rounds = sorted(each["rounds"], key=lambda one: one["seconds"])
-        middle = rounds[len(rounds) // 2]
-        rate = middle["pages"] / middle["seconds"]
-        print(f"\n{each['name']}")
-        print(f"Total guest execution time: {middle['seconds']:.9f}s")
-        print(f"Per-vcpu demand paging rate: {rate / each['vcpus']:f} pgs/sec/vcpu")
-        print(f"Overall demand paging rate: {rate:f} pgs/sec")
+        print("", *lines(each), sep="\n")
     print()
     floors = {trap: spread for trap, spread in document["floor_us"].items() if spread}
     for trap, spread in floors.items():

@@ -24,20 +24,20 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def check_json_target(target: str | None) -> None:
-    """Raise UsageError if JSON could not be written to `target` later ("-" is stdout)."""
+def check_json_target(target: str | None, option: str = "--json") -> None:
+    """Raise UsageError if what `option` asks for could not be written to `target` later ("-" is stdout)."""
     if target in (None, "-"):
         return
     path = Path(str(target))
     if path.is_dir():
-        raise UsageError(f"--json {target}: that is a directory; give a file name or -")
+        raise UsageError(f"{option} {target}: that is a directory; give a file name or -")
     if _is_stream(path):
         return
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise UsageError(f"--json {target}: there is no directory {folder}")
+        raise UsageError(f"{option} {target}: there is no directory {folder}")
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"--json {target}: no permission to write in {folder}")
+        raise UsageError(f"{option} {target}: no permission to write in {folder}")
 
 
 def write_json(target: str, document: dict[str, Any]) -> None:

@@ -99,20 +99,18 @@ def _cell(results: Results, name: str, vcpus: int, latency: float) -> str:
     return "".join(cells)
 
 
-def lines(bench: Document) -> list[str]:
-    """Return what demand_paging_test would print of each contender of a bench document (kvmdp.bench/1).
+def lines(entry: Document) -> list[str]:
+    """Return what demand_paging_test prints, of a contender of a bench document, under the contender's name.
 
-    The figures are those of the round with the median rate (the lower of two in the middle).
+    The words, tabs included, are those of the kernel's tools/testing/selftests/kvm/demand_paging_test.c. The figures
+    are those of the round with the median rate (the lower of two in the middle).
     """
-    printed = []
-    for entry in bench["contenders"]:
-        rounds = sorted(entry["rounds"], key=lambda each: float(each["pages"] / each["seconds"]))
-        middle = rounds[(len(rounds) - 1) // 2]
-        rate = middle["pages"] / middle["seconds"]
-        printed += [
-            entry["name"],
-            f"Total guest execution time: {middle['seconds']:.9f}s",
-            f"Per-vcpu demand paging rate: {rate / entry['vcpus']:.6f} pgs/sec/vcpu",
-            f"Overall demand paging rate: {rate:.6f} pgs/sec",
-        ]
-    return printed
+    rounds = sorted(entry["rounds"], key=lambda each: float(each["pages"] / each["seconds"]))
+    middle = rounds[(len(rounds) - 1) // 2]
+    rate = middle["pages"] / middle["seconds"]
+    return [
+        entry["name"],
+        f"Total guest execution time:\t{middle['seconds']:.9f}s",
+        f"Per-vcpu demand paging rate:\t{rate / entry['vcpus']:.6f} pgs/sec/vcpu",
+        f"Overall demand paging rate:\t{rate:.6f} pgs/sec",
+    ]
