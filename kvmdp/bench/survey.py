@@ -8,7 +8,7 @@ for what its memory costs. The result is one document (kvmdp.compare/1):
     traces    contender -> {"vcpus", "memory_bytes", "records"}, records as in kvmdp.bench.trace
     memory    a row a contender and size of RAM: {"contender", "gib", "vmpte_kib", "bitmap_bytes", "memslots",
               "slot_kib", "granule", "fault_around"}; all of RAM touched by one vCPU, page by page, `fault_around`
-              pages fetched a fault, `granule` bytes a memslot. slot_kib is by how much VmallocUsed grew, which is
+              pages fetched a fault, `granule` bytes a memslot (null where RAM is one). slot_kib is by how much VmallocUsed grew, which is
               system-wide; what other processes do meanwhile is in it.
     claims    {"who", "claim", "verdict", "why"}, see kvmdp.bench.claims
 
@@ -266,6 +266,6 @@ def memory_row(each: Contender) -> dict[str, Any]:
         "bitmap_bytes": measured.bitmap_bytes,
         "memslots": measured.memslots,
         "slot_kib": measured.slot_bytes // 1024,
-        "granule": machine_options(each).granule or PAGE_SIZE,
+        "granule": machine_options(each).granule if each.trap else None,
         "fault_around": each.work.fault_around,
     }

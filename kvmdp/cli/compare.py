@@ -32,8 +32,20 @@ from kvmdp.source.base import SourceError
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
 # What is measured if the user does not say otherwise: at length, and with --quick.
-_USUAL = {"bytes": "8M", "vcpus": "1,2,4", "latencies": "0,30us,500us", "rounds": 5, "memory_sizes": "1G"}
-_QUICK = {"bytes": "4M", "vcpus": "1,2", "latencies": "0,500us", "rounds": 3, "memory_sizes": "128M"}
+_USUAL: dict[str, Any] = {
+    "bytes": "8M",
+    "vcpus": "1,2,4",
+    "latencies": "0,30us,500us",
+    "rounds": 5,
+    "memory_sizes": "1G",
+}
+_QUICK: dict[str, Any] = {
+    "bytes": "4M",
+    "vcpus": "1,2",
+    "latencies": "0,500us",
+    "rounds": 3,
+    "memory_sizes": "128M",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -132,21 +144,24 @@ def _plan(options: argparse.Namespace) -> Plan:
     """Return what the options ask for. Raises ValueError, one sentence."""
     chosen = dict(_QUICK if options.quick else _USUAL)
     chosen |= {name: value for name in chosen if (value := getattr(options, name)) is not None}
-    vcpus = parse_list("--vcpus", str(chosen["vcpus"]), int)
+    vcpus = parse_list("--vcpus", chosen["vcpus"], int)
     if bad := [count for count in vcpus if not 1 <= count <= 16]:
         raise ValueError(f"--vcpus {chosen['vcpus']}: the guest runs with 1 to 16 vCPUs, not {bad[0]}")
-    sizes = str(chosen["memory_sizes"])
     return Plan(
         names=tuple(options.contenders) or default_names(vcpus),
         vcpus=vcpus,
-        latencies=parse_list("--latencies", str(chosen["latencies"]), parse_latency),
-        bytes_per_vcpu=parse_size(str(chosen["bytes"])),
+        latencies=parse_list("--latencies", chosen["latencies"], parse_latency),
+        bytes_per_vcpu=parse_size(chosen["bytes"]),
         backing=parse_backing(options.backing),
         bandwidth=parse_bandwidth(options.bandwidth),
-        rounds=int(chosen["rounds"]),
+        rounds=chosen["rounds"],
         warm_up=options.warm_up,
-        memory_sizes=() if sizes == "none" else parse_list("--memory-sizes", sizes, parse_size),
+        memory_sizes=_sizes(chosen["memory_sizes"]),
     )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return () if text == "none" else parse_list("--memory-sizes", text, parse_size)
 
 
 def _check_targets(options: argparse.Namespace, plan: Plan) -> None:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from kvmdp.bench.report.results import Document, Results, latency_name, vcpus_name
+from kvmdp.bench.report.scale import memory
 
 WIDTH = 100
 _NAME = 40  # no contender's name takes more columns than this
@@ -61,7 +62,12 @@ def _block(results: Results, latency: float) -> Iterator[str]:
 def _part(results: Results, latency: float, counts: Sequence[int], width: int) -> Iterator[str]:
     owns = [_has_own(vcpus, latency) for vcpus in counts]
     widths = [_RATE + _RATIO + _OWN * own for own in owns]
-    yield latency_name(latency)
+    sizes = dict.fromkeys(
+        bench["options"]["bytes_per_vcpu"]
+        for bench in results.document["benches"]
+        if float(bench["options"]["latency"]) == latency
+    )
+    yield f"{latency_name(latency)}, {' or '.join(memory(size / 1024) for size in sizes)} a vCPU"
     yield f"{'':<{width}}" + "".join(f"{vcpus_name(v):>{w}}" for v, w in zip(counts, widths, strict=True))
     heads = (f"{'pages/s':>{_RATE}}{'x uffd':>{_RATIO}}" + f"{'own us':>{_OWN}}" * own for own in owns)
     yield f"{'contender':<{width}}" + "".join(heads)
