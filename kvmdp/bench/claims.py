@@ -97,6 +97,8 @@ def _memory(results: Results) -> _Verdict:
         f"At {baseline['gib']:g} GiB, {BASELINE} takes {rough(tables)} bytes of page tables a guest page; "
         f"the bitmap takes {rough(bits)} bit."
     )
+    if tables > 1.5 * _CLAIMED_BYTES:
+        figures += " RAM is mapped twice there, as guest view and as VMM view, and each has page tables."
     costs = [
         f"{name} {rough(_bytes_a_page(row, 'vmpte_kib') + _bytes_a_page(row, 'slot_kib'))}"
         for name, row in rows.items()

@@ -21,10 +21,12 @@ from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.hostinfo import page_table_memory, vmalloc_used
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
+from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import SLOT_TRAPS
-from kvmdp.paging.trap.slots import least_granule
+from kvmdp.paging.trap.slots import MAX_SLOTS, check_granule, least_granule
 from kvmdp.source.base import PageSource
 from kvmdp.source.network import NetworkSource
 from kvmdp.source.patched import PatchedSource
@@ -130,6 +132,20 @@ def plan(work: Work) -> Workload:
         vector=vector,
     )
     return make_workload(work.workload, options)
+
+
+def check(contender: Contender) -> None:
+    """Raise ValueError, one sentence, if the contender's work cannot be done; KvmError where there is no KVM."""
+    work = contender.work
+    if work.vcpus > 0:
+        GuestLayout(work.memory_bytes)
+    plan(work)
+    FaultAround(work.fault_around)
+    if work.backing not in BACKINGS:
+        raise ValueError(f"there is no backing {work.backing!r}: choose from {', '.join(BACKINGS)}")
+    granule = machine_options(contender).granule
+    if granule is not None:
+        check_granule(granule, GuestLayout(work.memory_bytes), MAX_SLOTS)
 
 
 def machine_options(contender: Contender) -> MachineOptions:

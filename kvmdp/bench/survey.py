@@ -8,8 +8,8 @@ for what its memory costs. The result is one document (kvmdp.compare/1):
     traces    contender -> {"vcpus", "memory_bytes", "records"}, records as in kvmdp.bench.trace
     memory    a row a contender and size of RAM: {"contender", "gib", "vmpte_kib", "bitmap_bytes", "memslots",
               "slot_kib", "granule", "fault_around"}; all of RAM touched by one vCPU, page by page, `fault_around`
-              pages fetched a fault, `granule` bytes a memslot (null where RAM is one). slot_kib is by how much VmallocUsed grew, which is
-              system-wide; what other processes do meanwhile is in it.
+              pages fetched a fault, `granule` bytes a memslot (null where RAM is one). slot_kib is by how much
+              VmallocUsed grew, which is system-wide: what other processes do meanwhile is in it.
     claims    {"who", "claim", "verdict", "why"}, see kvmdp.bench.claims
 
 Units: seconds, bytes.
@@ -26,7 +26,7 @@ from kvmdp import __version__
 from kvmdp.bench.claims import claims
 from kvmdp.bench.comparison import Comparison
 from kvmdp.bench.contender import PRESENT, SHARDED, Contender, contender
-from kvmdp.bench.measure import Measurement, machine_options, measure, plan
+from kvmdp.bench.measure import Measurement, check, machine_options, measure
 from kvmdp.bench.report.results import SCHEMA, Place, place_name
 from kvmdp.bench.work import Work
 from kvmdp.kvm import KvmError
@@ -116,21 +116,23 @@ class Plan:
         for what, value, least in (("--rounds", self.rounds, 1), ("--warm-up", self.warm_up, 0)):
             if value < least:
                 raise ValueError(f"{what} {value}: give at least {least}")
+        # First, for planning the work in absurdly much memory takes minutes by itself.
+        self._check_memory()
         for place in self.places:
             for each in self.contenders(self.work(*place)):
                 if (each.work.vcpus, each.work.latency) != place:
                     raise ValueError(
                         f"{each.name}: the comparison sets vcpus and latency; leave them out, or use kvmdp bench"
                     )
-                if each.work.vcpus > 0:
-                    GuestLayout(each.work.memory_bytes)
-                plan(each.work)
+                check(each)
         for size in self.memory_sizes:
-            GuestLayout(size)
-        self._check_memory()
+            for name in self.names:
+                check(self.memory_contender(name, size))
 
     def _check_memory(self) -> None:
         works = [each.work for place in self.places for each in self.contenders(self.work(*place))]
+        for size in (*(work.memory_bytes for work in works if work.vcpus > 0), *self.memory_sizes):
+            GuestLayout(size)
         most = max([work.memory_bytes for work in works] + list(self.memory_sizes))
         available = available_memory()
         if most > available:
@@ -202,7 +204,7 @@ class Survey:
             for name in self.ran:
                 try:
                     row = memory_row(self.plan.memory_contender(name, size))
-                except (UnsupportedError, KvmError, ValueError):
+                except (UnsupportedError, KvmError):
                     continue  # the report says which have no memory figures
                 self.memory.append(row)
                 on_step(self._step(f"memory for {format_size(size)} of RAM", name, 1))

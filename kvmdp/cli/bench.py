@@ -10,7 +10,7 @@ from typing import Any
 from kvmdp.bench.check import Bound, judge, read_bounds
 from kvmdp.bench.comparison import BASELINE, Comparison
 from kvmdp.bench.contender import DEFAULT, SHARDED, Contender, contender
-from kvmdp.bench.measure import Measurement, plan
+from kvmdp.bench.measure import Measurement, check
 from kvmdp.bench.report.table import lines
 from kvmdp.bench.work import Work
 from kvmdp.cli.lists import parse_backing
@@ -25,9 +25,7 @@ from kvmdp.cli.output import (
     write_file,
     write_json,
 )
-from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.size import format_size, parse_size
-from kvmdp.paging.policy import FaultAround
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
 _UFFD_MODES = ("MISSING", "MINOR")
@@ -175,7 +173,6 @@ def _work(options: argparse.Namespace) -> Work:
             raise ValueError(f"{name} {value}: give at least {least}")
     if options.delay < 0:
         raise ValueError(f"-d {options.delay}: a delay cannot be negative")
-    FaultAround(options.fault_around)
     return Work(
         bytes_per_vcpu=parse_size(options.bytes),
         vcpus=options.vcpus,
@@ -223,9 +220,7 @@ def _contenders(options: argparse.Namespace, work: Work) -> list[Contender]:
         raise ValueError(f"{repeated[0]} is named twice: a contender takes part once")
     contenders = [contender(name, work) for name in names]
     for each in contenders:
-        if each.work.vcpus > 0:
-            GuestLayout(each.work.memory_bytes)
-        plan(each.work)
+        check(each)
     return contenders
 
 
