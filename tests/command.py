@@ -69,11 +69,11 @@ class Running:
         )
         self._seen = ""
 
-    def wait_for_progress(self):
-        """Return when the command has said for the first time how many pages are present."""
+    def wait_for_progress(self, text="pages present"):
+        """Return when the command has said `text` on stderr: as `run` does, how many pages are present."""
         stderr = self.process.stderr
         deadline = time.monotonic() + TIMEOUT
-        while "pages present" not in self._seen:
+        while text not in self._seen:
             ready, _, _ = select.select([stderr], [], [], deadline - time.monotonic())
             piece = os.read(stderr.fileno(), 65536).decode() if ready else ""
             assert piece, f"no progress came: {self._seen}"
