@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 TIMEOUT = 60  # seconds: a command that hangs fails its test, it does not hang the suite
-_START = "from kvmdp.cli.main import entry; entry()"
+_START = "from kvmdp.cli.entry import entry; entry()"
 # A wrapper that takes from root what sets it above the permissions of files that are not its own.
 _OVERRIDES = "-dac_override,-dac_read_search"
 WITHOUT_OVERRIDE = ("setpriv", f"--inh-caps={_OVERRIDES}", f"--bounding-set={_OVERRIDES}")
@@ -69,11 +69,11 @@ class Running:
         )
         self._seen = ""
 
-    def wait_for_progress(self):
-        """Return when the command has said for the first time how many pages are present."""
+    def wait_for_progress(self, text="pages present"):
+        """Return when the command has said `text` on stderr: as `run` does, how many pages are present."""
         stderr = self.process.stderr
         deadline = time.monotonic() + TIMEOUT
-        while "pages present" not in self._seen:
+        while text not in self._seen:
             ready, _, _ = select.select([stderr], [], [], deadline - time.monotonic())
             piece = os.read(stderr.fileno(), 65536).decode() if ready else ""
             assert piece, f"no progress came: {self._seen}"

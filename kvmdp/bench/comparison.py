@@ -68,7 +68,10 @@ class Comparison:
         """Measure the floor once a round for each trap that has one, in the machine of its first contender."""
         first = {each.trap: each for each in reversed(self.contenders) if each.trap in FLOOR_TRAPS}
         for trap, each in first.items():
-            self.floors.setdefault(str(trap), []).append(floor(each))
+            seconds = floor(each)
+            if seconds is None:
+                continue
+            self.floors.setdefault(str(trap), []).append(seconds)
             on_round(f"floor of {trap}", turn, None)
 
     @property
@@ -78,9 +81,9 @@ class Comparison:
 
     def trace_lines(self) -> Iterator[str]:
         """Return the trace (`kvmdp.bench.trace`) of each contender's last round."""
-        for name, measured in self.measurements.items():
-            header = {"contender": name, "memory_bytes": measured[-1].memory_bytes}
-            yield from lines(header, measured[-1].trace)
+        for each in self.contenders:
+            if measured := self.measurements.get(each.name):
+                yield from lines(trace_header(each), measured[-1].trace)
 
     def document(self) -> dict[str, Any]:
         """Return everything as the JSON document has it."""
@@ -152,6 +155,17 @@ class Comparison:
         if metric == "pages_per_second":
             return [each.round.pages_per_second for each in measured]
         return [_cpu_us(each) for each in measured if each.round.faults]
+
+
+def trace_header(contender: Contender) -> dict[str, Any]:
+    """Return what the header of a trace (`kvmdp.bench.trace`) says of a contender's run."""
+    return {
+        "version": __version__,
+        "contender": contender.name,
+        "trap": contender.trap,
+        "vcpus": contender.work.vcpus,
+        "memory_bytes": contender.work.memory_bytes,
+    }
 
 
 def _cpu_us(measurement: Measurement) -> float:

@@ -17,15 +17,17 @@ from kvmdp.bench.contender import Contender
 from kvmdp.bench.device import DeviceThread
 from kvmdp.bench.trace import Record, Tracer
 from kvmdp.bench.work import Work
-from kvmdp.kvm import BusError, Kvm, MemoryFault
+from kvmdp.kvm import BusError, Interrupted, Kvm, MemoryFault
 from kvmdp.machine.boot import vector_flags
-from kvmdp.machine.hostinfo import page_table_memory
+from kvmdp.machine.hostinfo import page_table_memory, vmalloc_used
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
+from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import SLOT_TRAPS
-from kvmdp.paging.trap.slots import least_granule
+from kvmdp.paging.trap.slots import MAX_SLOTS, check_granule, least_granule
 from kvmdp.source.base import PageSource
 from kvmdp.source.network import NetworkSource
 from kvmdp.source.patched import PatchedSource
@@ -82,6 +84,7 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
         source = PatchedSource(source, workload.patches)
     tables = page_table_memory()
     with Machine(machine_options(contender), source) as machine:
+        vmalloc = vmalloc_used()
         if contender.trap is None:
             _make_plain(machine)
         machine.set_parameters(workload.blocks)
@@ -113,7 +116,8 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
             vmpte_bytes=max(page_table_memory() - tables, 0),
             bitmap_bytes=-(-machine.layout.pages // 64) * 8,
             memslots=machine.pager.trap.memslots,
-            slot_bytes=machine.slot_bytes,
+            # What arming took, and what was made since: mmio has no memslots to begin with.
+            slot_bytes=machine.slot_bytes + max(vmalloc_used() - vmalloc, 0),
             in_flight=network.in_flight if network else 0.0,
             memory_bytes=work.memory_bytes,
             trace=tracer.records() if tracer else [],
@@ -136,6 +140,20 @@ def plan(work: Work) -> Workload:
         vector=vector,
     )
     return make_workload(work.workload, options)
+
+
+def check(contender: Contender) -> None:
+    """Raise ValueError, one sentence, if the contender's work cannot be done; KvmError where there is no KVM."""
+    work = contender.work
+    if work.vcpus > 0:
+        GuestLayout(work.memory_bytes)
+    plan(work)
+    FaultAround(work.fault_around)
+    if work.backing not in BACKINGS:
+        raise ValueError(f"there is no backing {work.backing!r}: choose from {', '.join(BACKINGS)}")
+    granule = machine_options(contender).granule
+    if granule is not None:
+        check_granule(granule, GuestLayout(work.memory_bytes), MAX_SLOTS)
 
 
 def machine_options(contender: Contender) -> MachineOptions:
@@ -167,11 +185,11 @@ def _make_plain(machine: Machine) -> None:
     machine.backing.guest.populate(0, machine.backing.size)
 
 
-def floor(contender: Contender) -> float:
+def floor(contender: Contender) -> float | None:
     """Return what a bare fault exit costs in seconds: the vCPU is entered again and again on a page left absent.
 
     It is KVM_RUN and the decoding of its exit, no more. Only for `FLOOR_TRAPS`: under the others a fault cannot be
-    left unresolved.
+    left unresolved. None where the access is no such exit either: in ring 0 where KVM emulates that.
     """
     workload = plan(contender.work)
     source = SyntheticSource(contender.work.memory_bytes)
@@ -182,16 +200,17 @@ def floor(contender: Contender) -> float:
 
         def run() -> None:
             vcpu.attach_thread()
-            while not isinstance(vcpu.run(), (BusError, MemoryFault)):
+            while isinstance(exit := vcpu.run(), Interrupted):
                 pass
-            started = time.perf_counter()
-            for _ in range(_FLOOR_EXITS):
-                vcpu.run()
-            seconds.append((time.perf_counter() - started) / _FLOOR_EXITS)
+            if isinstance(exit, (BusError, MemoryFault)):
+                started = time.perf_counter()
+                for _ in range(_FLOOR_EXITS):
+                    vcpu.run()
+                seconds.append((time.perf_counter() - started) / _FLOOR_EXITS)
             vcpu.detach_thread()
 
         # In a thread like any vCPU's: the signals it blocks stay blocked for the thread's life.
         thread = threading.Thread(target=run, name="floor")
         thread.start()
         thread.join()
-        return seconds[0]
+        return seconds[0] if seconds else None

@@ -1,6 +1,15 @@
 """Traces: one record a fault, as JSON Lines.
 
-The first line is an object with the schema and what the run was; every other line is an array
+The first line is an object that says what the run was:
+
+    schema        kvmdp.trace/1
+    version       of kvmdp
+    contender     name of the way of demand paging, where several were compared
+    trap          the trap; null where all memory was in place
+    vcpus         number of vCPUs
+    memory_bytes  RAM of the guest
+
+Every other line is an array
 
     [time_us, gpa, size, origin, latency_us, pages]
 

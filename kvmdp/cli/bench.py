@@ -10,8 +10,10 @@ from typing import Any
 from kvmdp.bench.check import Bound, judge, read_bounds
 from kvmdp.bench.comparison import BASELINE, Comparison
 from kvmdp.bench.contender import DEFAULT, SHARDED, Contender, contender
-from kvmdp.bench.measure import Measurement, plan
+from kvmdp.bench.measure import Measurement, check
+from kvmdp.bench.report.table import lines
 from kvmdp.bench.work import Work
+from kvmdp.cli.lists import parse_backing
 from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -24,15 +26,10 @@ from kvmdp.cli.output import (
     write_file,
     write_json,
 )
-from kvmdp.memory.backing import BACKINGS
-from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.size import format_size, parse_size
-from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.userfaultfd import parse_mode
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
-# What demand_paging_test calls a kind of memory -> ours
-_MEMORY_KINDS = {"shmem": "memfd", "anonymous": "anonymous"} | {name: name for name in BACKINGS}
 _UFFD_MODES = ("MISSING", "MINOR")
 
 
@@ -170,9 +167,7 @@ def run(options: argparse.Namespace) -> int:
 def _work(options: argparse.Namespace) -> Work:
     """Return the work that all contenders do unless they say otherwise. Raises ValueError."""
     kind = options.memory_kind or ("anonymous" if options.uffd == "MISSING" else "shmem")
-    if kind not in _MEMORY_KINDS:
-        raise ValueError(f"-s {kind}: there is shmem and anonymous")
-    backing = _MEMORY_KINDS[kind]
+    backing = parse_backing(kind)
     if options.uffd == "MINOR" and backing == "anonymous":
         raise ValueError("-u MINOR: anonymous memory has no minor faults; use -s shmem")
     for name, value, least in (("--rounds", options.rounds, 1), ("--warm-up", options.warm_up, 0)):
@@ -180,7 +175,6 @@ def _work(options: argparse.Namespace) -> Work:
             raise ValueError(f"{name} {value}: give at least {least}")
     if options.delay < 0:
         raise ValueError(f"-d {options.delay}: a delay cannot be negative")
-    FaultAround(options.fault_around)
     return Work(
         bytes_per_vcpu=parse_size(options.bytes),
         vcpus=options.vcpus,
@@ -229,9 +223,7 @@ def _contenders(options: argparse.Namespace, work: Work) -> list[Contender]:
         raise ValueError(f"{repeated[0]} is named twice: a contender takes part once")
     contenders = [contender(name, work) for name in names]
     for each in contenders:
-        if each.work.vcpus > 0:
-            GuestLayout(each.work.memory_bytes)
-        plan(each.work)
+        check(each)
     return contenders
 
 
@@ -249,13 +241,7 @@ def print_document(document: dict[str, Any]) -> None:
         f"{options['order']} {options['workload']}, {options['rounds']} rounds{partial}"
     )
     for each in document["contenders"]:
-        rounds = sorted(each["rounds"], key=lambda one: one["seconds"])
-        middle = rounds[len(rounds) // 2]
-        rate = middle["pages"] / middle["seconds"]
-        print(f"\n{each['name']}")
-        print(f"Total guest execution time: {middle['seconds']:.9f}s")
-        print(f"Per-vcpu demand paging rate: {rate / each['vcpus']:f} pgs/sec/vcpu")
-        print(f"Overall demand paging rate: {rate:f} pgs/sec")
+        print("", *lines(each), sep="\n")
         if device := each["device"]:
             latency = device["latency_us"]
             print(

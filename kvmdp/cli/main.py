@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from kvmdp import __version__
@@ -58,12 +57,16 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status (0, 1, 2, 4 or 130)."""
+def main(arguments: Sequence[str] | None = None, started: Callable[[], None] = lambda: None) -> int:
+    """Run one command and return its exit status (0, 1, 2, 4 or 130).
+
+    `started` is called when all is loaded and the command begins its work.
+    """
     try:
         try:
             given = sys.argv[1:] if arguments is None else list(arguments)
             options = build_parser(given[0] if given else None).parse_args(given)
+            started()
             status: int = options.run(options)
             return status
         finally:
@@ -98,12 +101,3 @@ def _flush_stdout() -> None:
 def _fail(sentence: str, status: int) -> int:
     say(f"kvmdp: {sentence}")
     return status
-
-
-def entry() -> NoReturn:
-    """Entry point of the installed command."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Python has None where it was started with one of them closed. These stay open to the end.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    sys.exit(main())

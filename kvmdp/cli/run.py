@@ -39,7 +39,7 @@ from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import PagingError, UnsupportedError
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
-from kvmdp.paging.trap.slots import check_granule, least_granule
+from kvmdp.paging.trap.slots import MAX_SLOTS, check_granule, least_granule
 from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
 from kvmdp.source.base import PageSource, SourceError
 from kvmdp.source.image import ImageError, ImageSource
@@ -49,7 +49,6 @@ from kvmdp.source.synthetic import SyntheticSource
 SCHEMA = "kvmdp.run/1"
 
 _DEFAULT_MEMORY = 64 << 20
-_MAX_SLOTS = 32764 - 8  # KVM_CAP_NR_MEMSLOTS on x86 since Linux 5.11, less the machine's own
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -301,7 +300,7 @@ def _machine_options(options: argparse.Namespace, memory: int) -> MachineOptions
         layout = GuestLayout(memory)
         # What is fetched together is one memslot: the fewer flips the better.
         granule = granule or max(least_granule(layout), options.fault_around * PAGE_SIZE)
-        check_granule(granule, layout, _MAX_SLOTS)
+        check_granule(granule, layout, MAX_SLOTS)
     elif granule not in (None, PAGE_SIZE):
         raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
     return MachineOptions(

@@ -23,6 +23,11 @@ def vmalloc_used() -> int:
     return _kib_field("/proc/meminfo", "VmallocUsed")
 
 
+def available_memory() -> int:
+    """Return how much memory processes could still have without swapping, as the kernel estimates it."""
+    return _kib_field("/proc/meminfo", "MemAvailable")
+
+
 def resident_memory() -> int:
     """Return this process's resident memory."""
     return _kib_field("/proc/self/status", "VmRSS")

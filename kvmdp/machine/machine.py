@@ -27,9 +27,9 @@ from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround
-from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.device import DeviceView
 from kvmdp.paging.trap.hybrid import HybridTrap
+from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.registry import create_trap
 from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 from kvmdp.paging.vcpu import VcpuPaging

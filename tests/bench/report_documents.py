@@ -162,6 +162,8 @@ def memory_rows(
             "bitmap_bytes": 32768 * size,
             "slot_kib": 90000 if name == "memory-fault" else 60 if name == "marker" else 0,
             "memslots": 16384 if name == "memory-fault" else 2,
+            "granule": 65536 if name == "memory-fault" else None,
+            "fault_around": 512,
         }
         for name in names
         for size in sizes

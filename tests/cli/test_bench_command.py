@@ -1,6 +1,7 @@
 """`kvmdp bench`: what a user sees of a measurement, and of a command line that makes no sense."""
 
 import json
+import re
 
 import pytest
 from command import kvmdp
@@ -34,7 +35,16 @@ def test_contenders_take_turns_and_the_result_is_one_document(tmp_path):
     ratios = {(row["a"], row["b"]) for row in document["ratios"] if row["metric"] == "pages_per_second"}
     assert len(ratios) == 4 * 3
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
-    assert [line["contender"] for line in lines if isinstance(line, dict)][1] == "marker"
+    headers = [line for line in lines if isinstance(line, dict)]
+    assert headers[1] == {
+        "schema": "kvmdp.trace/1",
+        "version": document["version"],
+        "contender": "marker",
+        "trap": "marker",
+        "vcpus": 1,
+        "memory_bytes": 2 << 20,
+    }
+    assert headers[3]["vcpus"] == 2
     assert sum(isinstance(line, list) for line in lines) == 512 + 512 + 1024
 
 
@@ -79,6 +89,18 @@ def test_missing_and_minor_faults_take_turns_on_shared_memory():
     done = kvmdp("bench", "-b", "2M", "--rounds", "1", "--json", "-", "userfaultfd-missing", "userfaultfd")
     assert done.status == 0
     assert [each["rounds"][0]["faults"] for each in json.loads(done.out)["contenders"]] == [512, 512]
+
+
+def test_each_contender_has_the_lines_of_demand_paging_test():
+    done = kvmdp("bench", "-b", "2M", "--rounds", "1", "--warm-up", "0", "present", "mmio")
+    assert done.status == 0
+    found = re.findall(
+        r"^(\S+)\nTotal guest execution time:\t[0-9.]+s\nPer-vcpu demand paging rate:\t[0-9.]+ pgs/sec/vcpu\n"
+        r"Overall demand paging rate:\t[0-9.]+ pgs/sec$",
+        done.out,
+        re.MULTILINE,
+    )
+    assert found == ["present", "mmio"]
 
 
 @needs_kvm

@@ -30,7 +30,7 @@ _ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",  # the files live in memory
     "VMTEST_REPORT": REPORT,
 }
-_KVMDP = f"#!{sys.executable}\nimport sys\nfrom kvmdp.cli.main import entry\nsys.exit(entry())\n"
+_KVMDP = f"#!{sys.executable}\nimport sys\nfrom kvmdp.cli.entry import entry\nsys.exit(entry())\n"
 
 
 class Initramfs(NamedTuple):

@@ -235,16 +235,27 @@ def _kib(row: Document) -> tuple[float, float, float]:
 def memory_by_gib(results: Results) -> Figure:
     """What demand paging costs in memory, one panel a size of RAM."""
     measured = results.document["memory"]
-    columns = ("contender", "gib", "vmpte_kib", "bitmap_bytes", "slot_kib", "memslots")
+    columns = (
+        "contender",
+        "gib",
+        "vmpte_kib",
+        "bitmap_bytes",
+        "slot_kib",
+        "memslots",
+        "granule",
+        "fault_around",
+    )
     header = ["contender", "RAM, GiB", "page tables (VmPTE), KiB", "bitmap, bytes"]
-    header += ["memslots (kernel), KiB", "memslots"]
+    header += ["memslots (kernel), KiB", "memslots", "granule, bytes", "pages fetched a fault"]
     sizes = sorted({row["gib"] for row in measured})
     return Figure(
         "memory",
         "Memory by GiB",
         "What demand paging takes of the host's memory, by size of the guest's RAM: the process's page tables, the "
-        "present bitmap, and the kernel memory of the memslots. The axis is logarithmic. The bitmap is the emulator's "
-        "own: userfaultfd by itself needs none.",
+        "present bitmap, and the kernel memory of the memslots. One vCPU touches all of RAM page by page, with as many "
+        "pages fetched a fault as the table says, and memslots of the granule given there: the smallest that keeps "
+        "them within 16,384. The kernel's memory is the growth of VmallocUsed, which is system-wide: other processes "
+        "are in it. The axis is logarithmic. The bitmap is the emulator's own: userfaultfd by itself needs none.",
         [_memory_panel(results, index, size) for index, size in enumerate(sizes, 1)],
         Table(header, [[row[column] for column in columns] for row in measured]),
     )

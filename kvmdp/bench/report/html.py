@@ -150,12 +150,12 @@ def _work(results: Results) -> list[str]:
     if not benches:
         return []
     options = benches[0]["options"]
-    size = memory(options["bytes_per_vcpu"] / 1024)
+    size = "; ".join(_sizes(results))
     share = "every vCPU touches all of it" if options["overlap"] else "each vCPU touches its share"
     access = "write" if options["write"] else "read"
     bandwidth = options["bandwidth"]
     facts = {
-        "Guest memory": f"{size} a vCPU, {share}, backing {options['backing']}",
+        "Guest memory": f"{size}; {share}; backing {options['backing']}",
         "Work": f"{options['workload']}, {options['order']}, by {access}, in ring {options['ring']}",
         "Fetched a fault": "1 page" if options["fault_around"] == 1 else f"{options['fault_around']} pages",
         "vCPUs": ", ".join(map(str, results.vcpus)),
@@ -165,6 +165,20 @@ def _work(results: Results) -> list[str]:
     }
     words = [f"<p>{text_content(each)}</p>" for each in (_METHOD, _FLOOR)]
     return ['<h2 id="work">What was measured, and how</h2>', *_facts(facts), *words]
+
+
+def _sizes(results: Results) -> list[str]:
+    """Say how much RAM a vCPU has; places with a long latency may have less."""
+    found: dict[int, dict[float, None]] = {}
+    for bench in results.document["benches"]:
+        options = bench["options"]
+        found.setdefault(options["bytes_per_vcpu"], {})[float(options["latency"])] = None
+    if len(found) == 1:
+        return [f"{memory(size / 1024)} a vCPU" for size in found]
+    return [
+        f"{memory(size / 1024)} a vCPU with {', '.join(map(latency_name, latencies))}"
+        for size, latencies in found.items()
+    ]
 
 
 def _facts(facts: dict[str, str]) -> list[str]:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from kvmdp.bench.report.results import Document, Results, latency_name, vcpus_name
+from kvmdp.bench.report.scale import memory
 
 WIDTH = 100
 _NAME = 40  # no contender's name takes more columns than this
@@ -61,7 +62,12 @@ def _block(results: Results, latency: float) -> Iterator[str]:
 def _part(results: Results, latency: float, counts: Sequence[int], width: int) -> Iterator[str]:
     owns = [_has_own(vcpus, latency) for vcpus in counts]
     widths = [_RATE + _RATIO + _OWN * own for own in owns]
-    yield latency_name(latency)
+    sizes = dict.fromkeys(
+        bench["options"]["bytes_per_vcpu"]
+        for bench in results.document["benches"]
+        if float(bench["options"]["latency"]) == latency
+    )
+    yield f"{latency_name(latency)}, {' or '.join(memory(size / 1024) for size in sizes)} a vCPU"
     yield f"{'':<{width}}" + "".join(f"{vcpus_name(v):>{w}}" for v, w in zip(counts, widths, strict=True))
     heads = (f"{'pages/s':>{_RATE}}{'x uffd':>{_RATIO}}" + f"{'own us':>{_OWN}}" * own for own in owns)
     yield f"{'contender':<{width}}" + "".join(heads)
@@ -99,20 +105,18 @@ def _cell(results: Results, name: str, vcpus: int, latency: float) -> str:
     return "".join(cells)
 
 
-def lines(bench: Document) -> list[str]:
-    """Return what demand_paging_test would print of each contender of a bench document (kvmdp.bench/1).
+def lines(entry: Document) -> list[str]:
+    """Return what demand_paging_test prints, of a contender of a bench document, under the contender's name.
 
-    The figures are those of the round with the median rate (the lower of two in the middle).
+    The words, tabs included, are those of the kernel's tools/testing/selftests/kvm/demand_paging_test.c. The figures
+    are those of the round with the median rate (the lower of two in the middle).
     """
-    printed = []
-    for entry in bench["contenders"]:
-        rounds = sorted(entry["rounds"], key=lambda each: float(each["pages"] / each["seconds"]))
-        middle = rounds[(len(rounds) - 1) // 2]
-        rate = middle["pages"] / middle["seconds"]
-        printed += [
-            entry["name"],
-            f"Total guest execution time: {middle['seconds']:.9f}s",
-            f"Per-vcpu demand paging rate: {rate / entry['vcpus']:.6f} pgs/sec/vcpu",
-            f"Overall demand paging rate: {rate:.6f} pgs/sec",
-        ]
-    return printed
+    rounds = sorted(entry["rounds"], key=lambda each: float(each["pages"] / each["seconds"]))
+    middle = rounds[(len(rounds) - 1) // 2]
+    rate = middle["pages"] / middle["seconds"]
+    return [
+        entry["name"],
+        f"Total guest execution time:\t{middle['seconds']:.9f}s",
+        f"Per-vcpu demand paging rate:\t{rate / entry['vcpus']:.6f} pgs/sec/vcpu",
+        f"Overall demand paging rate:\t{rate:.6f} pgs/sec",
+    ]

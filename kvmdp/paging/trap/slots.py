@@ -33,6 +33,8 @@ MAX_GRANULE_SLOTS = 16384
 MAX_GRANULE = 1 << 30  # a granule must not reach over the hole at 3 GiB
 
 _FIRST_RAM_SLOT = 8  # below: the machine's own (boot slot)
+# What RAM can have where it is not known yet what this kernel allows: KVM_CAP_NR_MEMSLOTS on x86 since Linux 5.11.
+MAX_SLOTS = 32764 - _FIRST_RAM_SLOT
 _GUEST_MEMFD_FLAGS = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
 
 

@@ -1,0 +1,42 @@
+"""The entry point of the installed command; small, so that an interruption is answered from the start.
+
+Loading the command takes a few tenths of a second. A KeyboardInterrupt in that time would be a traceback, or be
+lost: importlib runs callbacks in which it can only be reported and dropped. So until the command begins its work,
+when there is nothing yet to clean up, an interruption ends the process where it stands.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+_INTERRUPTED = 130
+
+
+def entry() -> NoReturn:
+    """Run the command and exit with its status."""
+    _on_interruption(_leave)
+    # Python has None where it was started with one of them closed. These stay open to the end.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    from kvmdp.cli.main import main  # here, for this is what takes the time
+
+    sys.exit(main(started=lambda: _on_interruption(signal.default_int_handler)))
+
+
+def _on_interruption(handler: signal._HANDLER) -> None:
+    signal.signal(signal.SIGTERM, handler)
+    # A shell's background job ignores SIGINT, and goes on doing so.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    try:
+        os.write(2, b"kvmdp: interrupted\n")
+    except OSError:
+        pass  # stderr is closed: the status says it
+    os._exit(_INTERRUPTED)
