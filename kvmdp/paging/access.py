@@ -171,8 +171,7 @@ class GuestMemory:
     def view(self, gpa: int, length: int) -> Iterator[memoryview]:
         """Give the bytes themselves for the time of a `with` block, in which none of them can become absent.
 
-        The block must not keep slices of it. Raises BufferError at its end if it has kept an array made of it, or
-        another object that looks into it.
+        The block keeps nothing that looks into it, no slice and no array.
         """
         stretches = self._stretches(gpa, length)
         if len(stretches) > 1:
@@ -234,6 +233,8 @@ class GuestMemory:
         """Return where the bytes lie in RAM, (offset, bytes), at most one a region. Raises ValueError."""
         if length < 0:
             raise ValueError(f"{length} bytes at gpa {gpa:#x}: a length cannot be negative")
+        if 0 <= gpa < gpa + length <= self._low_end:
+            return [(gpa, length)]
         stretches = []
         while True:
             offset = self._offset(gpa)
