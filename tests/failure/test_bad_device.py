@@ -97,7 +97,8 @@ def test_one_that_acknowledges_twice_is_cut_off():
     with bench() as here:
         here.pager.mark_present(0, 1)
         here.child(
-            "question = receive()\nfor _ in range(2): send(Record(Kind.ACK, question.token))" + SLEEP, raw=True
+            "question = receive()\nfor _ in range(2): send(Record(Kind.ACK, question.token))" + SLEEP,
+            raw=True,
         )
         assert here.pager.mark_nonpresent(0, 1, timeout=SOON) == 1
         assert "an ACK of 1, which is no open question" in here.next_report()

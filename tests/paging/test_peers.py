@@ -353,6 +353,7 @@ def test_a_killed_device_is_noticed_and_replaced():
 
 def test_a_failed_source_is_a_failure_for_the_device():
     with bench() as here:
+
         def fail(first, count):
             raise source_error(first, count)
 
