@@ -1,14 +1,9 @@
 """vCPUs, a device thread and a device process at the same absent pages: exact, fetched once, everybody answered."""
 
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parent.parent / room) for room in ("paging", "machine")]
-
 from device_process import child_of
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan
 
@@ -43,7 +38,8 @@ def test_vcpus_a_device_thread_and_a_device_process_share_absent_pages(trap):
                 return number < PAGES - 1
 
             with child_of(server, DEVICE) as child:
-                with meanwhile(read, lambda number: child.hear() != PAGES * 8):
+                hammering = meanwhile(read, lambda number: child.hear() != PAGES * 8)
+                with hammering:
                     machine.run(TIMEOUT)
                 assert child.session.wait_ended(TIMEOUT)
             wrong = (all_of_ram(machine) != workload.expected_pages(source.pages, np.arange(PAGES))).any(

@@ -371,9 +371,9 @@ except PagingError as error:
 
 
 def test_anonymous_memory_is_refused():
-    with bench() as here, AnonymousBacking(here.layout.memory_bytes) as backing:
-        with pytest.raises(ValueError, match="cannot be handed to another process: use --backing memfd"):
-            DeviceServer(here.layout, backing, here.pager, print)
+    refusal = pytest.raises(ValueError, match="cannot be handed to another process: use --backing memfd")
+    with bench() as here, AnonymousBacking(here.layout.memory_bytes) as backing, refusal:
+        DeviceServer(here.layout, backing, here.pager, print)
 
 
 @pytest.mark.parametrize("how", ["select", "poll", "epoll", "asyncio"])
