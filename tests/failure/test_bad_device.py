@@ -1,6 +1,5 @@
 """Devices that break the rules: each is cut off with a sentence, and the machine goes on unharmed."""
 
-import os
 import time
 from pathlib import Path
 
@@ -119,7 +118,7 @@ def test_one_that_never_acknowledges_is_cut_off():
 def test_descriptors_sent_to_the_machine_are_not_kept():
     with bench() as here:
         here.pager.mark_present(0, 1)
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(list(Path("/proc/self/fd").iterdir()))
         child = here.child(
             """
 socket.send_fds(notifier, [Record(Kind.FAULT, 1, 0, 4096).pack(given.epoch)], [0, 1, 2])
@@ -129,7 +128,7 @@ heard()""",
         )
         assert child.hear() == "DONE"
         # Notifier and pidfd, and of this test the listener and three pipes.
-        assert len(os.listdir("/proc/self/fd")) == before + 6
+        assert len(list(Path("/proc/self/fd").iterdir())) == before + 6
 
 
 TRUST = """
