@@ -22,6 +22,7 @@ from kvmdp.machine.boot import GuestImageError, read_program, vector_flags
 from kvmdp.machine.experiment import RunResult, run_program, run_workload, usable_memory
 from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.probe import choose_trap, working_traps
+from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.runloop import GuestError
 from kvmdp.machine.workloads import (
     WORKLOADS,
@@ -234,7 +235,12 @@ def _plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workloa
     if options.timeout is not None and not options.timeout > 0:
         raise ValueError(f"--timeout {options.timeout:g}: give more than 0 seconds")
     with Kvm() as kvm:
-        vector = vector_flags(kvm)
+        vector, pv = vector_flags(kvm), pv_flags(kvm)
+    if options.workload == "clock" and not pv:
+        raise UnsupportedError(
+            "the workload clock needs kvmclock, and an MSR filter to intercept it (KVM_CAP_X86_MSR_FILTER, "
+            "KVM_CAP_X86_USER_SPACE_MSR), which this kernel's KVM lacks: use Linux 5.10 or later"
+        )
     return memory, WorkloadOptions(
         memory_bytes=usable_memory(memory, options.page_tables),
         vcpus=options.vcpus,
@@ -249,6 +255,7 @@ def _plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workloa
         iterations=options.iterations,
         operation=options.operation,
         vector=vector,
+        pv=pv,
     )
 
 

@@ -20,11 +20,13 @@ from kvmdp.kvm import (
     KvmError,
     MemoryFault,
     Mmio,
+    MsrWrite,
     Shutdown,
     Vcpu,
 )
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.ports import Ports
+from kvmdp.machine.pv import PvMsrs
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.vcpu import VcpuPaging
@@ -35,6 +37,7 @@ EXIT_NAMES: dict[type, str] = {
     Mmio: "mmio",
     InternalError: "emulation_failure",
     Io: "io",
+    MsrWrite: "msr",
     Hlt: "hlt",
     Interrupted: "interrupted",
 }
@@ -83,6 +86,7 @@ class VcpuThread:
         paging: VcpuPaging,
         gate: VcpuGate,
         ports: Ports,
+        pv: PvMsrs,
         parameters: guest.ParameterBlock,
         on_end: Callable[[], None],
         cpu: int | None = None,
@@ -98,6 +102,7 @@ class VcpuThread:
         self._paging = paging
         self._gate = gate
         self._ports = ports
+        self._pv = pv
         self._on_end = on_end
         self._cpu = cpu
         self._suspected = False  # set by the watchdog: in KVM_RUN for long without an exit
@@ -173,6 +178,9 @@ class VcpuThread:
             return False
         if type(exit) is Io:
             return self._port(exit)
+        if type(exit) is MsrWrite:
+            self._pv.write(self.vcpu, exit)
+            return False
         raise GuestError(f"vCPU {self.vcpu.index}: {self._describe(exit)}, at RIP {self.vcpu.regs.rip:#x}")
 
     def _port(self, io: Io) -> bool:
