@@ -40,7 +40,7 @@ workload_clock:
     mov r13, rax
     mov r14d, ebx
     test rax, rax
-    jz set_again
+    jz steal_time
     mov r9d, MOST_READINGS
 1:  call read_clock
     cmp rax, r13

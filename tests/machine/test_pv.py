@@ -24,6 +24,7 @@ from kvmdp.machine.guest_abi import BOOT_BASE, PvFlag
 from kvmdp.machine.pv import offered_features
 from kvmdp.machine.runloop import GuestError
 from kvmdp.paging.fault import PagingError
+from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = [
@@ -53,6 +54,7 @@ def run(trap, *writes, **options):
     except BaseException:
         machine.close()
         raise
+    machine.pager.ledger.cancelled = False  # it has stopped; what comes is about the pager alone
     return machine
 
 
@@ -114,7 +116,6 @@ def test_a_page_that_kvm_writes_to_stays_present_until_it_is_moved_or_switched_o
 @pytest.mark.parametrize("trap", EXIT_TRAPS)
 def test_demand_paging_can_be_switched_off_while_the_clock_runs(trap):
     with run(trap, (MSR_KVM_SYSTEM_TIME_NEW, CLOCK | 1)) as machine:
-        machine.pager.ledger.cancelled = False  # the machine has stopped; let it fetch once more
         machine.pager.mark_present(0, machine.layout.pages)
         machine.pager.disable()
 
@@ -163,6 +164,7 @@ def test_a_refused_address_is_not_retained():
     ) as machine:
         with pytest.raises(GuestError, match="#GP"):
             machine.run(TIMEOUT)
+        machine.pager.ledger.cancelled = False
         present = machine.pager.bitmap.count()
         assert machine.pager.mark_nonpresent(0, 16, timeout=5) == present
 
@@ -170,9 +172,7 @@ def test_a_refused_address_is_not_retained():
 def test_a_source_that_fails_pauses_the_machine():
     class Failing(SyntheticSource):
         def fill(self, offset, destination):
-            from kvmdp.source.base import SourceError
-
-            raise SourceError("gone", offset)
+            raise SourceError(self.name, offset, len(destination), "it is gone")
 
     with pytest.raises(PagingError, match=f"{PAGE * 4096:#x}"):
         run("memory-fault", (MSR_KVM_SYSTEM_TIME_NEW, CLOCK | 1), source=Failing(MEMORY, SEED))
