@@ -100,9 +100,10 @@ def _fail(sentence: str, status: int) -> int:
     return status
 
 
-def entry() -> NoReturn:
-    """Entry point of the installed command."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def entry(*, signals: bool = True) -> NoReturn:
+    """Entry point of the installed command; with `signals` False the caller has seen to SIGTERM."""
+    if signals:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Python has None where it was started with one of them closed. These stay open to the end.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115

@@ -16,9 +16,11 @@ from kvmdp.cli.output import (
     write_json,
 )
 from kvmdp.cli.progress import Progress
-from kvmdp.cli.summary import print_summary, results
+from kvmdp.cli.summary import leak_records, print_leaks, print_summary, results
+from kvmdp.cli.supervise import TouchedError, is_supervised, supervise
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import GuestImageError, read_program, vector_flags
+from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.experiment import RunResult, run_program, run_workload, usable_memory
 from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.probe import choose_trap, working_traps
@@ -61,6 +63,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
     _add_machine_options(parser.add_argument_group("machine"))
     _add_work_options(parser.add_argument_group("work"))
+    parser.add_argument(
+        "--detect-leaks",
+        action="store_true",
+        help="find accesses that bypass the pager; the run is supervised for it (default: no)",
+    )
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
     parser.add_argument(
         "--json", metavar="FILE", help="write the result as JSON to FILE, - is stdout (default: no JSON)"
@@ -176,6 +183,9 @@ def _add_work_options(group: argparse._ArgumentGroup) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the guest, print the summary, return the exit status."""
     check_json_target(options.json)
+    if options.detect_leaks and not is_supervised():
+        return _supervise(options)
+    detector = LeakDetector() if options.detect_leaks else None
     with contextlib.ExitStack() as stack:
         try:
             source = stack.enter_context(_source(options))
@@ -186,18 +196,38 @@ def run(options: argparse.Namespace) -> int:
         _announce(options, machine, source)
         document = _document(options, machine)
         try:
-            result = _execute(options, machine, workload_options, source)
+            result = _execute(options, machine, workload_options, source, detector)
         except (PagingError, GuestError, SourceError, UnsupportedError, OSError) as error:
             document["error"] = str(error)
+            if detector is not None:
+                document["leaks"] = leak_records(detector.leaks)
+                if options.json != "-":
+                    print_leaks(document)
             if options.json:
                 write_json(options.json, document)
             raise
     document |= results(result)
+    if detector is not None:
+        document["leaks"] = leak_records(detector.leaks)
+        document["ok"] = result.ok and not detector.leaks
     if options.json != "-":
         print_summary(document)
+        if detector is not None:
+            print_leaks(document)
     if options.json:
         write_json(options.json, document)
-    return EXIT_OK if result.ok else EXIT_FAILED
+    return EXIT_OK if document["ok"] else EXIT_FAILED
+
+
+def _supervise(options: argparse.Namespace) -> int:
+    """Run in a child that is watched; a touch that ends it is the result then."""
+    try:
+        return supervise()
+    except TouchedError as error:
+        if options.json:
+            leaks = leak_records([error.leak])
+            write_json(options.json, {"schema": SCHEMA, "ok": False, "error": str(error), "leaks": leaks})
+        raise PagingError(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -304,19 +334,30 @@ def _announce(options: argparse.Namespace, machine: MachineOptions, source: Page
 
 
 def _execute(
-    options: argparse.Namespace, machine: MachineOptions, work: WorkloadOptions, source: PageSource
+    options: argparse.Namespace,
+    machine: MachineOptions,
+    work: WorkloadOptions,
+    source: PageSource,
+    detector: LeakDetector | None,
 ) -> RunResult:
     progress = Progress()
     try:
         if options.guest is not None:
             return run_program(
-                machine, program_blocks(work), source, timeout=options.timeout, on_tick=progress
+                machine,
+                program_blocks(work),
+                source,
+                timeout=options.timeout,
+                on_tick=progress,
+                detector=detector,
             )
         try:
             workload = make_workload(options.workload, work)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        return run_workload(machine, workload, source, timeout=options.timeout, on_tick=progress)
+        return run_workload(
+            machine, workload, source, timeout=options.timeout, on_tick=progress, detector=detector
+        )
     finally:
         progress.close()
 
@@ -337,4 +378,5 @@ def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str,
         "workload": options.workload if options.guest is None else "program",
         "image": options.image,
         "seed": options.seed,
+        "leaks": None,  # not looked for
     }

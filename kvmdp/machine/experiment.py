@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.guest_abi import ParameterBlock
 from kvmdp.machine.hostinfo import resident_memory
 from kvmdp.machine.machine import Machine, MachineOptions, PageTablePlace
@@ -79,8 +80,11 @@ def run_workload(
     *,
     timeout: float | None = None,
     on_tick: Callable[[Machine], None] | None = None,
+    detector: LeakDetector | None = None,
 ) -> RunResult:
     """Boot a machine, run `workload` on the memory that `source` delivers, compare. The source stays the caller's.
+
+    `detector`, if given, looks for leaks meanwhile and has them afterwards.
 
     Raises what `Machine` and `Machine.run` raise, and ValueError if the workload would use pages that hold page
     tables: `usable_memory` says how much memory to plan it for.
@@ -97,7 +101,7 @@ def run_workload(
         def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
             return read_pages(machine.source, pages)
 
-        measured = _run(machine, workload.blocks, timeout, on_tick)
+        measured = _run(machine, workload.blocks, timeout, on_tick, detector)
         expected = combined_checksum(workload.expected_checksums(image))
         checked, wrong = 0, []
         for pages in _present_pages(machine):
@@ -116,13 +120,14 @@ def run_program(
     *,
     timeout: float | None = None,
     on_tick: Callable[[Machine], None] | None = None,
+    detector: LeakDetector | None = None,
 ) -> RunResult:
     """Boot a machine with a program of the user's own (`options.program`) and run it to its end.
 
     Raises what `Machine` and `Machine.run` raise.
     """
     with Machine(options, source) as machine:
-        return _run(machine, blocks, timeout, on_tick)(None, 0, [])
+        return _run(machine, blocks, timeout, on_tick, detector)(None, 0, [])
 
 
 def _run(
@@ -130,11 +135,25 @@ def _run(
     blocks: list[ParameterBlock],
     timeout: float | None,
     on_tick: Callable[[Machine], None] | None,
+    detector: LeakDetector | None,
 ) -> Callable[[int | None, int, list[int]], RunResult]:
     """Run the machine; returns what makes the result once the comparison is known."""
     machine.set_parameters(blocks)
     cpu_seconds = time.process_time()
-    machine.run(timeout, None if on_tick is None else lambda: on_tick(machine))
+
+    def tick() -> None:
+        if on_tick is not None:
+            on_tick(machine)
+        if detector is not None:
+            detector.tick(machine)
+
+    if detector is not None:
+        detector.attach(machine)
+    try:
+        machine.run(timeout, tick)
+    finally:
+        if detector is not None:
+            detector.finish(machine)
     resident = resident_memory()
     exits: Counter[str] = Counter()
     for thread in machine.threads:

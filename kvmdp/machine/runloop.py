@@ -104,6 +104,7 @@ class VcpuThread:
         self._ports = ports
         self._pv = pv
         self._on_end = on_end
+        self.inspect: Callable[[Vcpu], None] | None = None  # called before an exit is dealt with
         self._cpu = cpu
         self._suspected = False  # set by the watchdog: in KVM_RUN for long without an exit
         self._thread = threading.Thread(target=self._main, name=f"vcpu-{vcpu.index}")
@@ -151,13 +152,15 @@ class VcpuThread:
 
     def _loop(self) -> None:
         gate, vcpu, exits, handle = self._gate, self.vcpu, self.exits, self._paging.handle
-        clock = time.perf_counter_ns
+        clock, inspect = time.perf_counter_ns, self.inspect
         while gate.enter(vcpu):
             try:
                 exit: Exit | None = vcpu.run()
             finally:
                 gate.leave(vcpu)
             left = clock()
+            if inspect is not None:
+                inspect(vcpu)
             while exit is not None:
                 exits[type(exit)] += 1
                 following = handle(exit)
