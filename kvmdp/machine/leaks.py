@@ -103,9 +103,13 @@ def runs_with_data(before: bytes, resident: Bools, after: bytes) -> list[tuple[i
 
 
 def data_leak(layout: GuestLayout, first: int, count: int, *, in_guest_view: bool) -> Leak:
-    """Describe a run found by `runs_with_data`; `in_guest_view`: our page table has its first page there."""
+    """Describe a run found by `runs_with_data`; `in_guest_view`: our page table has its first page there.
+
+    That alone does not tell who it was: the kernel maps what it finds around a page that KVM asks for.
+    """
     gpa = layout.gpa_of_page(first)
-    origin = "our own process, through the guest view" if in_guest_view else "a peer, or our own process"
+    views = "through the guest view" if in_guest_view else "not through the guest view"
+    origin = f"a peer, or our own process {views}"
     return Leak(
         LeakKind.DATA,
         gpa,
