@@ -183,12 +183,12 @@ def _note_address(stacks: int) -> None:
     """
     previous = {number: _Action() for number in _FATAL}
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(siginfo_t), ctypes.c_void_p)
-    def note(number: int, info: ctypes._Pointer[siginfo_t], _context: int | None) -> None:
+    def write_address(number: int, info: ctypes._Pointer[siginfo_t], _context: int | None) -> None:
         os.write(stacks, f"address {info.contents.si_addr:#x}\n".encode())
         for each in _FATAL:
             libc.sigaction(each, ctypes.byref(previous[signal.Signals(each)]), None)
 
+    note = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(siginfo_t), ctypes.c_void_p)(write_address)
     action = _Action(handler=ctypes.cast(note, ctypes.c_void_p), flags=_SA_SIGINFO)
     for number in _FATAL:
         libc.sigaction(number, ctypes.byref(action), ctypes.byref(previous[number]))

@@ -75,7 +75,9 @@ class LeakDetector:
         end = min(first + _TICK_PAGES, machine.layout.pages)
         with pager.mutex:
             before = bytes(pager.ledger.states[first:end])
-        resident = _in_memory_file(backing.vmm, first, end) if backing.shared else _mapped(backing.guest, first, end)
+        resident = (
+            _in_memory_file(backing.vmm, first, end) if backing.shared else _mapped(backing.guest, first, end)
+        )
         with pager.mutex:
             after = bytes(pager.ledger.states[first:end])
             failed = pager.error is not None

@@ -88,7 +88,7 @@ def offered_features(kvm: Kvm) -> int:
     """
     if not (kvm.check_extension(KVM_CAP_X86_MSR_FILTER) and kvm.check_extension(KVM_CAP_X86_USER_SPACE_MSR)):
         return 0
-    leaves = {entry.function: entry.eax for entry in kvm.supported_cpuid()}
+    leaves: dict[int, int] = {entry.function: entry.eax for entry in kvm.supported_cpuid()}
     return leaves.get(KVM_CPUID_FEATURES, 0) & _FEATURES
 
 

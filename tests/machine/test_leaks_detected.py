@@ -90,7 +90,9 @@ def test_a_page_fault_outside_ram_is_the_guests_own():
 
 
 @pytest.mark.kvm
-@pytest.mark.skipif(not host_pv() & PvFlag.CLOCK, reason="this KVM offers no kvmclock that can be intercepted")
+@pytest.mark.skipif(
+    not host_pv() & PvFlag.CLOCK, reason="this KVM offers no kvmclock that can be intercepted"
+)
 @pytest.mark.parametrize("ring", [3, 0])
 @pytest.mark.parametrize("trap", ["memory-fault", "marker", "mmio"])
 def test_a_clock_enabled_while_its_page_is_absent_is_a_leak(trap, ring):
@@ -106,7 +108,9 @@ def test_a_clock_enabled_while_its_page_is_absent_is_a_leak(trap, ring):
 
 
 @pytest.mark.kvm
-@pytest.mark.skipif(not host_pv() & PvFlag.CLOCK, reason="this KVM offers no kvmclock that can be intercepted")
+@pytest.mark.skipif(
+    not host_pv() & PvFlag.CLOCK, reason="this KVM offers no kvmclock that can be intercepted"
+)
 @pytest.mark.parametrize("trap", ["memory-fault", "marker", "mmio"])
 def test_a_clock_whose_page_is_never_touched_is_found_at_the_end(trap):
     # mov ecx, 0x4b564d01; mov eax, 0x7001; xor edx, edx; wrmsr

@@ -14,8 +14,8 @@ from kvmdp.machine.workloads.base import (
     WorkloadOptions,
     program_blocks,
 )
-from kvmdp.machine.workloads.clock import Clock
 from kvmdp.machine.workloads.checksum import Checksum
+from kvmdp.machine.workloads.clock import Clock
 from kvmdp.machine.workloads.copy import Copy
 from kvmdp.machine.workloads.execute import Execute
 from kvmdp.machine.workloads.fill import Fill
