@@ -317,7 +317,10 @@ def _system_call(access: str, trap: str) -> Cell:
     return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note, ok=expected)
 
 
-_TOUCH = "import sys; sys.path[:] = {path!r}; from kvmdp.machine.coverage import touch_guest_view; touch_guest_view({trap!r})"
+_TOUCH = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from kvmdp.machine.coverage import touch_guest_view; touch_guest_view({trap!r})"
+)
 
 
 def touch_guest_view(trap: str) -> None:
