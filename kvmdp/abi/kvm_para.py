@@ -22,3 +22,8 @@ KVM_FEATURE_CLOCKSOURCE2 = 3
 KVM_FEATURE_ASYNC_PF = 4
 KVM_FEATURE_STEAL_TIME = 5
 KVM_FEATURE_PV_EOI = 6
+
+# Sizes of what KVM writes, in bytes
+WALL_CLOCK_BYTES = 12  # struct pvclock_wall_clock
+TIME_INFO_BYTES = 32  # struct pvclock_vcpu_time_info
+STEAL_TIME_BYTES = 64  # struct kvm_steal_time

@@ -44,8 +44,11 @@ libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.munmap.restype = ctypes.c_int
 libc.memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 libc.memmove.restype = ctypes.c_void_p
+libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+libc.mincore.restype = ctypes.c_int
 libc.syscall.restype = ctypes.c_long
 
+_PAGE = os.sysconf("SC_PAGESIZE")
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -85,6 +88,14 @@ def madvise(hva: int, length: int, advice: int) -> None:
     """Give the kernel `advice` (`MADV_*`) on `length` bytes at `hva`."""
     if libc.madvise(hva, length, advice) < 0:
         raise os_error(f"madvise({advice}) of {length} bytes at {hva:#x}")
+
+
+def mincore(hva: int, length: int) -> bytes:
+    """Return a byte for each page of `length` bytes at `hva`: its bit 0 says whether it is in memory."""
+    found = (ctypes.c_uint8 * (-(-length // _PAGE)))()
+    if libc.mincore(hva, length, found) < 0:
+        raise os_error(f"mincore of {length} bytes at {hva:#x}")
+    return bytes(found)
 
 
 def syscall(number: int, *arguments: int, what: str) -> int:

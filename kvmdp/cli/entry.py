@@ -19,12 +19,17 @@ _INTERRUPTED = 130
 def entry() -> NoReturn:
     """Run the command and exit with its status."""
     _on_interruption(_leave)
-    # Python has None where it was started with one of them closed. These stay open to the end.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    open_streams()
     from kvmdp.cli.main import main  # here, for this is what takes the time
 
     sys.exit(main(started=lambda: _on_interruption(signal.default_int_handler)))
+
+
+def open_streams() -> None:
+    """See to it that there is a stdout and a stderr: Python has None where it was started with one closed."""
+    # These stay open to the end.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _on_interruption(handler: signal._HANDLER) -> None:

@@ -20,12 +20,15 @@ from kvmdp.cli.output import (
     write_json,
 )
 from kvmdp.cli.progress import Progress
-from kvmdp.cli.summary import print_summary, results
+from kvmdp.cli.summary import leak_records, print_leaks, print_summary, results
+from kvmdp.cli.supervise import TouchedError, is_supervised, supervise
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import GuestImageError, read_program, vector_flags
+from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.experiment import RunResult, run_program, run_workload, usable_memory
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.probe import choose_trap, working_traps
+from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.runloop import GuestError
 from kvmdp.machine.workloads import (
     WORKLOADS,
@@ -65,6 +68,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_machine_options(parser.add_argument_group("machine"))
     _add_work_options(parser.add_argument_group("work"))
     parser.add_argument("--trace", metavar="FILE", help="write one record a fault to FILE (default: none)")
+    parser.add_argument(
+        "--detect-leaks",
+        action="store_true",
+        help="find accesses that bypass the pager; the run is supervised for it (default: no)",
+    )
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
     parser.add_argument(
         "--json", metavar="FILE", help="write the result as JSON to FILE, - is stdout (default: no JSON)"
@@ -196,6 +204,9 @@ def run(options: argparse.Namespace) -> int:
     """Run the guest, print the summary, return the exit status."""
     check_json_target(options.json)
     check_trace_target(options.trace)
+    if options.detect_leaks and not is_supervised():
+        return _supervise(options)
+    detector = LeakDetector() if options.detect_leaks else None
     with contextlib.ExitStack() as stack:
         try:
             source = stack.enter_context(_source(options))
@@ -207,18 +218,38 @@ def run(options: argparse.Namespace) -> int:
         document = _document(options, machine)
         try:
             with _traced(options, document) as on_start:
-                result = _execute(options, machine, workload_options, source, on_start)
+                result = _execute(options, machine, workload_options, source, on_start, detector)
         except (PagingError, GuestError, SourceError, UnsupportedError, OSError) as error:
             document["error"] = str(error)
+            if detector is not None:
+                document["leaks"] = leak_records(detector.leaks)
+                if options.json != "-":
+                    print_leaks(document)
             if options.json:
                 write_json(options.json, document)
             raise
     document |= results(result)
+    if detector is not None:
+        document["leaks"] = leak_records(detector.leaks)
+        document["ok"] = result.ok and not detector.leaks
     if options.json != "-":
         print_summary(document)
+        if detector is not None:
+            print_leaks(document)
     if options.json:
         write_json(options.json, document)
-    return EXIT_OK if result.ok else EXIT_FAILED
+    return EXIT_OK if document["ok"] else EXIT_FAILED
+
+
+def _supervise(options: argparse.Namespace) -> int:
+    """Run in a child that is watched; a touch that ends it is the result then."""
+    try:
+        return supervise()
+    except TouchedError as error:
+        if options.json:
+            leaks = leak_records([error.leak])
+            write_json(options.json, {"schema": SCHEMA, "ok": False, "error": str(error), "leaks": leaks})
+        raise PagingError(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -257,7 +288,12 @@ def _plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workloa
     if options.timeout is not None and not options.timeout > 0:
         raise ValueError(f"--timeout {options.timeout:g}: give more than 0 seconds")
     with Kvm() as kvm:
-        vector = vector_flags(kvm)
+        vector, pv = vector_flags(kvm), pv_flags(kvm)
+    if options.workload == "clock" and not pv:
+        raise UnsupportedError(
+            "the workload clock needs kvmclock, and an MSR filter to intercept it (KVM_CAP_X86_MSR_FILTER, "
+            "KVM_CAP_X86_USER_SPACE_MSR), which this kernel's KVM lacks: use Linux 5.10 or later"
+        )
     return memory, WorkloadOptions(
         memory_bytes=usable_memory(memory, options.page_tables),
         vcpus=options.vcpus,
@@ -272,6 +308,7 @@ def _plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workloa
         iterations=options.iterations,
         operation=options.operation,
         vector=vector,
+        pv=pv,
     )
 
 
@@ -363,20 +400,33 @@ def _execute(
     work: WorkloadOptions,
     source: PageSource,
     on_start: Callable[[Machine], None] | None,
+    detector: LeakDetector | None,
 ) -> RunResult:
     progress = Progress()
     try:
         if options.guest is not None:
             blocks = program_blocks(work)
             return run_program(
-                machine, blocks, source, timeout=options.timeout, on_tick=progress, on_start=on_start
+                machine,
+                blocks,
+                source,
+                timeout=options.timeout,
+                on_tick=progress,
+                on_start=on_start,
+                detector=detector,
             )
         try:
             workload = make_workload(options.workload, work)
         except ValueError as error:
             raise UsageError(str(error)) from None
         return run_workload(
-            machine, workload, source, timeout=options.timeout, on_tick=progress, on_start=on_start
+            machine,
+            workload,
+            source,
+            timeout=options.timeout,
+            on_tick=progress,
+            on_start=on_start,
+            detector=detector,
         )
     finally:
         progress.close()
@@ -400,4 +450,5 @@ def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str,
         "workload": options.workload if options.guest is None else "program",
         "image": options.image,
         "seed": options.seed,
+        "leaks": None,  # not looked for
     }

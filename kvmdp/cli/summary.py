@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvmdp.machine.experiment import RunResult
+from kvmdp.machine.leaks import Leak
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
 
@@ -81,3 +82,24 @@ def print_summary(document: dict[str, Any]) -> None:
     print(f"checksum   guest {document['guest_checksum']}, host {document['expected_checksum']}: {same}")
     wrong = f"WRONG at gpa {', '.join(document['wrong_pages'])}" if document["wrong_pages"] else "all exact"
     print(f"bytes      {document['pages_checked']} present pages compared with the source: {wrong}")
+
+
+def leak_records(leaks: list[Leak]) -> list[dict[str, Any]]:
+    """Return what the JSON document says of leaks."""
+    return [
+        {
+            "kind": leak.kind.value,
+            "gpa": None if leak.gpa is None else f"{leak.gpa:#x}",
+            "origin": leak.origin,
+            "detail": leak.detail,
+        }
+        for leak in leaks
+    ]
+
+
+def print_leaks(document: dict[str, Any]) -> None:
+    """Print the leaks for people, a line each."""
+    for leak in document["leaks"]:
+        print(f"leak       {leak['kind']} at gpa {leak['gpa']}, by {leak['origin']}: {leak['detail']}")
+    if not document["leaks"]:
+        print("leaks      none found")

@@ -101,10 +101,11 @@ class BootSlot:
         self._mapping.close()
 
 
-def guest_cpuid(kvm: Kvm) -> list[kvm_cpuid_entry2]:
+def guest_cpuid(kvm: Kvm, pv_features: int = 0) -> list[kvm_cpuid_entry2]:
     """Return the CPUID table for the guest: what the host has, less what this machine does not provide.
 
-    There is no APIC. KVM's paravirtual features are hidden: each makes KVM write to guest memory by itself.
+    There is no APIC. Of KVM's paravirtual features only the bits `pv_features` of KVM_CPUID_FEATURES are shown: each
+    makes KVM write to guest memory by itself, which `kvmdp.machine.pv` has to know of.
     """
     entries = kvm.supported_cpuid()
     for entry in entries:
@@ -112,7 +113,7 @@ def guest_cpuid(kvm: Kvm) -> list[kvm_cpuid_entry2]:
             entry.ecx &= ~(_CPUID1_ECX_X2APIC | _CPUID1_ECX_TSC_DEADLINE)
             entry.edx &= ~_CPUID1_EDX_APIC
         elif entry.function == KVM_CPUID_FEATURES:
-            entry.eax = 0
+            entry.eax &= pv_features
     return entries
 
 

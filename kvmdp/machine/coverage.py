@@ -10,8 +10,13 @@ some are caught otherwise, or only because kvmdp sees to it: the notes say which
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import enum
+import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +26,9 @@ import numpy as np
 
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import vector_flags
+from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.experiment import run_workload, usable_memory
+from kvmdp.machine.guest_abi import PvFlag
 from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.machine import (
     GuestTimeoutError,
@@ -31,6 +38,7 @@ from kvmdp.machine.machine import (
     catches_page_walks,
 )
 from kvmdp.machine.probe import ACCESSES as GUEST_ACCESSES
+from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.runloop import EXIT_NAMES, GuestError
 from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
 from kvmdp.memory.layout import PAGE_SIZE
@@ -146,12 +154,13 @@ def _workload_cell(
     write: bool = False,
     ring: int = 3,
     page_tables: PageTablePlace = "boot",
+    pv: PvFlag = PvFlag.NONE,
 ) -> Cell:
     with Kvm() as kvm:
         vector = vector_flags(kvm)
     memory = usable_memory(_MEMORY, page_tables)
     work = WorkloadOptions(
-        memory_bytes=memory, pages=_PAGES, seed=_SEED, vector=vector, write=write, ring=ring
+        memory_bytes=memory, pages=_PAGES, seed=_SEED, vector=vector, write=write, ring=ring, pv=pv
     )
     workload = make_workload(name, work)
     machine = MachineOptions(_MEMORY, trap, page_tables=page_tables)
@@ -178,6 +187,16 @@ def _emulator(access: str, trap: str) -> Cell:
     if emulates_ring_0():
         return _workload_cell(access, trap, "touch", write=True, ring=0)
     return _workload_cell(access, trap, "string")
+
+
+def _kvm_write(access: str, trap: str) -> Cell:
+    """Have KVM write to an absent page by itself."""
+    wanted = {"kvmclock page": PvFlag.CLOCK, "steal time": PvFlag.STEAL_TIME}[access]
+    with Kvm() as kvm:
+        offered = pv_flags(kvm) & wanted
+    if not offered:
+        return Cell(access, trap, Seen.MISSED, {}, exact=False, note="this KVM does not offer it to a guest")
+    return _workload_cell(access, trap, "clock", pv=wanted)
 
 
 def _page_walk(access: str, trap: str) -> Cell:
@@ -298,6 +317,43 @@ def _system_call(access: str, trap: str) -> Cell:
     return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note, ok=expected)
 
 
+_TOUCH = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from kvmdp.machine.coverage import touch_guest_view; touch_guest_view({trap!r})"
+)
+
+
+def touch_guest_view(trap: str) -> None:
+    """Read an absent page through the guest view, past the pager, and print what came of it; may kill the process."""
+    source = SyntheticSource(_MEMORY, _SEED)
+    with Machine(MachineOptions(_MEMORY, trap), source) as machine:
+        found = ctypes.create_string_buffer(PAGE_SIZE)
+        ctypes.memmove(
+            found, machine.backing.guest.hva, 1
+        )  # ctypes gives up the interpreter's lock meanwhile
+        detector = LeakDetector()
+        detector.finish(machine)
+        exact = found.raw[:1] == source.pages(np.arange(1)).tobytes()[:1]
+        print(json.dumps([exact, len(detector.leaks), _vcpu_exits(machine)]))
+
+
+def _touch(access: str, trap: str) -> Cell:
+    """A user-space access of our own to the guest view, in a process that may die of it."""
+    command = [sys.executable, "-c", _TOUCH.format(path=sys.path, trap=trap)]
+    done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        note = f"it ends the process with {name}; run --detect-leaks says where it was"
+        return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note)
+    if done.returncode:
+        raise PagingError(f"the touch failed: {done.stderr.decode().strip().splitlines()[-1]}")
+    exact, leaks, exits = json.loads(done.stdout)
+    if exits:
+        return Cell(access, trap, _seen(exits), exits, exact=exact)
+    note = "it meets memory that nobody has filled" + ("; run --detect-leaks finds it" if leaks else "")
+    return Cell(access, trap, Seen.MISSED, {}, exact=exact, note=note, ok=bool(leaks))
+
+
 @contextlib.contextmanager
 def _observed(machine: Machine) -> Iterator[Counter[Origin]]:
     """Count the faults that are resolved, by origin."""
@@ -333,13 +389,19 @@ ACCESSES: dict[str, Callable[[str, str], Cell]] = {
     "page walk": _page_walk,
     "emulator": _emulator,
     "sgdt": _descriptor_store,
+    "kvmclock page": _kvm_write,
+    "steal time": _kvm_write,
     "device thread": _device,
     "system call": _system_call,
+    "user touch": _touch,
 }
 
 _DECODED = "KVM's emulator fails without an address; user space decodes the instruction and has it retried"
 _EMULATED = "KVM does half of it and user space the rest, where the kernel design would have it retried"
+_FILTERED = "the MSR that enables it exits, and its page is made present before KVM is told"
 _NOTES: dict[tuple[str, Seen], str] = {
+    ("kvmclock page", Seen.EXIT): _FILTERED,
+    ("steal time", Seen.EXIT): _FILTERED,
     **{(access, Seen.EMULATION): _EMULATED for access in ("read", "write", "vector", "fetch")},
     ("atomic", Seen.EMULATION): f"{_EMULATED}; one that crosses a page would not be atomic",
     ("string", Seen.EMULATION): "ins and outs are KVM's emulator's, which takes absent memory for a device",

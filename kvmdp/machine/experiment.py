@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.guest_abi import ParameterBlock
 from kvmdp.machine.hostinfo import resident_memory
 from kvmdp.machine.machine import Machine, MachineOptions, PageTablePlace
@@ -80,17 +81,19 @@ def run_workload(
     timeout: float | None = None,
     on_tick: Callable[[Machine], None] | None = None,
     on_start: Callable[[Machine], None] | None = None,
+    detector: LeakDetector | None = None,
 ) -> RunResult:
     """Boot a machine, run `workload` on the memory that `source` delivers, compare. The source stays the caller's.
 
     `on_start` is called with the machine before the guest runs, `on_tick` about ten times a second while it does.
+    `detector`, if given, looks for leaks meanwhile and has them afterwards.
     Raises what `Machine` and `Machine.run` raise, and ValueError if the workload would use pages that hold page
     tables: `usable_memory` says how much memory to plan it for.
     """
     patched = PatchedSource(source, workload.patches) if workload.patches else source
     with Machine(options, patched) as machine:
         tables = machine.page_tables
-        if tables.pages and workload.touched[-1] >= tables.first_page:
+        if tables.pages and len(workload.touched) and workload.touched[-1] >= tables.first_page:
             raise ValueError(
                 f"{workload.name} would use page {workload.touched[-1]} of RAM, and from {tables.first_page} on there "
                 "are page tables: plan it for less memory"
@@ -101,13 +104,14 @@ def run_workload(
 
         if on_start is not None:
             on_start(machine)
-        measured = _run(machine, workload.blocks, timeout, on_tick)
+        measured = _run(machine, workload.blocks, timeout, on_tick, detector)
         expected = combined_checksum(workload.expected_checksums(image))
         checked, wrong = 0, []
         for pages in _present_pages(machine):
             checked += len(pages)
             difference = machine.memory.read_pages(pages) ^ workload.expected_pages(image, pages)
             tables.ignore_walks(pages, difference)
+            machine.pv.ignore_writes(pages, difference)
             wrong += [machine.layout.gpa_of_page(page) for page in pages[difference.any(axis=1)].tolist()]
         return measured(expected, checked, wrong[:_MAX_NAMED])
 
@@ -120,6 +124,7 @@ def run_program(
     timeout: float | None = None,
     on_tick: Callable[[Machine], None] | None = None,
     on_start: Callable[[Machine], None] | None = None,
+    detector: LeakDetector | None = None,
 ) -> RunResult:
     """Boot a machine with a program of the user's own (`options.program`) and run it to its end.
 
@@ -128,7 +133,7 @@ def run_program(
     with Machine(options, source) as machine:
         if on_start is not None:
             on_start(machine)
-        return _run(machine, blocks, timeout, on_tick)(None, 0, [])
+        return _run(machine, blocks, timeout, on_tick, detector)(None, 0, [])
 
 
 def _run(
@@ -136,11 +141,25 @@ def _run(
     blocks: list[ParameterBlock],
     timeout: float | None,
     on_tick: Callable[[Machine], None] | None,
+    detector: LeakDetector | None,
 ) -> Callable[[int | None, int, list[int]], RunResult]:
     """Run the machine; returns what makes the result once the comparison is known."""
     machine.set_parameters(blocks)
     cpu_seconds = time.process_time()
-    machine.run(timeout, None if on_tick is None else lambda: on_tick(machine))
+
+    def tick() -> None:
+        if on_tick is not None:
+            on_tick(machine)
+        if detector is not None:
+            detector.tick(machine)
+
+    if detector is not None:
+        detector.attach(machine)
+    try:
+        machine.run(timeout, tick)
+    finally:
+        if detector is not None:
+            detector.finish(machine)
     resident = resident_memory()
     exits: Counter[str] = Counter()
     for thread in machine.threads:

@@ -39,6 +39,8 @@ ENTRY_CODE_SELECTOR = 0x08
 ENTRY_DATA_SELECTOR = 0x10
 
 # Where in their pages the workloads work: offsets and lengths
+CLOCK_OFFSET = 0x140
+CLOCK_STEAL_OFFSET = 0x2C0
 COPY_CHUNK = 6000
 COPY_SHIFT = 13
 EXECUTE_OFFSET = 64
@@ -57,6 +59,11 @@ VECTOR_SSE_OFFSET = 67
 VECTOR_SSE_CROSSING = 4089
 VECTOR_AVX_OFFSET = 2149
 VECTOR_AVX_CROSSING = 4083
+
+# What clock found to hold: bits of its checksum
+CLOCK_MOVES = 1
+CLOCK_SET_AGAIN = 2
+CLOCK_STEAL = 4
 
 # What vector adds, 64 bits at a time
 VECTOR_ADDEND_0 = 0x0123456789ABCDEF
@@ -100,6 +107,14 @@ class VectorFlag(IntFlag):
     AVX2 = 2
 
 
+class PvFlag(IntFlag):
+    """What the guest may have KVM write to its memory."""
+
+    NONE = 0
+    CLOCK = 1
+    STEAL_TIME = 2
+
+
 class Order(IntEnum):
     """The order in which `touch` goes through its pages."""
 
@@ -138,12 +153,16 @@ class ParameterBlock(ctypes.Structure):
         ("amount", c_uint64),
         ("write", c_uint32),
         ("operation", c_uint32),
-        ("reserved_parameters", c_uint8 * 0x90),
+        ("pv", c_uint32),
+        ("reserved_parameters", c_uint8 * 0x8C),
         ("checksum", c_uint64),
         ("accesses", c_uint64),
         ("progress", c_uint64),
         ("failure", c_uint64),
-        ("reserved_results", c_uint8 * 0x20),
+        ("clock_first", c_uint64),
+        ("clock_last", c_uint64),
+        ("clock_version", c_uint64),
+        ("steal_version", c_uint64),
         ("exception_count", c_uint64),
         ("exception_vector", c_uint64),
         ("exception_error_code", c_uint64),

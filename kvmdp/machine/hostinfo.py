@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from pathlib import Path
@@ -84,6 +85,14 @@ def huge_page_pools() -> dict[int, dict[str, int]]:
         total, free = (int(_read(folder / name) or 0) for name in ("nr_hugepages", "free_hugepages"))
         pools[size] = {"total": total, "free": free}
     return pools
+
+
+@functools.cache
+def tmpfs_has_huge_pages() -> bool:
+    """Return whether a memfd may get memory for more pages than one that is touched."""
+    root = Path("/sys/kernel/mm/transparent_hugepage")
+    files = [root / "shmem_enabled", *root.glob("hugepages-*/shmem_enabled")]
+    return any(_chosen(_read(file)) in ("always", "within_size", "force") for file in files)
 
 
 def host_facts() -> dict[str, str | int | bool]:

@@ -19,6 +19,7 @@ from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_imag
 from kvmdp.machine.hostinfo import uses_nested_paging, vmalloc_used
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.ports import Loopback, Ports
+from kvmdp.machine.pv import PvMsrs
 from kvmdp.machine.runloop import GuestError, VcpuThread
 from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import GuestLayout
@@ -57,6 +58,7 @@ class MachineOptions:
     userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none. `page_tables` is
     where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present before the guest
     is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see what comes of it.
+    So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`).
     """
 
     memory_bytes: int
@@ -69,6 +71,7 @@ class MachineOptions:
     uffd: UffdOptions = field(default_factory=UffdOptions)
     pin: tuple[int, ...] = ()
     page_tables: PageTablePlace = "boot"
+    intercept_msrs: bool = True
 
 
 def catches_page_walks(trap: str) -> bool:
@@ -136,7 +139,15 @@ class Machine:
             self.slot_bytes = max(vmalloc_used() - before, 0)
             self._secure_page_tables()
         with self._phase("vcpus"):
-            cpuid = guest_cpuid(kvm)
+            self.pv = PvMsrs(
+                kvm,
+                self.vm,
+                self.layout,
+                self.pager,
+                lambda gpa, length: boot.read(gpa, length) is not None,
+                intercepts=options.intercept_msrs,
+            )
+            cpuid = guest_cpuid(kvm, self.pv.features)
             vector = vector_flags(kvm)
             self.ports = Ports()
             Loopback(self.ports, options.vcpus)
@@ -164,7 +175,7 @@ class Machine:
         cpu = pin[vcpu.index] if pin else None
         paging = VcpuPaging(self.pager, vcpu, self.backing, self._read_physical)
         parameters = self._boot.parameters(vcpu.index)
-        return VcpuThread(vcpu, paging, self.gate, self.ports, parameters, self._wake, cpu)
+        return VcpuThread(vcpu, paging, self.gate, self.ports, self.pv, parameters, self._wake, cpu)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:

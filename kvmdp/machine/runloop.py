@@ -20,11 +20,13 @@ from kvmdp.kvm import (
     KvmError,
     MemoryFault,
     Mmio,
+    MsrWrite,
     Shutdown,
     Vcpu,
 )
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.ports import Ports
+from kvmdp.machine.pv import PvMsrs
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.vcpu import VcpuPaging
@@ -35,6 +37,7 @@ EXIT_NAMES: dict[type, str] = {
     Mmio: "mmio",
     InternalError: "emulation_failure",
     Io: "io",
+    MsrWrite: "msr",
     Hlt: "hlt",
     Interrupted: "interrupted",
 }
@@ -83,6 +86,7 @@ class VcpuThread:
         paging: VcpuPaging,
         gate: VcpuGate,
         ports: Ports,
+        pv: PvMsrs,
         parameters: guest.ParameterBlock,
         on_end: Callable[[], None],
         cpu: int | None = None,
@@ -98,7 +102,9 @@ class VcpuThread:
         self._paging = paging
         self._gate = gate
         self._ports = ports
+        self._pv = pv
         self._on_end = on_end
+        self.inspect: Callable[[Vcpu], None] | None = None  # called before an exit is dealt with
         self._cpu = cpu
         self._suspected = False  # set by the watchdog: in KVM_RUN for long without an exit
         self._thread = threading.Thread(target=self._main, name=f"vcpu-{vcpu.index}")
@@ -146,13 +152,15 @@ class VcpuThread:
 
     def _loop(self) -> None:
         gate, vcpu, exits, handle = self._gate, self.vcpu, self.exits, self._paging.handle
-        clock = time.perf_counter_ns
+        clock, inspect = time.perf_counter_ns, self.inspect
         while gate.enter(vcpu):
             try:
                 exit: Exit | None = vcpu.run()
             finally:
                 gate.leave(vcpu)
             left = clock()
+            if inspect is not None:
+                inspect(vcpu)
             while exit is not None:
                 exits[type(exit)] += 1
                 following = handle(exit)
@@ -173,6 +181,9 @@ class VcpuThread:
             return False
         if type(exit) is Io:
             return self._port(exit)
+        if type(exit) is MsrWrite:
+            self._pv.write(self.vcpu, exit)
+            return False
         raise GuestError(f"vCPU {self.vcpu.index}: {self._describe(exit)}, at RIP {self.vcpu.regs.rip:#x}")
 
     def _port(self, io: Io) -> bool:

@@ -12,6 +12,7 @@ from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.guest_abi import VectorFlag
 from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.fault import UnsupportedError
@@ -49,8 +50,16 @@ def host_vectors():
         return vector_flags(kvm)
 
 
+@functools.cache
+def host_pv():
+    """What KVM can be made to write by itself on this host."""
+    with Kvm() as kvm:
+        return pv_flags(kvm)
+
+
 def plan(name, *, vcpus=1, memory=MEMORY, **options):
     """Plan a workload with this suite's seed."""
+    options = {"pv": host_pv(), **options}
     return make_workload(name, WorkloadOptions(memory_bytes=memory, vcpus=vcpus, seed=SEED, **options))
 
 

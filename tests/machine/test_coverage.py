@@ -99,6 +99,27 @@ def test_an_access_on_which_kvm_spins_is_not_called_caught(trap):
         assert "the watchdog" in found.note
 
 
+@pytest.mark.parametrize("access", ["kvmclock page", "steal time"])
+@pytest.mark.parametrize("trap", ALL_TRAPS)
+def test_what_kvm_writes_by_itself_is_caught_where_it_is_enabled(trap, access):
+    found = cell(access, trap)
+    if not found.exits:
+        pytest.skip(found.note)
+    assert (found.seen, set(found.exits), found.exact) == (Seen.EXIT, {"msr"}, True)
+
+
+@pytest.mark.parametrize("trap", ALL_TRAPS)
+def test_a_user_space_touch_is_caught_by_userfaultfd_alone(trap):
+    found = cell("user touch", trap)
+    assert found.ok
+    if trap == "userfaultfd":
+        assert (found.seen, found.exits, found.exact) == (Seen.SLEEP, {"uffd_event": 1}, True)
+    else:
+        assert (found.seen, found.exits, found.exact) == (Seen.MISSED, {}, False)
+        assert ("SIGBUS" in found.note) is (trap == "marker")
+        assert "run --detect-leaks" in found.note
+
+
 @pytest.mark.parametrize("trap", ALL_TRAPS)
 def test_a_device_that_asks_waits_and_one_that_does_not_is_caught_by_userfaultfd_alone(trap):
     asking, unasked = cell("device thread", trap), cell("system call", trap)
@@ -112,7 +133,7 @@ def test_a_device_that_asks_waits_and_one_that_does_not_is_caught_by_userfaultfd
 
 
 @pytest.mark.parametrize(
-    "access", [each for each in ACCESSES if each not in ("page walk", "system call", "sgdt")]
+    "access", [each for each in ACCESSES if each not in ("page walk", "system call", "sgdt", "user touch")]
 )
 def test_a_trap_that_never_traps_is_found_out(access, monkeypatch):
     monkeypatch.setitem(registry.TRAPS, "mmio", lambda made_of: NeverTraps(made_of.slots, made_of.backing))

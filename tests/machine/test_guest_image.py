@@ -21,6 +21,7 @@ ENUMS = {
     "FAILURE": guest_abi.Failure,
     "GATE": guest_abi.Gate,
     "FLAG": guest_abi.VectorFlag,
+    "PV": guest_abi.PvFlag,
     "ORDER": guest_abi.Order,
     "OPERATION": guest_abi.Operation,
 }

@@ -15,6 +15,7 @@ from kvmdp.machine.workloads.base import (
     program_blocks,
 )
 from kvmdp.machine.workloads.checksum import Checksum
+from kvmdp.machine.workloads.clock import Clock
 from kvmdp.machine.workloads.copy import Copy
 from kvmdp.machine.workloads.execute import Execute
 from kvmdp.machine.workloads.fill import Fill
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 WORKLOADS: dict[str, type[Workload]] = {
-    kind.name: kind for kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector, String)
+    kind.name: kind for kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector, String, Clock)
 }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmdp.machine.guest_abi import MAGIC, MAX_VCPUS, VERSION, ParameterBlock, VectorFlag
+from kvmdp.machine.guest_abi import MAGIC, MAX_VCPUS, VERSION, ParameterBlock, PvFlag, VectorFlag
 from kvmdp.machine.workloads.arithmetic import Bools, Pages, Words
 from kvmdp.memory.layout import LOW_RAM_END, PAGE_SHIFT
 
@@ -42,6 +42,7 @@ class WorkloadOptions:
     a share each), `touches` (for each vCPU; None is one for each of its pages): touch.
     `iterations` (passes), `operation` (add, inc, xadd, cmpxchg): atomic.
     `vector`, what may be used beyond SSE2: vector, and programs.
+    `pv`, what KVM may be made to write: clock, which leaves out what is not offered.
     """
 
     memory_bytes: int
@@ -57,6 +58,7 @@ class WorkloadOptions:
     iterations: int = 1
     operation: str = "add"
     vector: VectorFlag = VectorFlag.NONE
+    pv: PvFlag = PvFlag.NONE
 
     def __post_init__(self) -> None:
         """Raise ValueError for what no workload can do."""

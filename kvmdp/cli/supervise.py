@@ -1,0 +1,197 @@
+"""`--detect-leaks` around a process: a parent that sees what the run itself cannot tell any more.
+
+A user-space touch of the guest view ends a process (SIGBUS on a marker, SIGSEGV where nothing is mapped) or puts it
+to sleep in userfaultfd with the interpreter's lock held, so that nobody can serve the fault. So the run happens in a
+child, which beats like a heart: a thread of it writes to a pipe, for which it needs that lock. The parent waits for
+the beats, the child's end and its own signals. Python's stacks come from faulthandler, which needs no lock.
+
+Units: seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import FrameType
+from typing import NoReturn
+
+from kvmdp.abi.libc import libc
+from kvmdp.abi.signal import siginfo_t
+from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, say
+from kvmdp.machine.leaks import Leak, LeakKind
+
+_BEAT_SECONDS = 0.2
+_STALL_BEATS = 50  # beats that may be missed in a row
+_GRACE_SECONDS = 2.0  # for faulthandler to write the stacks
+_STACKS_SIGNAL = signal.SIGUSR2
+_FATAL = (signal.SIGBUS, signal.SIGSEGV)
+_SA_SIGINFO = 4
+_FORWARDED = (signal.SIGINT, signal.SIGTERM)
+_PR_SET_PDEATHSIG = 1
+
+_supervised = False
+_START = "import sys; sys.path[:] = {path!r}; from kvmdp.cli.supervise import child; child({stacks}, {beats})"
+
+
+class TouchedError(Exception):
+    """The supervised run was ended by a touch of memory that is not there; `leak` says what is known."""
+
+    def __init__(self, leak: Leak) -> None:
+        super().__init__(str(leak))
+        self.leak = leak
+
+
+def is_supervised() -> bool:
+    """Return whether this process is the child of `supervise`."""
+    return _supervised
+
+
+# The parent
+
+
+def supervise() -> int:
+    """Run this command once more, in a child, and watch it; returns its exit status.
+
+    Raises TouchedError if it died of a touch of the guest view, or stalled.
+    """
+    stacks = os.memfd_create("kvmdp-stacks", os.MFD_CLOEXEC)
+    beats, beating = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
+    child = None
+    try:
+        start = _START.format(path=sys.path, stacks=stacks, beats=beating)
+        child = subprocess.Popen(
+            [sys.executable, "-c", start, *sys.argv[1:]], pass_fds=(stacks, beating), close_fds=True
+        )
+        stalled = _watch(child, beats)
+        return _verdict(child, stalled, stacks)
+    finally:
+        if child is not None and child.poll() is None:
+            child.kill()
+            child.wait()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for descriptor in (stacks, beats, beating):
+            os.close(descriptor)
+
+
+def _watch(child: subprocess.Popen[bytes], beats: int) -> bool:
+    """Wait for the child's end, handing on signals; returns whether it stalled and had to be killed."""
+    missed, beaten, asked = 0, False, 0
+    while child.poll() is None:
+        got = signal.sigtimedwait({*_FORWARDED, signal.SIGCHLD}, _BEAT_SECONDS)
+        if got is not None and got.si_signo in _FORWARDED:
+            # A terminal sends it to the child too, which heeds the first and no other. Who asks again means it.
+            asked += 1
+            child.send_signal(got.si_signo if asked == 1 else signal.SIGKILL)
+        piece = b""
+        with contextlib.suppress(BlockingIOError):
+            piece = os.read(beats, 4096)
+        beaten = beaten or bool(piece)
+        # Counted in waits of one's own, not by the clock: a stopped job misses none.
+        missed = 0 if piece or not beaten else missed + (got is None)
+        if missed >= _STALL_BEATS:
+            child.send_signal(_STACKS_SIGNAL)
+            time.sleep(_GRACE_SECONDS)
+            child.kill()
+            child.wait()
+            return True
+    return False
+
+
+def _verdict(child: subprocess.Popen[bytes], stalled: bool, stacks: int) -> int:
+    status = child.returncode
+    if not stalled and status >= 0:
+        return status
+    if not stalled and -status not in _FATAL:
+        if -status in (*_FORWARDED, signal.SIGKILL):
+            say(f"kvmdp: the run was ended by {signal.Signals(-status).name}")
+        return EXIT_INTERRUPTED if -status in _FORWARDED else EXIT_FAILED
+    os.lseek(stacks, 0, os.SEEK_SET)
+    with open(stacks, "rb", closefd=False) as file:
+        text = file.read().decode(errors="replace")
+    address, _, text = text.partition("\n") if text.startswith("address ") else ("", "", text)
+    where = f"host {address}, " if address else ""
+    how = "the interpreter stood still" if stalled else f"it died of {signal.Signals(-status).name}"
+    say(text.rstrip() or "the thread left no Python stack: a vCPU's, or one in C")
+    raise TouchedError(
+        Leak(LeakKind.TOUCH, None, "our own process", f"{where}{how}; the Python stacks above say where")
+    )
+
+
+# The child
+
+
+def child(stacks: int, beating: int) -> NoReturn:
+    """Run the command line in this process, supervised: stacks go to the file `stacks`, beats to `beating`."""
+    global _supervised
+    from kvmdp.cli.entry import open_streams
+    from kvmdp.cli.main import main
+
+    _supervised = True
+    libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    for descriptor in (stacks, beating):
+        os.set_inheritable(descriptor, False)
+    faulthandler.enable(stacks, all_threads=True)
+    faulthandler.register(_STACKS_SIGNAL, stacks, all_threads=True)
+    _note_address(stacks)
+    threading.Thread(target=_beat, args=(beating,), name="heartbeat", daemon=True).start()
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_FORWARDED, signal.SIGCHLD})
+    open_streams()
+    sys.exit(main())
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    for each in _FORWARDED:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _beat(beating: int) -> None:
+    while True:
+        with contextlib.suppress(BlockingIOError):  # a stopped parent reads none
+            os.write(beating, b".")
+        time.sleep(_BEAT_SECONDS)
+
+
+class _Action(ctypes.Structure):
+    """glibc's `struct sigaction`."""
+
+    _fields_ = [
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_uint64 * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    ]
+
+
+_keep: list[object] = []  # what the kernel has the address of
+
+
+def _note_address(stacks: int) -> None:
+    """Have SIGBUS and SIGSEGV write the address to `stacks` before faulthandler's turn comes.
+
+    faulthandler does not say it. The handler runs in the thread that faulted, puts back faulthandler's and returns:
+    the instruction faults again. It is Python called in a signal handler, which is all right here, for the signal is
+    synchronous: the thread was in the middle of a copy, not of the interpreter.
+    """
+    previous = {number: _Action() for number in _FATAL}
+
+    def write_address(number: int, info: ctypes._Pointer[siginfo_t], _context: int | None) -> None:
+        os.write(stacks, f"address {info.contents.si_addr:#x}\n".encode())
+        for each in _FATAL:
+            libc.sigaction(each, ctypes.byref(previous[signal.Signals(each)]), None)
+
+    note = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(siginfo_t), ctypes.c_void_p)(write_address)
+    action = _Action(handler=ctypes.cast(note, ctypes.c_void_p), flags=_SA_SIGINFO)
+    for number in _FATAL:
+        libc.sigaction(number, ctypes.byref(action), ctypes.byref(previous[number]))
+    _keep.extend((note, previous))
