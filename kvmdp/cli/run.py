@@ -29,7 +29,7 @@ from kvmdp.machine.workloads import (
     make_workload,
     program_blocks,
 )
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backing import BACKINGS, MemfdBacking
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import PagingError, UnsupportedError
@@ -38,8 +38,10 @@ from kvmdp.paging.trap.registry import SLOT_TRAPS, TRAPS
 from kvmdp.paging.trap.slots import check_granule, least_granule
 from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.source.base import PageSource, SourceError
+from kvmdp.source.handler import DEFAULT_TIMEOUT, HandlerSource
 from kvmdp.source.image import ImageError, ImageSource
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.wire.endpoint import EndpointError
 
 SCHEMA = "kvmdp.run/1"
 
@@ -69,6 +71,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_machine_options(group: argparse._ArgumentGroup) -> None:
     option = group.add_argument
     option("--image", metavar="FILE", help="raw memory image to fetch pages from (default: synthetic pages)")
+    option("--handler", metavar="PATH", help="socket of a kvmdp handler to fetch pages from (default: none)")
+    option(
+        "--handler-timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT,
+        metavar="S",
+        help=f"wait S seconds for an answer of the handler, or for another one (default: {DEFAULT_TIMEOUT:g})",
+    )
     option("--memory", metavar="SIZE", help="RAM, 2M to 256G (default: 64M, or the image's size)")
     option(
         "--trap",
@@ -171,15 +181,15 @@ def run(options: argparse.Namespace) -> int:
     check_json_target(options.json)
     with contextlib.ExitStack() as stack:
         try:
-            source = stack.enter_context(_source(options))
+            source, reference = _sources(options, stack)
             memory, workload_options = _plan(options, source)
             machine = _machine_options(options, memory)
-        except (ValueError, ImageError, GuestImageError) as error:
+        except (ValueError, ImageError, GuestImageError, EndpointError) as error:
             raise UsageError(str(error)) from None
         _announce(options, machine, source)
         document = _document(options, machine)
         try:
-            result = _execute(options, machine, workload_options, source)
+            result = _execute(options, machine, workload_options, source, reference)
         except (PagingError, GuestError, SourceError, UnsupportedError, OSError) as error:
             document["error"] = str(error)
             if options.json:
@@ -191,6 +201,28 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         write_json(options.json, document)
     return EXIT_OK if result.ok else EXIT_FAILED
+
+
+def _sources(
+    options: argparse.Namespace, stack: contextlib.ExitStack
+) -> tuple[PageSource, PageSource | None]:
+    """Return where pages come from, and what they are compared with if that is something else."""
+    if options.handler is None:
+        return stack.enter_context(_source(options)), None
+    if not BACKINGS.get(options.backing, MemfdBacking).shared:
+        raise ValueError(
+            f"--handler with --backing {options.backing}: memory of one process alone cannot be handed to a handler "
+            "in another; use --backing memfd"
+        )
+    reference = None if options.image is None else stack.enter_context(_source(options))
+    handler = HandlerSource(options.handler, options.handler_timeout, say)
+    stack.callback(handler.close)
+    if reference is not None and reference.size != handler.size:
+        raise ValueError(
+            f"the image has {format_size(reference.size)}, that of the handler {format_size(handler.size)}: --image "
+            "beside --handler names a copy of what the handler serves, to compare with"
+        )
+    return handler, reference
 
 
 @contextlib.contextmanager
@@ -217,7 +249,7 @@ def _plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workloa
     """Return the size of RAM and the workload's options. Raises ValueError."""
     if options.memory is not None:
         memory = parse_size(options.memory)
-        if options.image is not None and source.size > memory:
+        if source.size > memory:
             raise ValueError(
                 f"the image has {format_size(source.size)}, more than --memory {options.memory}: "
                 "give at least as much"
@@ -290,7 +322,11 @@ def _announce(options: argparse.Namespace, machine: MachineOptions, source: Page
 
 
 def _execute(
-    options: argparse.Namespace, machine: MachineOptions, work: WorkloadOptions, source: PageSource
+    options: argparse.Namespace,
+    machine: MachineOptions,
+    work: WorkloadOptions,
+    source: PageSource,
+    reference: PageSource | None,
 ) -> RunResult:
     progress = Progress()
     try:
@@ -302,7 +338,9 @@ def _execute(
             workload = make_workload(options.workload, work)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        return run_workload(machine, workload, source, timeout=options.timeout, on_tick=progress)
+        return run_workload(
+            machine, workload, source, reference=reference, timeout=options.timeout, on_tick=progress
+        )
     finally:
         progress.close()
 
@@ -321,5 +359,6 @@ def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str,
         "fault_around": machine.fault_around,
         "workload": options.workload if options.guest is None else "program",
         "image": options.image,
+        "handler": options.handler,
         "seed": options.seed,
     }

@@ -19,7 +19,7 @@ from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.runloop import EXIT_NAMES
 from kvmdp.machine.workloads import Workload, combined_checksum
 from kvmdp.paging.claim import Counters
-from kvmdp.source.base import PageSource, read_pages
+from kvmdp.source.base import PageSource, ram_source, read_pages
 from kvmdp.source.patched import PatchedSource
 
 _CHUNK_PAGES = 1024
@@ -30,7 +30,8 @@ _MAX_NAMED = 8  # wrong pages named in a result
 class RunResult:
     """What came of a run.
 
-    `expected_checksum` is None for a program of the user's own, about which the host expects nothing. `wrong_pages`
+    `expected_checksum` is None where the host expects nothing: of a program of the user's own, of pages that it cannot
+    read again. `wrong_pages`
     are the gpas of the first pages whose bytes are not what they must be, `pages_checked` how many were compared.
     `cpu_seconds` is this process's CPU time from its start to the guest's first instruction.
     """
@@ -66,20 +67,33 @@ def run_workload(
     workload: Workload,
     source: PageSource,
     *,
+    reference: PageSource | None = None,
     timeout: float | None = None,
     on_tick: Callable[[Machine], None] | None = None,
 ) -> RunResult:
-    """Boot a machine, run `workload` on the memory that `source` delivers, compare. The source stays the caller's.
+    """Boot a machine, run `workload` on the memory that `source` delivers, compare. The sources stay the caller's.
+
+    Compared is with `reference`, by default the source itself. A source that fills RAM only (a handler in another
+    process) cannot be read for that: without a reference nothing is expected of its guest.
 
     Raises what `Machine` and `Machine.run` raise.
     """
-    patched = PatchedSource(source, workload.patches) if workload.patches else source
+
+    def patched(unpatched: PageSource) -> PageSource:
+        return PatchedSource(unpatched, workload.patches) if workload.patches else unpatched
+
+    if reference is None and ram_source(source) is None:
+        reference = source
+    expected_image = None if reference is None else patched(reference)
 
     def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        return read_pages(patched, pages)
+        assert expected_image is not None
+        return read_pages(expected_image, pages)
 
-    with Machine(options, patched) as machine:
+    with Machine(options, patched(source)) as machine:
         measured = _run(machine, workload.blocks, timeout, on_tick)
+        if expected_image is None:
+            return measured(None, 0, [])
         expected = combined_checksum(workload.expected_checksums(image))
         checked, wrong = 0, []
         for pages in _present_pages(machine):

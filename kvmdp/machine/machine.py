@@ -27,7 +27,7 @@ from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import create_trap
 from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.paging.vcpu import VcpuPaging
-from kvmdp.source.base import PageSource
+from kvmdp.source.base import PageSource, ram_source
 
 _TICK_SECONDS = 0.1
 _STALL_SECONDS = 1.0
@@ -100,6 +100,7 @@ class Machine:
             self.pager = DemandPager(self.layout, trap, source, policy, self.gate)
             stack.callback(self.pager.close)
             self.memory = GuestMemory(self.layout, self.backing, self.pager)
+            self._bind(source)
         with self._phase("arm"):
             before = vmalloc_used()
             self.pager.enable()
@@ -114,6 +115,13 @@ class Machine:
                 if kvm.check_extension(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS:
                     vcpu.sync_registers()
                 self.threads.append(self._thread_of(vcpu))
+
+    def _bind(self, source: PageSource) -> None:
+        """Hand RAM to a source that another process fills it from."""
+        remote = ram_source(source)
+        if remote is not None:
+            regions = [(each.gpa, each.size, each.offset) for each in self.layout.regions]
+            remote.bind(self.backing.vmm.view, self.backing.fd, self.pager.bitmap.fd, regions)
 
     def _thread_of(self, vcpu: Vcpu) -> VcpuThread:
         pin = self.options.pin
