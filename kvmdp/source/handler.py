@@ -39,7 +39,7 @@ from kvmdp.wire.records import (
     RecordError,
 )
 
-DEFAULT_TIMEOUT = 30.0
+DEFAULT_TIMEOUT: float = 30
 
 _PAGE_SIZE = 4096
 _GRACE_SECONDS = 1.0  # a process that is killed closes its sockets before it counts as dead
@@ -313,8 +313,6 @@ class HandlerSource:
             return
         with self._changed:
             self._session = None
-        if self._broken is not None:
-            return
         pid = session.peer.pid
         self._report(
             f"paused: handler {pid} has closed its session and lives on; waiting up to {self._timeout:g} s for its end"

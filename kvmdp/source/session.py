@@ -47,8 +47,8 @@ class Session:
     def _receive_offer(self, path: str, timeout: float) -> int:
         if self._connection.fileno() not in self._poll(timeout, self._connection.fileno()):
             raise EndpointError(
-                f"process {self.peer.pid}, which listens at {path}, has made no offer within {timeout:g} seconds: it is "
-                "busy with another machine, or no handler"
+                f"process {self.peer.pid}, which listens at {path}, has made no offer within {timeout:g} seconds: it "
+                "is busy with another machine, or no handler"
             )
         try:
             return offer.receive(self._connection)

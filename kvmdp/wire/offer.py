@@ -8,7 +8,8 @@ One message on the connected Unix SEQPACKET socket, from the handler to the mach
     12      4      zero
     16      8      bytes of the image, whole pages; RAM beyond them reads as zeros and is never asked for
 
-Holes of the image are the handler's affair: it is asked for every page of the image, and writes zeros where it has none.
+Holes of the image are the handler's affair: it is asked for every page of the image, and writes zeros where it has no
+data.
 """
 
 from __future__ import annotations
