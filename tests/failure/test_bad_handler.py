@@ -63,12 +63,18 @@ def answers(make):
 BAD = {
     "garbage": (lambda asked, epoch: [os.urandom(64)], "version|session"),
     "half a record": (lambda asked, epoch: [done(asked).pack(epoch)[:32]], "a message of 32 bytes"),
-    "a wrong version": (lambda asked, epoch: [b"\x07\0" + done(asked).pack(epoch)[2:]], "a record of version 7"),
+    "a wrong version": (
+        lambda asked, epoch: [b"\x07\0" + done(asked).pack(epoch)[2:]],
+        "a record of version 7",
+    ),
     "another session": (lambda asked, epoch: [done(asked).pack(epoch + 1)], "a record of session"),
     "an unknown token": (lambda asked, epoch: [done(asked, token=999).pack(epoch)], "a DONE for token 999"),
     "not RAM": (lambda asked, epoch: [done(asked, gpa=1 << 40).pack(epoch)], "at gpa 0x10000000000, where"),
     "an outcome": (lambda asked, epoch: [done(asked, outcome=Outcome.BUSY).pack(epoch)], "outcome BUSY"),
-    "a kind": (lambda asked, epoch: [Record(Kind.INVALIDATE, 1, 0, PAGE).pack(epoch)], "a INVALIDATE, which no handler may"),
+    "a kind": (
+        lambda asked, epoch: [Record(Kind.INVALIDATE, 1, 0, PAGE).pack(epoch)],
+        "a INVALIDATE, which no handler may",
+    ),
 }
 
 
@@ -119,7 +125,7 @@ def test_a_handler_that_closes_and_lives_is_not_replaced(socket_path):
     with (
         scripted(socket_path, lambda notifier, terms, ram: ask(notifier, terms)),
         bound(socket_path, 0.2, said.append) as (source, memory),
-        pytest.raises(SourceError, match="has not ended within 0.2 seconds, and may write into RAM"),
+        pytest.raises(SourceError, match=r"has not ended within 0\.2 seconds, and may write into RAM"),
     ):
         fill(source, memory, 3)
     assert "lives on; waiting up to 0.2 s for its end" in said[0]
@@ -204,7 +210,10 @@ def test_an_offer_that_is_none(message, sentence, socket_path):
 
 
 def test_a_listener_that_says_nothing(socket_path):
-    with Listener(str(socket_path)), pytest.raises(EndpointError, match="has made no offer within 0.1 seconds"):
+    with (
+        Listener(str(socket_path)),
+        pytest.raises(EndpointError, match=r"has made no offer within 0\.1 seconds"),
+    ):
         HandlerSource(str(socket_path), 0.1)
 
 
