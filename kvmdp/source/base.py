@@ -93,7 +93,7 @@ class PageSource(Protocol):
 
 @runtime_checkable
 class RamSource(PageSource, Protocol):
-    """A source whose pages another process writes straight into RAM: it fills nothing else, and is told of RAM first."""
+    """A source whose pages another process writes straight into RAM: it fills nothing else, and is told of it first."""
 
     def bind(
         self, memory: memoryview, ram: int, bitmap: int, regions: Sequence[tuple[int, int, int]]
