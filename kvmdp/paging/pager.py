@@ -514,7 +514,8 @@ class DemandPager:
         """Begin no more claims: every fault on an absent page ends as CANCELLED.
 
         Claims under way end in their own time, at once if it is another process that fills them. Whoever waits for one
-        is woken now, but for pages that are present already and only being admitted; so is whoever sleeps in the kernel on an absent page.
+        is woken now, but for pages that are present already and only being admitted; so is whoever sleeps in the
+        kernel on an absent page.
         """
         with self.mutex:
             woken = self.ledger.cancel()
