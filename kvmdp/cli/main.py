@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-_COMMANDS = ("probe", "run", "bench", "compare", "report")
+_COMMANDS = ("probe", "run", "bench", "compare", "report", "handler")
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

@@ -36,7 +36,7 @@ from kvmdp.machine.workloads import (
     make_workload,
     program_blocks,
 )
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backing import BACKINGS, MemfdBacking
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import PagingError, UnsupportedError
@@ -45,9 +45,11 @@ from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
 from kvmdp.paging.trap.slots import MAX_SLOTS, check_granule, least_granule
 from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
 from kvmdp.source.base import PageSource, SourceError
+from kvmdp.source.handler import DEFAULT_TIMEOUT, HandlerSource
 from kvmdp.source.image import ImageError, ImageSource
 from kvmdp.source.network import NetworkSource, parse_bandwidth, parse_latency
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.wire.endpoint import EndpointError
 
 SCHEMA = "kvmdp.run/1"
 
@@ -82,6 +84,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_machine_options(group: argparse._ArgumentGroup) -> None:
     option = group.add_argument
     option("--image", metavar="FILE", help="raw memory image to fetch pages from (default: synthetic pages)")
+    option("--handler", metavar="PATH", help="socket of a kvmdp handler to fetch pages from (default: none)")
+    option(
+        "--handler-timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT,
+        metavar="S",
+        help=f"wait S seconds for an answer of the handler, or for another one (default: {DEFAULT_TIMEOUT:g})",
+    )
     option("--memory", metavar="SIZE", help="RAM, 2M to 256G (default: 64M, or the image's size)")
     option(
         "--trap",
@@ -209,16 +219,16 @@ def run(options: argparse.Namespace) -> int:
     detector = LeakDetector() if options.detect_leaks else None
     with contextlib.ExitStack() as stack:
         try:
-            source = stack.enter_context(_source(options))
+            source, reference = _sources(options, stack)
             memory, workload_options = _plan(options, source)
             machine = _machine_options(options, memory)
-        except (ValueError, ImageError, GuestImageError) as error:
+        except (ValueError, ImageError, GuestImageError, EndpointError) as error:
             raise UsageError(str(error)) from None
         _announce(options, machine, source)
         document = _document(options, machine)
         try:
             with _traced(options, document) as on_start:
-                result = _execute(options, machine, workload_options, source, on_start, detector)
+                result = _execute(options, machine, workload_options, source, reference, on_start, detector)
         except (PagingError, GuestError, SourceError, UnsupportedError, OSError) as error:
             document["error"] = str(error)
             if detector is not None:
@@ -252,6 +262,28 @@ def _supervise(options: argparse.Namespace) -> int:
         raise PagingError(str(error)) from None
 
 
+def _sources(
+    options: argparse.Namespace, stack: contextlib.ExitStack
+) -> tuple[PageSource, PageSource | None]:
+    """Return where pages come from, and what they are compared with if that is something else."""
+    if options.handler is None:
+        return stack.enter_context(_source(options)), None
+    if not BACKINGS.get(options.backing, MemfdBacking).shared:
+        raise ValueError(
+            f"--handler with --backing {options.backing}: memory of one process alone cannot be handed to a handler "
+            "in another; use --backing memfd"
+        )
+    reference = None if options.image is None else stack.enter_context(_source(options))
+    handler = HandlerSource(options.handler, options.handler_timeout, say)
+    stack.callback(handler.close)
+    if reference is not None and reference.size != handler.size:
+        raise ValueError(
+            f"the image has {format_size(reference.size)}, that of the handler {format_size(handler.size)}: --image "
+            "beside --handler names a copy of what the handler serves, to compare with"
+        )
+    return handler, reference
+
+
 @contextlib.contextmanager
 def _source(options: argparse.Namespace) -> Iterator[PageSource]:
     """Open the image, or make the synthetic source as large as the memory asked for."""
@@ -277,7 +309,7 @@ def _plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workloa
     """Return the size of RAM and the workload's options. Raises ValueError."""
     if options.memory is not None:
         memory = parse_size(options.memory)
-        if options.image is not None and source.size > memory:
+        if source.size > memory:
             raise ValueError(
                 f"the image has {format_size(source.size)}, more than --memory {options.memory}: "
                 "give at least as much"
@@ -399,6 +431,7 @@ def _execute(
     machine: MachineOptions,
     work: WorkloadOptions,
     source: PageSource,
+    reference: PageSource | None,
     on_start: Callable[[Machine], None] | None,
     detector: LeakDetector | None,
 ) -> RunResult:
@@ -423,6 +456,7 @@ def _execute(
             machine,
             workload,
             source,
+            reference=reference,
             timeout=options.timeout,
             on_tick=progress,
             on_start=on_start,
@@ -449,6 +483,7 @@ def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str,
         "bandwidth_bytes_per_s": parse_bandwidth(options.bandwidth),
         "workload": options.workload if options.guest is None else "program",
         "image": options.image,
+        "handler": options.handler,
         "seed": options.seed,
         "leaks": None,  # not looked for
     }

@@ -76,7 +76,8 @@ def print_summary(document: dict[str, Any]) -> None:
             f"stalls     {document['stalls']} times KVM spun on an access without an exit; the watchdog resolved it"
         )
     if document["expected_checksum"] is None:
-        print(f"checksum   guest {document['guest_checksum']} (nothing is expected of a program)")
+        why = "of a program" if document["workload"] == "program" else "without --image to compare with"
+        print(f"checksum   guest {document['guest_checksum']} (nothing is expected {why})")
         return
     same = "equal" if document["guest_checksum"] == document["expected_checksum"] else "DIFFERENT"
     print(f"checksum   guest {document['guest_checksum']}, host {document['expected_checksum']}: {same}")

@@ -22,7 +22,7 @@ from kvmdp.machine.runloop import EXIT_NAMES
 from kvmdp.machine.workloads import Workload, combined_checksum
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.paging.claim import Counters
-from kvmdp.source.base import PageSource, read_pages
+from kvmdp.source.base import PageSource, ram_source, read_pages
 from kvmdp.source.patched import PatchedSource
 
 _CHUNK_PAGES = 1024
@@ -33,7 +33,8 @@ _MAX_NAMED = 8  # wrong pages named in a result
 class RunResult:
     """What came of a run.
 
-    `expected_checksum` is None for a program of the user's own, about which the host expects nothing. `wrong_pages`
+    `expected_checksum` is None where the host expects nothing: of a program of the user's own, of pages that it cannot
+    read again. `wrong_pages`
     are the gpas of the first pages whose bytes are not what they must be, `pages_checked` how many were compared.
     `cpu_seconds` is this process's CPU time from its start to the guest's first instruction.
     """
@@ -78,33 +79,47 @@ def run_workload(
     workload: Workload,
     source: PageSource,
     *,
+    reference: PageSource | None = None,
     timeout: float | None = None,
     on_tick: Callable[[Machine], None] | None = None,
     on_start: Callable[[Machine], None] | None = None,
     detector: LeakDetector | None = None,
 ) -> RunResult:
-    """Boot a machine, run `workload` on the memory that `source` delivers, compare. The source stays the caller's.
+    """Boot a machine, run `workload` on the memory that `source` delivers, compare. The sources stay the caller's.
+
+    Compared is with `reference`, by default the source itself. A source that fills RAM only (a handler in another
+    process) cannot be read for that: without a reference nothing is expected of its guest.
 
     `on_start` is called with the machine before the guest runs, `on_tick` about ten times a second while it does.
     `detector`, if given, looks for leaks meanwhile and has them afterwards.
     Raises what `Machine` and `Machine.run` raise, and ValueError if the workload would use pages that hold page
     tables: `usable_memory` says how much memory to plan it for.
     """
-    patched = PatchedSource(source, workload.patches) if workload.patches else source
-    with Machine(options, patched) as machine:
+
+    def patched(unpatched: PageSource) -> PageSource:
+        return PatchedSource(unpatched, workload.patches) if workload.patches else unpatched
+
+    if reference is None and ram_source(source) is None:
+        reference = source
+    with Machine(options, patched(source)) as machine:
         tables = machine.page_tables
         if tables.pages and len(workload.touched) and workload.touched[-1] >= tables.first_page:
             raise ValueError(
                 f"{workload.name} would use page {workload.touched[-1]} of RAM, and from {tables.first_page} on there "
                 "are page tables: plan it for less memory"
             )
-
-        def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-            return read_pages(machine.source, pages)
-
         if on_start is not None:
             on_start(machine)
         measured = _run(machine, workload.blocks, timeout, on_tick, detector)
+        if reference is None:
+            return measured(None, 0, [])
+        expected_image = patched(reference)
+        if tables.patches:
+            expected_image = PatchedSource(expected_image, tables.patches)
+
+        def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+            return read_pages(expected_image, pages)
+
         expected = combined_checksum(workload.expected_checksums(image))
         checked, wrong = 0, []
         for pages in _present_pages(machine):

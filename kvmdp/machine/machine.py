@@ -35,7 +35,7 @@ from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.registry import create_trap
 from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 from kvmdp.paging.vcpu import VcpuPaging
-from kvmdp.source.base import PageSource
+from kvmdp.source.base import PageSource, ram_source
 from kvmdp.source.patched import PatchedSource
 
 _TICK_SECONDS = 0.1
@@ -133,6 +133,7 @@ class Machine:
             self.memory = GuestMemory(self.layout, self.backing, self.pager)
             self.device_view: DeviceView | None = trap.device_view if isinstance(trap, HybridTrap) else None
             self._decoding = GuestMemory(self.layout, self.backing, self.pager, Origin.VCPU, -1)
+            self._bind(source)
         with self._phase("arm"):
             before = vmalloc_used()
             self.pager.enable()
@@ -169,6 +170,13 @@ class Machine:
             return
         if self.pager.mark_present(first, count) is not Outcome.PRESENT:
             raise self.pager.error or PagingError("the page tables cannot be made present")
+
+    def _bind(self, source: PageSource) -> None:
+        """Hand RAM to a source that another process fills it from."""
+        remote = ram_source(source)
+        if remote is not None:
+            regions = [(each.gpa, each.size, each.offset) for each in self.layout.regions]
+            remote.bind(self.backing.vmm.view, self.backing.fd, self.pager.bitmap.fd, regions)
 
     def _thread_of(self, vcpu: Vcpu) -> VcpuThread:
         pin = self.options.pin

@@ -28,7 +28,7 @@ from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.trap.base import Trap
-from kvmdp.source.base import PageSource, SourceError, asking
+from kvmdp.source.base import PageSource, SourceError, asking, ram_source
 
 _RETRY_SECONDS = (0.001, 0.004, 0.016, 0.064, 0.256)
 _MAX_CLAIM = 512  # pages claimed at once when a range is made present: 2 MiB
@@ -216,6 +216,9 @@ class DemandPager:
         try:
             self.fill(claim)
         except SourceError as error:
+            if self.ledger.cancelled:  # it was told to give up, and the machine stops for another reason
+                self._end(claim, claim.before)
+                return Outcome.CANCELLED
             self.fail(claim, self._source_failed(error))
             return Outcome.FAILED
         except BaseException as error:
@@ -564,14 +567,18 @@ class DemandPager:
     def cancel(self) -> None:
         """Begin no more claims: every fault on an absent page ends as CANCELLED.
 
-        Claims under way end in their own time. Whoever waits for one is woken now, but for pages that are present
-        already and only being admitted; so is whoever sleeps in the kernel on an absent page.
+        Claims under way end in their own time, at once if it is another process that fills them. Whoever waits for one
+        is woken now, but for pages that are present already and only being admitted; so is whoever sleeps in the
+        kernel on an absent page.
         """
         with self.mutex:
             woken = self.ledger.cancel()
             self._unpinned.notify_all()
         for waiter in woken:
             waiter.notify()
+        remote = ram_source(self._source)
+        if remote is not None:
+            remote.cancel()
         if self.enabled:
             self.trap.release_sleepers()
 

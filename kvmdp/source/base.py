@@ -10,8 +10,8 @@ Units: bytes. Offsets and lengths are multiples of `PAGE_SIZE`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -89,6 +89,35 @@ class PageSource(Protocol):
     def close(self) -> None:
         """Give back what the source holds; closing it again does nothing."""
         ...
+
+
+@runtime_checkable
+class RamSource(PageSource, Protocol):
+    """A source whose pages another process writes straight into RAM: it fills nothing else, and is told of it first."""
+
+    def bind(
+        self, memory: memoryview, ram: int, bitmap: int, regions: Sequence[tuple[int, int, int]]
+    ) -> None:
+        """Take RAM: its mapping, its file, the present bitmap's file, and where its parts lie.
+
+        `regions` are (gpa, bytes, offset in the file). Descriptors stay the caller's. Raises ValueError for RAM that
+        other processes cannot map.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """End every `fill` that waits, for good: the machine is stopping. Called from any thread, does not wait."""
+        ...
+
+
+def ram_source(source: PageSource) -> RamSource | None:
+    """Return the `RamSource` in `source`, which may be wrapped (wrappers have it as `inner`), or None."""
+    while not isinstance(source, RamSource):
+        inner = getattr(source, "inner", None)
+        if inner is None:
+            return None
+        source = inner
+    return source
 
 
 def check_range(source: PageSource, offset: int, length: int) -> None:

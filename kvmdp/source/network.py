@@ -27,13 +27,13 @@ class NetworkSource:
     at `bandwidth` bytes a second (0: no limit), after those asked for before it. Fetches of several threads overlap
     but for that. The delay is a sleep without the GIL.
 
-    `in_flight` is the mean number of fetches under way while there was at least one.
+    `inner` is that source, `in_flight` the mean number of fetches under way while there was at least one.
     """
 
     def __init__(self, inner: PageSource, latency: float, bandwidth: float = 0.0) -> None:
         if latency < 0 or bandwidth < 0:
             raise ValueError("latency and bandwidth of a network cannot be negative")
-        self._inner = inner
+        self.inner = inner
         self._latency = latency
         self._seconds_a_byte = 1 / bandwidth if bandwidth else 0.0
         self._slack = threading.local()
@@ -47,16 +47,16 @@ class NetworkSource:
     @property
     def name(self) -> str:
         """The inner source's name."""
-        return self._inner.name
+        return self.inner.name
 
     @property
     def size(self) -> int:
         """The inner source's size."""
-        return self._inner.size
+        return self.inner.size
 
     def extents(self) -> list[tuple[int, int]]:
         """Return the inner source's extents: which pages are holes is known in advance."""
-        return self._inner.extents()
+        return self.inner.extents()
 
     def fill(self, offset: int, destination: memoryview) -> None:
         """Fill from the inner source, then wait until the network would have delivered."""
@@ -67,7 +67,7 @@ class NetworkSource:
             self._link_free = arrival
             self._count(now, +1)
         try:
-            self._inner.fill(offset, destination)
+            self.inner.fill(offset, destination)
             delay = arrival - time.monotonic()
             if delay > 0:
                 time.sleep(delay)
@@ -96,7 +96,7 @@ class NetworkSource:
 
     def close(self) -> None:
         """Close the inner source."""
-        self._inner.close()
+        self.inner.close()
 
 
 def parse_latency(text: str) -> float:

@@ -15,13 +15,13 @@ class PatchedSource:
     """`inner` with `patches` applied, a sequence of (offset, bytes) in any order; a `PageSource`.
 
     A patch may lie in a hole of `inner` or beyond its size: its pages are data from then on, and zeros where
-    no patch has bytes. Attributes: `name`, the name of `inner`; `size`. `inner` is closed with this object.
+    no patch has bytes. Attributes: `inner`; `name`, the name of `inner`; `size`. `inner` is closed with this object.
 
     Raises ValueError if a patch is empty, has a negative offset or overlaps another.
     """
 
     def __init__(self, inner: PageSource, patches: Sequence[tuple[int, bytes]]) -> None:
-        self._inner = inner
+        self.inner = inner
         self._patches = sorted(patches)
         self._ends = _ends(self._patches)
         self._inner_extents = inner.extents()
@@ -41,7 +41,7 @@ class PatchedSource:
         index = bisect_right(self._ends, offset)
         if index == len(self._patches) or self._patches[index][0] >= end:
             # Nearly every fault: no patch here, so what is in our extents is in the inner source's too.
-            self._inner.fill(offset, destination)
+            self.inner.fill(offset, destination)
             return
         check_range(self, offset, destination.nbytes)
         self._fill_from_inner(offset, destination)
@@ -57,7 +57,7 @@ class PatchedSource:
 
     def close(self) -> None:
         """Close the inner source."""
-        self._inner.close()
+        self.inner.close()
 
     def _fill_from_inner(self, offset: int, destination: memoryview) -> None:
         """Fill the range from the inner source where that has data, and with zeros elsewhere."""
@@ -70,7 +70,7 @@ class PatchedSource:
                 stop = min(self._inner_ends[index], end)
             destination[position - offset : start - offset] = bytes(start - position)
             if start < stop:
-                self._inner.fill(start, destination[start - offset : stop - offset])
+                self.inner.fill(start, destination[start - offset : stop - offset])
             position = stop
             index += 1
 

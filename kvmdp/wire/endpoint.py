@@ -135,11 +135,14 @@ def connect(path: str) -> socket.socket:
         )
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
+        connection.setblocking(False)  # or it would wait while the listener's queue is full
         connection.connect(path)
+        connection.setblocking(True)
     except OSError as error:
         connection.close()
         why = {
             errno.ECONNREFUSED: "nobody listens there any more",
+            errno.EAGAIN: "too many others wait there already",
             errno.EPROTOTYPE: "it is a socket of another type, not kvmdp's",
         }.get(error.errno or 0, str(error.strerror))
         raise EndpointError(f"cannot connect to {path}: {why}; start who listens there first") from None

@@ -1,6 +1,7 @@
 """The hand-over: what a machine gives a peer in another process when a session begins.
 
-One message on a connected Unix SEQPACKET socket, from the machine to the peer, whichever of them had listened:
+One message on a connected Unix SEQPACKET socket, from the machine to the peer, whichever of them had listened. (A
+fault handler speaks first: `kvmdp.wire.offer`.)
 
     offset  bytes  field
     0       8      magic, "KVMDPHND"
@@ -23,9 +24,11 @@ from __future__ import annotations
 import array
 import contextlib
 import enum
+import itertools
 import os
 import socket
 import struct
+import threading
 from dataclasses import dataclass
 
 from kvmdp.wire.records import VERSION
@@ -39,6 +42,9 @@ _MAX_REGIONS = 64
 _PAGE_SIZE = 4096
 _DESCRIPTORS = 3
 _MAX_DESCRIPTORS = 16  # room for those that should not be there, so that they can be closed
+
+_epochs = itertools.count(1)
+_epochs_mutex = threading.Lock()
 
 
 class HandoverError(Exception):
@@ -82,6 +88,12 @@ class Descriptors:
             if getattr(self, name) >= 0:
                 os.close(getattr(self, name))
                 setattr(self, name, -1)
+
+
+def new_epoch() -> int:
+    """Return an epoch that no session of this process has had."""
+    with _epochs_mutex:
+        return next(_epochs)
 
 
 def send(connection: socket.socket, handover: Handover, descriptors: Descriptors) -> None:

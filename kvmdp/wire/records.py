@@ -31,6 +31,10 @@
 and that many INVALIDATEs and FREEZEs without their ACK, the other. A RELEASE goes once a FAULT, a DOORBELL only after
 the COMPLETED of the last one or, before that, once. So every answer finds room in its queue, an answerer never waits,
 and two full queues cannot hold each other up. Who asks beyond its credits is cut off.
+
+A handler's DONE repeats gpa and size of the FAULT; its outcome is PRESENT, the bytes are in RAM, or FAILED, they cannot
+be had. Answers come in any order. A handler that takes the place of one that has died is sent the FAULTs that had no
+DONE again, in its own session.
 """
 
 from __future__ import annotations

@@ -93,3 +93,15 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_runs(tmp_path):
     assert finished.status == 2
     assert "there is no directory" in finished.error
     assert finished.err.count("\n") == 1
+
+
+_ONLY_READ = """
+from kvmdp.machine import coverage
+for access in list(coverage.ACCESSES):
+    if access != "read":
+        del coverage.ACCESSES[access]
+"""
+_NEVER_TRAPS = """
+from kvmdp.paging.trap.mmio import MmioTrap
+MmioTrap.arm = lambda trap, presence: trap._slots.map_plain()
+"""

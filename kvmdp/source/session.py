@@ -1,0 +1,121 @@
+"""One session with a fault handler, seen from the machine: its offer, the hand-over, records both ways, its end.
+
+No state but the sockets: which faults are outstanding, and what a record means, is `kvmdp.source.handler`'s.
+
+Units: seconds, bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+
+from kvmdp.wire import handover, offer
+from kvmdp.wire.endpoint import EndpointError, Peer, connect
+from kvmdp.wire.handover import Descriptors, Handover
+from kvmdp.wire.records import RECORD_SIZE, Kind, Record, unpack
+
+
+class SessionEndedError(Exception):
+    """The handler has closed the session, or has died."""
+
+
+class Session:
+    """A handler that has made its offer. `image_bytes` is what it offers, `peer` the process.
+
+    Arguments: the path it listens at; a descriptor that becomes readable when nothing is to be waited for any more;
+    how long to wait for the offer. Raises EndpointError if there is none.
+    """
+
+    def __init__(self, path: str, wake: int, timeout: float) -> None:
+        self._wake = wake
+        self._notifier: socket.socket | None = None
+        self._epoch = 0
+        self._connection = connect(path)
+        try:
+            self.peer = Peer.of(self._connection)
+        except BaseException:
+            self._connection.close()
+            raise
+        try:
+            self.image_bytes = self._receive_offer(path, timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def _receive_offer(self, path: str, timeout: float) -> int:
+        if self._connection.fileno() not in self._poll(timeout, self._connection.fileno()):
+            raise EndpointError(
+                f"process {self.peer.pid}, which listens at {path}, has made no offer within {timeout:g} seconds: it "
+                "is busy with another machine, or no handler"
+            )
+        try:
+            return offer.receive(self._connection)
+        except (offer.OfferError, OSError) as error:
+            raise EndpointError(
+                f"process {self.peer.pid}, which listens at {path}, is no handler that can be used ({error}): start "
+                "kvmdp handler there"
+            ) from None
+
+    def hand_over(self, terms: Handover, ram: int, bitmap: int) -> None:
+        """Give the handler RAM and a notifier. Raises OSError: it has gone."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._notifier, self._epoch = ours, terms.epoch
+        with theirs:
+            handover.send(self._connection, terms, Descriptors(ram, bitmap, theirs.fileno()))
+        self._connection.close()  # all else goes over the notifier
+
+    def send(self, record: Record) -> None:
+        """Send, without ever waiting.
+
+        A handler that has gone is for `receive` to find, so that one place deals with it. One whose queue is full does
+        not read it, for the credits leave room for all that may be outstanding: it will be found not to answer.
+        """
+        assert self._notifier is not None
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            self._notifier.send(record.pack(self._epoch))
+
+    def receive(self, timeout: float) -> Record | None:
+        """Return the next record; None after `timeout` seconds, or when nothing is to be waited for any more.
+
+        Raises SessionEndedError, RecordError for what is no record, OSError. What a handler had sent before it died is
+        returned first.
+        """
+        assert self._notifier is not None
+        ready = self._poll(timeout, self._notifier.fileno(), self.peer.pidfd)
+        if self._wake in ready or not ready:
+            return None
+        try:
+            message = self._notifier.recv(RECORD_SIZE + 1)
+        except BlockingIOError:
+            raise SessionEndedError from None  # no message, so it was the pidfd: it has died
+        except ConnectionResetError:
+            raise SessionEndedError from None  # closed, with some of our records unread
+        if not message:
+            raise SessionEndedError
+        return unpack(message, self._epoch)
+
+    def wait_dead(self, timeout: float) -> bool:
+        """Wait until the process has ended; False after `timeout` seconds, or when nothing is to be waited for."""
+        return self.peer.pidfd in self._poll(timeout, self.peer.pidfd)
+
+    def _poll(self, timeout: float, *descriptors: int) -> list[int]:
+        """Return which descriptors, or `wake`, are readable; none after `timeout` seconds."""
+        poll = select.poll()
+        for descriptor in (self._wake, *descriptors):
+            poll.register(descriptor, select.POLLIN)
+        return [descriptor for descriptor, _ in poll.poll(max(timeout, 0) * 1000)]
+
+    def end(self) -> None:
+        """Say that the session ends, if it has begun."""
+        if self._notifier is not None:
+            self.send(Record(Kind.BYE))
+
+    def close(self) -> None:
+        """Close the connection, whatever the handler does; a second call does nothing."""
+        self._connection.close()
+        if self._notifier is not None:
+            self._notifier.close()
+        self.peer.close()

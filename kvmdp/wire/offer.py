@@ -1,0 +1,50 @@
+"""The offer: what a fault handler says first on a new connection, so that the machine knows how much RAM to make.
+
+One message on the connected Unix SEQPACKET socket, from the handler to the machine; the hand-over is the answer to it:
+
+    offset  bytes  field
+    0       8      magic, "KVMDPOFR"
+    8       4      version of the protocol, 1
+    12      4      zero
+    16      8      bytes of the image, whole pages; RAM beyond them reads as zeros and is never asked for
+
+Holes of the image are the handler's affair: it is asked for every page of the image, and writes zeros where it has no
+data.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+from kvmdp.wire.records import VERSION
+
+_MAGIC = b"KVMDPOFR"
+_LAYOUT = struct.Struct("<8sIIQ")
+_PAGE_SIZE = 4096
+
+
+class OfferError(Exception):
+    """What came is no offer of this protocol; the message says why."""
+
+
+def send(connection: socket.socket, image_bytes: int) -> None:
+    """Offer an image of so many bytes. Raises OSError."""
+    connection.send(_LAYOUT.pack(_MAGIC, VERSION, 0, image_bytes))
+
+
+def receive(connection: socket.socket) -> int:
+    """Take an offer; returns the bytes of the image. Raises OfferError if something else comes, OSError."""
+    message = connection.recv(_LAYOUT.size + 1)
+    if not message:
+        raise OfferError("the connection was closed before the offer")
+    if len(message) != _LAYOUT.size:
+        raise OfferError(f"a message of {len(message)} bytes, which is no offer")
+    magic, version, zero, image_bytes = _LAYOUT.unpack(message)
+    if magic != _MAGIC:
+        raise OfferError("a message that does not begin as an offer does")
+    if version != VERSION:
+        raise OfferError(f"an offer of version {version}, where version {VERSION} is spoken")
+    if zero or not image_bytes or image_bytes % _PAGE_SIZE:
+        raise OfferError(f"an offer of {image_bytes} bytes, which are not whole pages")
+    return int(image_bytes)

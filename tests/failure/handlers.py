@@ -1,0 +1,92 @@
+"""Handlers for the tests: the real one in a process of its own, and one whose every message is the test's."""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from kvmdp.wire import handover, offer
+from kvmdp.wire.endpoint import Listener
+
+MEMORY = 2 << 20
+SEED = 11
+_START = "from kvmdp.cli.main import entry; entry()"
+
+
+class HandlerProcess:
+    """`kvmdp handler` at `path`, listening when this returns; killed at the end if it still runs."""
+
+    def __init__(self, path, *options):
+        arguments = ("handler", "--listen", path, *(options or ("--synthetic", f"{MEMORY},{SEED}")))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _START, *map(str, arguments)],
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        self.pid = self.process.pid
+        self.said = ""
+        self.await_word("serving")
+
+    def await_word(self, word):
+        """Wait until it has said `word` on stderr."""
+        deadline = time.monotonic() + 60
+        while word not in self.said:
+            ready, _, _ = select.select([self.process.stderr], [], [], deadline - time.monotonic())
+            piece = os.read(self.process.stderr.fileno(), 65536).decode() if ready else ""
+            assert piece, f"no {word!r}: {self.said}"
+            self.said += piece
+
+    def end(self, number=signal.SIGKILL):
+        """Send it a signal and return its exit status."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+        _, rest = self.process.communicate(timeout=60)
+        self.said += (rest or b"").decode()
+        return self.process.returncode
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process.returncode is None:
+            self.end()
+
+
+@contextlib.contextmanager
+def scripted(path, session, *, image_bytes=MEMORY):
+    """Listen in a thread of this process; `session(notifier socket, terms, ram fd)` is the handler.
+
+    Only descriptors are kept meanwhile: what it returns is awaited, then all is closed.
+    """
+    import socket
+
+    errors = []
+
+    def body():
+        try:
+            with listener.accept(60) as connection:
+                offer.send(connection, image_bytes)
+                terms, descriptors = handover.receive(connection)
+                with socket.socket(fileno=descriptors.notifier) as notifier:
+                    descriptors.notifier = -1
+                    try:
+                        session(notifier, terms, descriptors.ram)
+                    finally:
+                        descriptors.close()
+        except BaseException as error:
+            errors.append(error)
+
+    with Listener(str(path)) as listener:
+        thread = threading.Thread(target=body)
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
+    if errors:
+        raise errors[0]
