@@ -15,6 +15,7 @@ workloads:
     .quad workload_copy
     .quad workload_execute
     .quad workload_vector
+    .quad workload_string
 workloads_end:
 
 .globl workload_count

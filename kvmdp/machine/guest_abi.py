@@ -29,8 +29,9 @@ MAX_VCPUS = 16
 MAGIC = int.from_bytes(b"KVMDPGST", "little")
 VERSION = 1
 
-# The port that reports go to, and the vector of the service gate
+# The port that reports go to, the one that gives back what a vCPU writes to it, and the vector of the service gate
 REPORT_PORT = 0x510
+LOOPBACK_PORT = 0x514
 GATE_VECTOR = 0x80
 
 # The selectors the host enters with; the image's GDT has the same segments there
@@ -42,6 +43,16 @@ COPY_CHUNK = 6000
 COPY_SHIFT = 13
 EXECUTE_OFFSET = 64
 EXECUTE_CROSSING = 4091
+STRING_OUT_OFFSET = 201
+STRING_OUT_BYTES = 8
+STRING_IN_OFFSET = 903
+STRING_MOVE_SOURCE = 1205
+STRING_MOVE_TARGET = 1609
+STRING_MOVE_WORDS = 32
+STRING_STORE_OFFSET = 2501
+STRING_STORE_WORDS = 32
+STRING_CROSSING = 4093
+STRING_CROSSING_WORDS = 3
 VECTOR_SSE_OFFSET = 67
 VECTOR_SSE_CROSSING = 4089
 VECTOR_AVX_OFFSET = 2149

@@ -16,6 +16,7 @@ from kvmdp.kvm import Kvm, Vcpu, Vm
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
 from kvmdp.machine.hostinfo import vmalloc_used
+from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.machine.runloop import GuestError, VcpuThread
 from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import GuestLayout
@@ -107,6 +108,8 @@ class Machine:
         with self._phase("vcpus"):
             cpuid = guest_cpuid(kvm)
             vector = vector_flags(kvm)
+            self.ports = Ports()
+            Loopback(self.ports, options.vcpus)
             self.threads: list[VcpuThread] = []
             for index in range(options.vcpus):
                 vcpu = stack.enter_context(self.vm.create_vcpu(index))
@@ -119,7 +122,8 @@ class Machine:
         pin = self.options.pin
         cpu = pin[vcpu.index] if pin else None
         paging = VcpuPaging(self.pager, vcpu, self.backing, self._read_physical)
-        return VcpuThread(vcpu, paging, self.gate, self._boot.parameters(vcpu.index), self._wake, cpu)
+        parameters = self._boot.parameters(vcpu.index)
+        return VcpuThread(vcpu, paging, self.gate, self.ports, parameters, self._wake, cpu)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -24,6 +24,7 @@ from kvmdp.kvm import (
     Vcpu,
 )
 from kvmdp.machine import guest_abi as guest
+from kvmdp.machine.ports import Ports
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.vcpu import VcpuPaging
@@ -81,6 +82,7 @@ class VcpuThread:
         vcpu: Vcpu,
         paging: VcpuPaging,
         gate: VcpuGate,
+        ports: Ports,
         parameters: guest.ParameterBlock,
         on_end: Callable[[], None],
         cpu: int | None = None,
@@ -95,6 +97,7 @@ class VcpuThread:
         self.latencies = array("Q")
         self._paging = paging
         self._gate = gate
+        self._ports = ports
         self._on_end = on_end
         self._cpu = cpu
         self._suspected = False  # set by the watchdog: in KVM_RUN for long without an exit
@@ -173,6 +176,8 @@ class VcpuThread:
         raise GuestError(f"vCPU {self.vcpu.index}: {self._describe(exit)}, at RIP {self.vcpu.regs.rip:#x}")
 
     def _port(self, io: Io) -> bool:
+        if self._ports.handle(self.vcpu.index, io):
+            return False
         if io.port != guest.REPORT_PORT or io.direction != "out" or io.size != 4:
             raise GuestError(
                 f"vCPU {self.vcpu.index}: port I/O ({io.direction}, {io.size} bytes) on port {io.port:#x}, where "

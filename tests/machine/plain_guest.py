@@ -10,6 +10,8 @@ from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE
 from kvmdp.abi.mman import MADV_NOHUGEPAGE
 from kvmdp.kvm import Interrupted, Io, Kvm
 from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
+from kvmdp.machine.guest_abi import LOOPBACK_PORT
+from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.mapping import Mapping
 
@@ -40,6 +42,8 @@ class PlainGuest:
             cpuid = guest_cpuid(kvm)
             self.vector_flags = vector_flags(kvm)
             self.blocks, self.vcpus = [], []
+            self._ports = Ports()
+            Loopback(self._ports, len(blocks))
             for index, block in enumerate(blocks):
                 place = self.boot.parameters(index)
                 ctypes.pointer(place)[0] = block
@@ -65,6 +69,9 @@ class PlainGuest:
     def _run(self, vcpu):
         vcpu.attach_thread()
         exit_ = vcpu.run()
+        while isinstance(exit_, Io) and exit_.port == LOOPBACK_PORT:
+            self._ports.handle(vcpu.index, exit_)
+            exit_ = vcpu.run()
         if isinstance(exit_, Io):
             self.ends[vcpu.index] = int.from_bytes(exit_.data, "little")
         elif isinstance(exit_, Interrupted):

@@ -45,6 +45,8 @@ VARIANTS = [
     ("vector", {}),
     ("vector", {"vector": VectorFlag.AVX}),
     ("vector", {"vector": VectorFlag.AVX | VectorFlag.AVX2}),
+    ("string", {"pages": 64}),
+    ("string", {"pages": 23}),
 ]
 
 

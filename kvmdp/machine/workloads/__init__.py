@@ -18,6 +18,7 @@ from kvmdp.machine.workloads.checksum import Checksum
 from kvmdp.machine.workloads.copy import Copy
 from kvmdp.machine.workloads.execute import Execute
 from kvmdp.machine.workloads.fill import Fill
+from kvmdp.machine.workloads.string import String
 from kvmdp.machine.workloads.touch import Touch
 from kvmdp.machine.workloads.vector import Vector
 
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 WORKLOADS: dict[str, type[Workload]] = {
-    kind.name: kind for kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector)
+    kind.name: kind for kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector, String)
 }
 
 

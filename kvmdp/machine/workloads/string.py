@@ -1,0 +1,92 @@
+"""string: rep movs, rep stos, and bytes that go out of one page to a port and come in to another.
+
+Each page of the first half of a vCPU's pages is paired with one of the second half, which alone is written. The
+bytes that go out through the loopback port are proven by those that come back.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvmdp.machine import guest_abi as guest
+from kvmdp.machine.workloads.arithmetic import GAMMA, Bools, Pages, SequenceChecksum, Words
+from kvmdp.machine.workloads.base import LOW_RAM_PAGES, PageReader, Share, Workload, WorkloadOptions, in_chunks
+from kvmdp.source.base import PAGE_SIZE
+
+_MOST_PAGES = 2048  # each byte that goes out is an exit: about twenty of them a pair of pages
+_STORED = 8 * guest.STRING_STORE_WORDS
+_MOVED = 8 * guest.STRING_MOVE_WORDS
+_IN_FIRST = PAGE_SIZE - guest.STRING_CROSSING  # of the bytes that cross, those in the lower page
+_IN_SECOND = 2 * guest.STRING_CROSSING_WORDS - _IN_FIRST
+
+
+class String(Workload):
+    """String instructions on pages that nothing else has touched before. An odd share's last page is not used.
+
+    Without `pages` among the options at most 2,048 pages are used.
+    """
+
+    name = "string"
+    number = 8
+
+    def __init__(self, options: WorkloadOptions) -> None:
+        super().__init__(options)
+        self.touched = np.concatenate([share.pages[: share.count & ~1] for share in self.shares])
+
+    def expected_checksums(self, image: PageReader) -> list[int]:
+        """Return the checksums over the second halves afterwards."""
+        result = []
+        for share in self.shares:
+            checksum = SequenceChecksum()
+            half = share.count // 2
+            for pages in in_chunks(share.pages[half : 2 * half]):
+                checksum.add(_written(image, share, pages))
+            result.append(checksum.value())
+        return result
+
+    def expected_pages(self, image: PageReader, pages: Pages) -> Words:
+        """Return the image with what has been stored, moved and read from the port."""
+        content = image(pages).copy()
+        for share in self.shares:
+            half = share.count // 2
+            rows = np.flatnonzero(Share(share.first + half, half).holds(pages))
+            if len(rows):
+                content[rows] = _written(image, share, pages[rows])
+        return content
+
+    def _pages(self) -> int:
+        pages = super()._pages()
+        return min(pages, _MOST_PAGES) if self.options.pages is None else pages
+
+    def _make_shares(self, least: int = 2) -> list[Share]:
+        return super()._make_shares(least)
+
+
+def _written(image: PageReader, share: Share, pages: Pages) -> Words:
+    """Return what `pages`, all in the second half of `share`, hold afterwards."""
+    half = share.count // 2
+    source = image(pages - half).view(np.uint8)
+    content = image(pages).copy().view(np.uint8)
+
+    def put(at: int, data: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
+        content[:, at : at + data.shape[1]] = data
+
+    put(guest.STRING_IN_OFFSET, source[:, guest.STRING_OUT_OFFSET :][:, : guest.STRING_OUT_BYTES])
+    put(guest.STRING_MOVE_TARGET, source[:, guest.STRING_MOVE_SOURCE :][:, :_MOVED])
+    stored = pages.astype(np.uint64)[:, np.newaxis] * np.uint64(GAMMA)
+    put(guest.STRING_STORE_OFFSET, np.repeat(stored, guest.STRING_STORE_WORDS, axis=1).view(np.uint8))
+    rows = np.flatnonzero(_crosses(share, pages))
+    content[rows, guest.STRING_CROSSING :] = source[rows, guest.STRING_CROSSING :]
+    # The beginning of a page comes from the crossing that began in the page below it.
+    rows = np.flatnonzero((pages > share.first + half) & _crosses(share, pages - 1))
+    content[rows, :_IN_SECOND] = source[rows, :_IN_SECOND]
+    return content.view(np.uint64)
+
+
+def _crosses(share: Share, pages: Pages) -> Bools:
+    """Tell of pages of the second half whether bytes cross into the next one, and out of that of its partner."""
+    half = share.count // 2
+    last_low = LOW_RAM_PAGES - 1
+    return np.asarray(
+        (pages != share.first + 2 * half - 1) & (pages != last_low) & (pages - half != last_low)
+    )
