@@ -6,7 +6,9 @@ no revocation can take a page away under it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,48 @@ from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.pager import DemandPager
+
+BytesLike = bytes | bytearray | memoryview
+
+
+class MemoryAccess(Protocol):
+    """Access to guest RAM by guest-physical address, in the machine's process and in a device's alike.
+
+    `gpa` and lengths are bytes. Every method makes the pages present that are absent, by asking for them and waiting.
+    With `nowait` it does neither: BusyError, and nothing was read or written. All raise ValueError for addresses that
+    are not RAM, FrozenError while accesses are frozen, and PagingError if a page cannot be had.
+    """
+
+    def read(self, gpa: int, length: int, *, nowait: bool = False) -> bytes:
+        """Return `length` bytes at `gpa`."""
+        ...
+
+    def write(self, gpa: int, data: BytesLike, *, nowait: bool = False) -> None:
+        """Write `data` at `gpa`."""
+        ...
+
+    def view(self, gpa: int, length: int) -> AbstractContextManager[memoryview]:
+        """Give the bytes themselves, writable, for the time of a `with` block: none can become absent meanwhile.
+
+        Raises ValueError if they are not contiguous in the RAM file: on both sides of the hole in the map.
+        """
+        ...
+
+    def readv(self, segments: Sequence[tuple[int, int]]) -> bytes:
+        """Return the bytes of all `segments`, (gpa, length) each, one after the other."""
+        ...
+
+    def writev(self, segments: Sequence[tuple[int, int]], data: BytesLike) -> None:
+        """Write `data`, as long as the `segments` together, into them one after the other."""
+        ...
+
+    def load64(self, gpa: int) -> int:
+        """Return the 8 bytes at `gpa`, a multiple of 8, as one load: never half of a store."""
+        ...
+
+    def store64(self, gpa: int, value: int) -> None:
+        """Store 8 bytes at `gpa`, a multiple of 8, as one store: nobody sees half of it."""
+        ...
 
 
 class GuestMemory:

@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from kvmdp.wire.records import Access, Origin, Outcome, PageFault
 
-__all__ = ["Access", "Origin", "Outcome", "PageFault", "PagingError", "UnsupportedError"]
+__all__ = [
+    "Access",
+    "BusyError",
+    "CancelledError",
+    "FrozenError",
+    "Origin",
+    "Outcome",
+    "PageFault",
+    "PagingError",
+    "UnsupportedError",
+]
 
 
 class PagingError(Exception):
     """Demand paging cannot go on: the message says where, why, and what to do."""
+
+
+class BusyError(PagingError):
+    """It cannot be done now, and waiting was not wanted, or took too long. Nothing has changed: try again later."""
+
+
+class FrozenError(PagingError):
+    """Accesses that no vCPU makes are frozen: nothing was touched. Try again once they are thawed."""
+
+
+class CancelledError(PagingError):
+    """The wait for a page was called off: the machine is stopping, or somebody withdrew the access."""
 
 
 class UnsupportedError(Exception):

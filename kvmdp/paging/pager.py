@@ -22,7 +22,7 @@ import numpy as np
 from kvmdp.memory.bitmap import PresentBitmap, Words, runs_of
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake
-from kvmdp.paging.fault import Outcome, PageFault, PagingError
+from kvmdp.paging.fault import BusyError, Outcome, PageFault, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.policy import FaultPolicy
@@ -35,10 +35,6 @@ _REVOKE_BATCH = 512  # pages revoked at once: bounds how long vCPUs are kept out
 
 _SOURCE_BYTE = int(State.SOURCE)
 _ONE_AT_SOURCE = bytes((State.SOURCE,))
-
-
-class BusyError(PagingError):
-    """Pages cannot be taken away now: somebody who may keeps them. They are as present as before."""
 
 
 class Peers(Protocol):
