@@ -21,7 +21,7 @@ from kvmdp.machine.runloop import GuestError, VcpuThread
 from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import PagingError
+from kvmdp.paging.fault import Origin, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround
@@ -101,6 +101,7 @@ class Machine:
             self.pager = DemandPager(self.layout, trap, source, policy, self.gate)
             stack.callback(self.pager.close)
             self.memory = GuestMemory(self.layout, self.backing, self.pager)
+            self._decoding = GuestMemory(self.layout, self.backing, self.pager, Origin.VCPU, -1)
         with self._phase("arm"):
             before = vmalloc_used()
             self.pager.enable()
@@ -141,7 +142,11 @@ class Machine:
         page = self.layout.page_of_gpa(gpa)
         if page is None:
             return self._boot.read(gpa, length)
-        return self.memory.read(gpa, length) if self.pager.bitmap.test(page) else None
+        return self._decoding.read(gpa, length) if self.pager.bitmap.test(page) else None
+
+    def memory_for_device(self, number: int) -> GuestMemory:
+        """Return the access to RAM of device `number`: its faults carry that number."""
+        return GuestMemory(self.layout, self.backing, self.pager, Origin.DEVICE, number)
 
     # Running
 

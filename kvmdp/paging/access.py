@@ -1,11 +1,13 @@
-"""`GuestMemory`: the way user space touches guest RAM, present or not.
+"""`MemoryAccess` and `GuestMemory`: the only way for user space to touch guest RAM, present or not.
 
-Every access makes its pages present first and pins them while it copies, so it sees what the guest would see and
-no revocation can take a page away under it.
+Every access makes its pages present first and keeps them so while it lasts: it sees what the guest would see, and no
+revocation takes a page away under it. It goes to the VMM view, never to the guest view, where absent pages trap.
 """
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -14,11 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
-from kvmdp.paging.pager import DemandPager
+from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE, GuestLayout
+from kvmdp.paging.fault import Access, BusyError, CancelledError, Origin, Outcome, PageFault, PagingError
+from kvmdp.paging.pager import Cancellation, DemandPager
 
 BytesLike = bytes | bytearray | memoryview
+
+_IN_PAGE = PAGE_SIZE - 1
+_AT_ONCE = 2 << 20  # bytes that are pinned and copied as one
 
 
 class MemoryAccess(Protocol):
@@ -62,58 +67,236 @@ class MemoryAccess(Protocol):
 
 
 class GuestMemory:
-    """Reads and writes guest RAM by guest-physical address (gpa, bytes).
+    """`MemoryAccess` in the machine's own process, on its pager.
 
-    All methods raise ValueError for addresses that are not RAM and PagingError if a page cannot be made
-    present.
+    Arguments: where RAM lies; its memory; the pager; `origin` and `number`, who it is that accesses memory here, as
+    faults tell it (a device has one of its own); `timeout`, how many seconds an access may wait for others to make
+    its pages present before it raises BusyError (None: for ever; a fetch of its own it waits for in any case);
+    `cancellation`, which makes accesses that wait raise CancelledError: it serves one thread, so with one so does
+    this object. Both go with the accessor and not with each access, because they say who it is that waits.
+
+    A vCPU's own accesses (`Origin.VCPU`), as for decoding an instruction, are never frozen.
+
+    An access is whole: it is made with all its pages present and held, or raises and has touched nothing. One of more
+    than 2 MiB is done as several of at most that. Whoever holds a view does not wait for another page: a revocation
+    of both would wait for the view.
     """
 
-    def __init__(self, layout: GuestLayout, backing: Backing, pager: DemandPager) -> None:
+    # Why a copy never meets a revocation, without a pin. The test of the page's state and the copy are made under the
+    # pager's mutex, for a page at the most. A revocation begins by changing that state under the same mutex, and
+    # touches bytes or trap after that only. So the copy comes wholly before it, or finds the page no longer present.
+    # PRESENT, not the bit: the bit is set while the trap is still admitting, and until that is done private memory,
+    # which has no view that never traps, may still hold a marker, on which this process would die.
+
+    def __init__(
+        self,
+        layout: GuestLayout,
+        backing: Backing,
+        pager: DemandPager,
+        origin: Origin = Origin.HOST,
+        number: int = 0,
+        *,
+        timeout: float | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> None:
         self._layout = layout
         self._pager = pager
+        self._origin = origin
+        self._number = number
+        self._timeout = timeout
+        self._cancellation = cancellation
+        self._gate = pager.accesses if origin is not Origin.VCPU else pager.vcpu_accesses
+        # For the way of an access to one present page: the less it has to look up the better.
         self._view = backing.vmm.view
+        self._mutex = pager.mutex
+        self._states = pager.ledger.states
+        self._low_end = layout.regions[0].size  # below it a gpa is its own offset in RAM
 
-    def read(self, gpa: int, length: int) -> bytes:
+    def read(self, gpa: int, length: int, *, nowait: bool = False) -> bytes:
         """Return `length` bytes at `gpa`."""
-        data = bytearray(length)
-        for page, offset, start, count in self._pieces(gpa, length):
-            with self._pager.held(PageFault(page, Origin.HOST)) as outcome:
-                self._check(outcome, page)
-                data[start : start + count] = self._view[offset : offset + count]
-        return bytes(data)
+        offset = gpa if 0 <= gpa < self._low_end else self._offset(gpa)
+        if 0 < length <= PAGE_SIZE - (offset & _IN_PAGE):
+            with self._mutex:
+                if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
+                    return self._view[offset : offset + length].tobytes()
+        return self._readv(((gpa, length),), nowait)
 
-    def write(self, gpa: int, data: bytes) -> None:
-        """Write `data` at `gpa`."""
-        for page, offset, start, count in self._pieces(gpa, len(data)):
-            with self._pager.held(PageFault(page, Origin.HOST)) as outcome:
-                self._check(outcome, page)
-                self._view[offset : offset + count] = data[start : start + count]
+    def write(self, gpa: int, data: BytesLike, *, nowait: bool = False) -> None:
+        """Write `data` (one-dimensional, of single bytes) at `gpa`."""
+        offset = gpa if 0 <= gpa < self._low_end else self._offset(gpa)
+        length = len(data)
+        if 0 < length <= PAGE_SIZE - (offset & _IN_PAGE):
+            with self._mutex:
+                if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
+                    self._view[offset : offset + length] = data
+                    return
+        self._writev(((gpa, length),), data, nowait)
+
+    # One load or store. A memoryview of format Q moves an element with a memcpy whose size the compiler knows to be 8
+    # (CPython, Objects/memoryobject.c, UNPACK_SINGLE and PACK_SINGLE): one mov of 8 bytes, which the CPU makes
+    # atomically because the address is a multiple of 8 (Intel SDM volume 3, "Guaranteed Atomic Operations"). A vCPU
+    # sees all of it or nothing, and so do other processes. Cast at each access: a cast kept for later would survive
+    # `Mapping.close`, and point into nothing.
+
+    def load64(self, gpa: int) -> int:
+        """Return the 8 bytes at `gpa`, a multiple of 8, as one load."""
+        offset = gpa if 0 <= gpa < self._low_end else self._offset(gpa)
+        _check_aligned(gpa)
+        with self._mutex:
+            if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
+                return self._view[offset : offset + 8].cast("Q")[0]
+        with self._held([(offset, 8)], Access.READ):
+            return self._view[offset : offset + 8].cast("Q")[0]
+
+    def store64(self, gpa: int, value: int) -> None:
+        """Store 8 bytes at `gpa`, a multiple of 8, as one store. Raises ValueError if `value` has more."""
+        offset = gpa if 0 <= gpa < self._low_end else self._offset(gpa)
+        _check_aligned(gpa)
+        with self._mutex:
+            if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
+                self._view[offset : offset + 8].cast("Q")[0] = value
+                return
+        with self._held([(offset, 8)], Access.WRITE):
+            self._view[offset : offset + 8].cast("Q")[0] = value
+
+    def readv(self, segments: Sequence[tuple[int, int]]) -> bytes:
+        """Return the bytes of all `segments`, (gpa, length) each, one after the other."""
+        return self._readv(segments, nowait=False)
+
+    def writev(self, segments: Sequence[tuple[int, int]], data: BytesLike) -> None:
+        """Write `data` into all `segments`. Raises ValueError if it is not as long as they are together."""
+        self._writev(segments, data, nowait=False)
+
+    @contextlib.contextmanager
+    def view(self, gpa: int, length: int) -> Iterator[memoryview]:
+        """Give the bytes themselves for the time of a `with` block, in which none of them can become absent.
+
+        The block must not keep slices of it. Raises BufferError at its end if it has kept an array made of it, or
+        another object that looks into it.
+        """
+        stretches = self._stretches(gpa, length)
+        if len(stretches) > 1:
+            raise ValueError(
+                f"the {length} bytes at gpa {gpa:#x} lie on both sides of the hole in the map: take two views"
+            )
+        with self._held(stretches, Access.WRITE):
+            offset = self._offset(gpa)
+            with self._view[offset : offset + length] as bytes_themselves:
+                yield bytes_themselves
 
     def read_pages(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Return the content of RAM pages (numbers, order of the RAM file) as uint64[n, 512]."""
         content = np.empty((len(pages), PAGE_SIZE // 8), dtype=np.uint64)
         rows = content.data.cast("B")
         for row, page in enumerate(pages.tolist()):
-            with self._pager.held(PageFault(page, Origin.HOST)) as outcome:
-                self._check(outcome, page)
-                offset = page * PAGE_SIZE
-                rows[row * PAGE_SIZE : (row + 1) * PAGE_SIZE] = self._view[offset : offset + PAGE_SIZE]
+            rows[row * PAGE_SIZE : (row + 1) * PAGE_SIZE] = self.read(
+                self._layout.gpa_of_page(page), PAGE_SIZE
+            )
         return content
 
-    def _pieces(self, gpa: int, length: int) -> Iterator[tuple[int, int, int, int]]:
-        """Cut a range at page borders: yields (page, offset in RAM, offset in the range, bytes)."""
-        start = 0
-        while start < length:
-            page = self._layout.page_of_gpa(gpa + start)
-            if page is None:
-                raise ValueError(f"gpa {gpa + start:#x} is not guest RAM")
-            within = (gpa + start) % PAGE_SIZE
-            count = min(PAGE_SIZE - within, length - start)
-            yield page, page * PAGE_SIZE + within, start, count
-            start += count
+    # Many pages, or absent ones
+
+    def _readv(self, segments: Sequence[tuple[int, int]], nowait: bool) -> bytes:
+        view, parts = self._view, []
+        for batch in self._batches(segments):
+            with self._held(batch, Access.READ, nowait):
+                parts += [view[offset : offset + length].tobytes() for offset, length in batch]
+        return b"".join(parts)
+
+    def _writev(self, segments: Sequence[tuple[int, int]], data: BytesLike, nowait: bool) -> None:
+        view, done = self._view, 0
+        batches = self._batches(segments)
+        if len(data) != (wanted := sum(length for _, length in segments)):
+            raise ValueError(f"{len(data)} bytes for segments of {wanted}")
+        with memoryview(data) as whole:
+            for batch in batches:
+                with self._held(batch, Access.WRITE, nowait):
+                    for offset, length in batch:
+                        view[offset : offset + length] = whole[done : done + length]
+                        done += length
+
+    def _batches(self, segments: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """Return the stretches of RAM (offset, bytes) of all segments, in batches of at most `_AT_ONCE` bytes."""
+        batches: list[list[tuple[int, int]]] = [[]]
+        room = _AT_ONCE
+        for gpa, length in segments:
+            for offset, left in self._stretches(gpa, length):
+                while left:
+                    if not room:
+                        batches.append([])
+                        room = _AT_ONCE
+                    part = min(left, room)
+                    batches[-1].append((offset, part))
+                    offset, left, room = offset + part, left - part, room - part
+        return batches
+
+    def _stretches(self, gpa: int, length: int) -> list[tuple[int, int]]:
+        """Return where the bytes lie in RAM, (offset, bytes), at most one a region. Raises ValueError."""
+        if length < 0:
+            raise ValueError(f"{length} bytes at gpa {gpa:#x}: a length cannot be negative")
+        stretches = []
+        while True:
+            offset = self._offset(gpa)
+            region = next(each for each in self._layout.regions if gpa < each.gpa + each.size)
+            part = min(length, region.gpa + region.size - gpa)
+            stretches.append((offset, part))
+            gpa, length = gpa + part, length - part
+            if not length:
+                return stretches
+
+    def _offset(self, gpa: int) -> int:
+        """Return where in RAM the byte at `gpa` is. Raises ValueError outside RAM."""
+        page = self._layout.page_of_gpa(gpa)
+        if page is None:
+            raise ValueError(f"gpa {gpa:#x} is not guest RAM")
+        return page << PAGE_SHIFT | gpa & _IN_PAGE
+
+    @contextlib.contextmanager
+    def _held(
+        self, stretches: Sequence[tuple[int, int]], access: Access, nowait: bool = False
+    ) -> Iterator[None]:
+        """Make all pages of the stretches present, and hold them for the time of the block."""
+        runs = [
+            (offset >> PAGE_SHIFT, (offset + length - 1 >> PAGE_SHIFT) - (offset >> PAGE_SHIFT) + 1)
+            for offset, length in stretches
+            if length
+        ]
+        deadline = None
+        # One page is waited for at a time, with nothing held: see AccessGate.enter.
+        while (page := self._gate.enter(runs)) is not None:
+            if nowait:
+                gpa = self._layout.gpa_of_page(page)
+                raise BusyError(f"the page at gpa {gpa:#x} is absent, and the access is not to wait for it")
+            if self._timeout is not None and deadline is None:
+                deadline = time.monotonic() + self._timeout
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            self._check(
+                self._pager.resolve(
+                    PageFault(page, self._origin, self._number, access), left, self._cancellation
+                ),
+                page,
+            )
+        try:
+            yield
+        finally:
+            self._gate.leave(runs)
 
     def _check(self, outcome: Outcome, page: int) -> None:
-        if outcome is not Outcome.PRESENT:
-            raise self._pager.error or PagingError(
-                f"the page at gpa {self._layout.gpa_of_page(page):#x} cannot be made present: {outcome.name.lower()}"
+        """Raise what an outcome means that is not the page's presence."""
+        if outcome in (Outcome.PRESENT, Outcome.ADMITTED):
+            return
+        where = f"the page at gpa {self._layout.gpa_of_page(page):#x}"
+        if outcome is Outcome.TIMED_OUT:
+            raise BusyError(f"{where} was not made present within {self._timeout:g} seconds")
+        if outcome is Outcome.CANCELLED:
+            raise CancelledError(
+                f"{where} is no longer waited for: the machine stops, or the access was called off"
             )
+        raise self._pager.error or PagingError(f"{where} cannot be made present: {outcome.name.lower()}")
+
+
+def _check_aligned(gpa: int) -> None:
+    if gpa & 7:
+        raise ValueError(
+            f"gpa {gpa:#x} is not a multiple of 8: such an access would not be one load or store"
+        )

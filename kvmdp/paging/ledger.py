@@ -55,7 +55,7 @@ class Ledger:
         self.claims: list[Claim] = []  # as many as threads that resolve: a list beats any tree
         self.cancelled = False
         self._bounds = tuple(bounds)
-        self._pins: dict[int, int] = {}
+        self._pins: dict[tuple[int, int], int] = {}  # how often each run is pinned
 
     # Faults
 
@@ -171,26 +171,28 @@ class Ledger:
 
     # Pins: a present page that is pinned stays present
 
-    def pin(self, page: int) -> bool:
-        """Pin a page that is present and admitted; False if it is not."""
-        if self.states[page] != _PRESENT_BYTE:
+    def pin(self, first: int, count: int = 1) -> bool:
+        """Pin a run of pages if every one is present and admitted; False, and none is pinned, if not."""
+        if self.states.count(_PRESENT, first, first + count) != count:
             return False
-        self._pins[page] = self._pins.get(page, 0) + 1
+        run = first, count
+        self._pins[run] = self._pins.get(run, 0) + 1
         return True
 
-    def unpin(self, page: int) -> bool:
-        """Undo one `pin`; True if it was the page's last."""
-        left = self._pins[page] - 1
+    def unpin(self, first: int, count: int = 1) -> bool:
+        """Undo one `pin` of the same run; True if it was the run's last."""
+        run = first, count
+        left = self._pins[run] - 1
         if left:
-            self._pins[page] = left
+            self._pins[run] = left
             return False
-        del self._pins[page]
+        del self._pins[run]
         return True
 
     def pinned(self, claim: Claim) -> bool:
         """Whether a page of the claim is pinned."""
         first, end = claim.first, claim.first + claim.count
-        return any(first <= page < end for page in self._pins)
+        return any(page < end and first < page + count for page, count in self._pins)
 
     # Taking away
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from kvmdp.memory.bitmap import PresentBitmap, Words, runs_of
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.paging.access_gate import AccessGate
 from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake
 from kvmdp.paging.fault import BusyError, Outcome, PageFault, PagingError
 from kvmdp.paging.gate import VcpuGate
@@ -45,6 +46,17 @@ class Peers(Protocol):
 
         `deadline` is of time.monotonic. Raises BusyError if a peer does not let go.
         """
+        ...
+
+    def freeze(self, deadline: float | None) -> None:
+        """Return when no peer accesses RAM any more, or will before `thaw`; who comes meanwhile is told too.
+
+        Raises BusyError if a peer does not let go; `thaw` follows.
+        """
+        ...
+
+    def thaw(self) -> None:
+        """Let the peers go on."""
         ...
 
 
@@ -81,10 +93,11 @@ class DemandPager:
     `bitmap` is the projection of the states: bit set if and only if the guest may enter, or is about to be let in.
     `error` is None until the source has failed for good; from then on nothing absent becomes present. `observer`, if
     set, is told of each fault that was resolved, the claim that did it, and when that began (time.perf_counter_ns);
-    it must not block. `peers`, if set, is asked before pages are taken away.
+    it must not block. `peers`, if set, is asked before pages are taken away, and before accesses are frozen.
+    `accesses` is the gate of those that no vCPU makes, `vcpu_accesses` of what is done on a vCPU's account: never shut.
 
-    `mutex` guards the ledger, `error` and `enabled`. `kvmdp.paging.access` takes it too, for a copy of a page at the
-    most.
+    `mutex` guards the ledger, `error`, `enabled` and the gates. `kvmdp.paging.access` takes it too, for a copy of a
+    page at the most.
     """
 
     def __init__(
@@ -111,6 +124,8 @@ class DemandPager:
         self.peers: Peers | None = None
         self.mutex = threading.Lock()
         self._unpinned = threading.Condition(self.mutex)
+        self.accesses = AccessGate(self.ledger, self._unpinned)
+        self.vcpu_accesses = AccessGate(self.ledger, self._unpinned)
         self._source = source
         self._policy = policy
         self._fill_view = trap.fill_view
@@ -313,6 +328,31 @@ class DemandPager:
                 return
             outcome = self.resolve(fault)
         yield outcome
+
+    # Accesses that no vCPU makes
+
+    def freeze(self, timeout: float | None = None) -> None:
+        """Keep everybody out of RAM but the vCPUs, whose faults go on: accesses raise FrozenError until `thaw`.
+
+        Returns once no such access is under way and no view is open, in this process or a peer's. Raises BusyError
+        if that takes longer than `timeout` seconds (None waits), PagingError if accesses are frozen already: then
+        nothing has changed. Pins that no access holds (page tables, what KVM writes by itself) do not count.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.accesses.shut(deadline)
+        if self.peers is None:
+            return
+        try:
+            self.peers.freeze(deadline)
+        except BaseException:
+            self.thaw()
+            raise
+
+    def thaw(self) -> None:
+        """Let frozen accesses go on; does nothing if none are. For whoever froze them."""
+        if self.peers is not None:
+            self.peers.thaw()
+        self.accesses.open()
 
     def discarded(self, first: int, count: int) -> None:
         """Take note that the bytes of these pages are gone, or going: those nobody has claimed read as zeros now.
