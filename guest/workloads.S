@@ -16,6 +16,7 @@ workloads:
     .quad workload_execute
     .quad workload_vector
     .quad workload_string
+    .quad workload_disk
 workloads_end:
 
 .globl workload_count

@@ -5,14 +5,18 @@ Units: seconds, pages of 4 KiB, latencies in nanoseconds.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.machine.disk import disk_file
+from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import ParameterBlock
 from kvmdp.machine.hostinfo import resident_memory
 from kvmdp.machine.machine import Machine, MachineOptions
@@ -21,6 +25,9 @@ from kvmdp.machine.workloads import Workload, combined_checksum
 from kvmdp.paging.claim import Counters
 from kvmdp.source.base import PageSource, read_pages
 from kvmdp.source.patched import PatchedSource
+
+# Attaches a device to a machine before its vCPUs run, and takes it away at the end of the block.
+DeviceFactory = Callable[[Machine], AbstractContextManager[object]]
 
 _CHUNK_PAGES = 1024
 _MAX_NAMED = 8  # wrong pages named in a result
@@ -68,17 +75,24 @@ def run_workload(
     *,
     timeout: float | None = None,
     on_tick: Callable[[Machine], None] | None = None,
+    device: DeviceFactory | None = None,
 ) -> RunResult:
     """Boot a machine, run `workload` on the memory that `source` delivers, compare. The source stays the caller's.
 
-    Raises what `Machine` and `Machine.run` raise.
+    A workload that needs a disk gets `device`; without one, a thread with a temporary file. Raises what `Machine` and
+    `Machine.run` raise.
     """
     patched = PatchedSource(source, workload.patches) if workload.patches else source
 
     def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         return read_pages(patched, pages)
 
-    with Machine(options, patched) as machine:
+    with contextlib.ExitStack() as stack:
+        machine = stack.enter_context(Machine(options, patched))
+        if device is None and workload.disk_bytes:
+            device = in_process_disk(workload.disk_bytes)
+        if device is not None:
+            stack.enter_context(device(machine))
         measured = _run(machine, workload.blocks, timeout, on_tick)
         expected = combined_checksum(workload.expected_checksums(image))
         checked, wrong = 0, []
@@ -87,6 +101,17 @@ def run_workload(
             rows = machine.memory.read_pages(pages) != workload.expected_pages(image, pages)
             wrong += [machine.layout.gpa_of_page(page) for page in pages[rows.any(axis=1)].tolist()]
         return measured(expected, checked, wrong[:_MAX_NAMED])
+
+
+def in_process_disk(size: int, path: str | None = None) -> DeviceFactory:
+    """Return what gives a machine a disk of at least `size` bytes, in a thread; `path` None is a temporary file."""
+
+    @contextlib.contextmanager
+    def attach(machine: Machine) -> Iterator[DiskThread]:
+        with disk_file(path, size) as file, DiskThread(machine, file) as thread:
+            yield thread
+
+    return attach
 
 
 def run_program(
