@@ -24,6 +24,7 @@ from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import Origin, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.peers import DeviceServer
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import create_trap
 from kvmdp.paging.trap.userfaultfd import UffdOptions
@@ -136,6 +137,16 @@ class Machine:
         """Tell each vCPU what to do; before `run`. The results are in `threads[n].parameters`, after it."""
         for thread, block in zip(self.threads, blocks, strict=True):
             ctypes.pointer(thread.parameters)[0] = block
+
+    def serve_devices(self, report: Callable[[str], None]) -> DeviceServer:
+        """Let devices in other processes in; once a machine. `report` is told of those that end badly.
+
+        Raises ValueError if RAM cannot be shared. What is returned is closed with the machine, before RAM is.
+        """
+        server = DeviceServer(self.layout, self.backing, self.pager, report)
+        self._stack.callback(server.close)
+        self.pager.peers = server
+        return server
 
     def _read_physical(self, gpa: int, length: int) -> bytes | None:
         """Return bytes of guest memory that is present, for decoding an instruction."""

@@ -1,0 +1,196 @@
+"""Devices in other processes: they are handed RAM, the present bitmap and a notifier, and asked before pages go.
+
+A device touches RAM by itself wherever the bitmap says that it is present; for the rest it asks on the notifier.
+It is trusted with the RAM it was handed, into which it can write anything at any time, and with nothing else: it can
+change neither the bitmap nor the size of RAM, and cannot hold the machine up (`kvmdp.paging.session`).
+
+Why no write of a device is lost. The pager clears a page's bit, then calls `invalidate`, and touches the page's bytes
+or trap only after that. A device that was listed by then has acknowledged, or is gone. One that was not is listed
+before its hand-over is sent, under the same mutex, and so maps a bitmap in which the bit is clear already.
+
+Units: RAM pages, seconds of time.monotonic.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+
+from kvmdp.memory.backing import Backing
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.paging.fault import PagingError
+from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.requests import PeerCounters
+from kvmdp.paging.session import DeviceSession
+from kvmdp.wire.endpoint import Peer
+from kvmdp.wire.handover import Handover, Role
+from kvmdp.wire.notifier import hand_over, notifier_pair
+from kvmdp.wire.records import Kind
+
+_PATIENCE_SECONDS = 10.0
+_JOIN_SECONDS = 30.0
+
+
+def _ignore(_: int) -> None:
+    """Nobody wants to know."""
+
+
+class DeviceServer:
+    """Serves devices in other processes; owns their sessions. It is the pager's `peers`.
+
+    Arguments: the machine's RAM; `report(sentence)`, told of every session that ends otherwise than with a BYE, from
+    a thread that serves: it must not block; `patience`, how many seconds a device has to let go of a page.
+
+    `counters` is of all sessions together. Raises ValueError if RAM cannot be shared.
+    """
+
+    def __init__(
+        self,
+        layout: GuestLayout,
+        backing: Backing,
+        pager: DemandPager,
+        report: Callable[[str], None],
+        patience: float = _PATIENCE_SECONDS,
+    ) -> None:
+        if not backing.shared:
+            raise ValueError(
+                f"RAM is {backing.name} memory, which cannot be handed to another process: use --backing memfd"
+            )
+        self.counters = PeerCounters()
+        self._layout = layout
+        self._backing = backing
+        self._pager = pager
+        self._report = report
+        self._patience = patience
+        self._serving = (
+            threading.Lock()
+        )  # one hand-over at a time; nobody who serves a fault or a revocation takes it
+        self._mutex = threading.Lock()  # guards what follows
+        self._sessions: list[DeviceSession] = []
+        self._epoch = 0
+        self._frozen = False
+        self._closed = False
+
+    def serve(
+        self, connection: socket.socket, on_completed: Callable[[int], None] = _ignore
+    ) -> DeviceSession:
+        """Begin a session with who is connected, and close the connection, in any case.
+
+        `on_completed(count)` is called with each COMPLETED; it must not block. Raises EndpointError for another
+        user's process, PagingError if a device of an earlier session lives on without one, OSError.
+        """
+        with connection, self._serving:
+            peer = Peer.of(connection)
+            try:
+                self._reap()
+                notifier, theirs, credits = notifier_pair()
+            except BaseException:
+                peer.close()
+                raise
+            with theirs:
+                session = self._enlist(peer, notifier, credits, on_completed)
+                regions = tuple((each.gpa, each.size, each.offset) for each in self._layout.regions)
+                handed = Handover(session.epoch, Role.DEVICE, credits, self._layout.pages, regions)
+                session.start()
+                try:
+                    hand_over(connection, handed, self._backing.fd, self._pager.bitmap.fd, theirs)
+                except OSError:
+                    self._close([session])
+                    raise
+        return session
+
+    def _reap(self) -> None:
+        """Close the sessions that are over. Raises PagingError if there is one whose peer may still touch RAM."""
+        with self._mutex:
+            if self._closed:
+                raise PagingError("the machine is stopping: no device can begin a session")
+            sessions = tuple(self._sessions)
+        over = [each for each in sessions if each.ending is not None]
+        for session in over:
+            if not session.wait_gone():
+                raise PagingError(
+                    f"{session} has left its session but has RAM mapped: end process {session.peer.pid} before "
+                    "another device begins"
+                )
+        self._close(over)
+
+    def _enlist(
+        self, peer: Peer, notifier: socket.socket, credits: int, on_completed: Callable[[int], None]
+    ) -> DeviceSession:
+        with self._mutex:
+            self._epoch += 1
+            session = DeviceSession(
+                peer,
+                notifier,
+                self._epoch,
+                credits,
+                self._layout,
+                self._pager,
+                self.counters,
+                self._patience,
+                lambda: self._frozen,
+                self._report,
+                on_completed,
+            )
+            if self._frozen:
+                session.ask(Kind.FREEZE)
+            self._sessions.append(session)
+        return session
+
+    # The pager's `peers`
+
+    def invalidate(self, first: int, count: int, deadline: float | None) -> None:
+        """Return when no device touches these pages any more; their bits are cleared. Raises BusyError."""
+        with self._mutex:
+            sessions = tuple(self._sessions)
+        if not sessions:
+            return
+        for gpa, _, pages in self._layout.runs(first, count):
+            self._ask(sessions, Kind.INVALIDATE, gpa, pages * PAGE_SIZE, deadline)
+
+    def freeze(self, deadline: float | None) -> None:
+        """Return when no device touches RAM any more; none will before `thaw`. Raises BusyError; `thaw` follows."""
+        with self._mutex:
+            self._frozen = True  # who comes from now on is told as it begins
+            sessions = tuple(self._sessions)
+        self._ask(sessions, Kind.FREEZE, 0, 0, deadline)
+
+    def thaw(self) -> None:
+        """Let devices go on."""
+        with self._mutex:
+            if not self._frozen:
+                return
+            self._frozen = False
+            sessions = tuple(self._sessions)
+        for session in sessions:
+            session.tell(Kind.THAW)
+
+    def _ask(
+        self, sessions: tuple[DeviceSession, ...], kind: Kind, gpa: int, size: int, deadline: float | None
+    ) -> None:
+        """Ask all, then wait for all."""
+        asked = [(session, session.ask(kind, gpa, size, deadline)) for session in sessions]
+        for session, token in asked:
+            session.await_ack(token, deadline)
+
+    # The end
+
+    def _close(self, sessions: list[DeviceSession]) -> None:
+        stuck = [session for session in sessions if not session.close(_JOIN_SECONDS)]
+        with self._mutex:
+            self._sessions = [each for each in self._sessions if each not in sessions]
+        if stuck:
+            raise PagingError(
+                f"a fetch for {stuck[0]} did not end within {_JOIN_SECONDS:.0f} seconds: the source holds it"
+            )
+
+    def close(self) -> None:
+        """End all sessions with a BYE and join their threads; a second call does nothing.
+
+        Comes before RAM is unmapped and the pager closed; what the devices have mapped lives on as long as they do.
+        """
+        with self._mutex:
+            self._closed = True
+        with self._serving:
+            self._close(list(self._sessions))

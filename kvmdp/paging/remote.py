@@ -1,0 +1,431 @@
+"""`RemoteMemory`: guest RAM as a device in a process of its own touches it, under the machine's present bitmap.
+
+The device copies to and from RAM by itself where the bit is set, and asks on the notifier (`kvmdp.wire.records`) for
+the rest. It needs no /dev/kvm.
+
+Why the machine can take a page away and no write is lost. An access tests the bits and copies under one mutex. The
+machine clears a bit before it sends INVALIDATE; the receiver takes that record, and then the mutex, before it sends
+ACK. So an access that found the bit set has let go of the mutex before the ACK, and one that comes later finds it
+clear. A view outlives the mutex: it is listed, and the ACK is sent by whoever closes the last one in the range.
+
+Units: bytes by guest-physical address (gpa), RAM pages, seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from kvmdp.abi.mman import F_GET_SEALS, F_SEAL_SHRINK, MADV_DONTFORK
+from kvmdp.memory.bitmap import PresentBitmapView
+from kvmdp.memory.mapping import Mapping
+from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError
+from kvmdp.wire.handover import Descriptors, Handover
+from kvmdp.wire.records import RECORD_SIZE, Access, Kind, Origin, Outcome, Record, RecordError, unpack
+
+BytesLike = bytes | bytearray | memoryview
+
+_PAGE_SHIFT = 12
+_PAGE_SIZE = 1 << _PAGE_SHIFT
+_IN_PAGE = _PAGE_SIZE - 1
+_AT_ONCE = 2 << 20  # bytes copied under the mutex at once
+_MOST_PAGES = 512  # of one FAULT
+
+
+class _Fault:
+    """A FAULT that has been sent: its outcome, once that has come."""
+
+    __slots__ = ("done", "outcome")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.outcome: Outcome | None = (
+            None  # None: look again; accesses are frozen, cancelled, or the session is over
+        )
+
+
+class RemoteMemory:
+    """`kvmdp.paging.access.MemoryAccess` in a device process; owns the descriptors from now on.
+
+    Arguments: what `kvmdp.wire.handover.receive` returned; `number`, which device it is; `timeout`, how long an
+    access waits for a page before it raises BusyError (None: as long as the session lasts). May be used by several
+    threads. Raises PagingError, at every access, once the session is over; ValueError for descriptors that are not
+    what they should be.
+
+    Whoever holds a view does not wait for another page: a revocation of both would wait for the view.
+    """
+
+    def __init__(
+        self,
+        handover: Handover,
+        descriptors: Descriptors,
+        *,
+        number: int = 0,
+        timeout: float | None = None,
+    ) -> None:
+        self.handover = handover
+        self._number = number
+        self._timeout = timeout
+        self._regions = handover.regions
+        self._credits = threading.Semaphore(handover.credits)
+        # Guards what follows, and with it every access to RAM. Notified for `wait_doorbell`.
+        self._mutex = threading.Lock()
+        self._doorbell = threading.Condition(self._mutex)
+        self._rung = False
+        self._faults: dict[int, _Fault] = {}
+        self._last_token = 0
+        self._views: list[tuple[int, int]] = []  # (first, end) pages
+        self._owed: list[tuple[int, int, int]] = []  # ACKs that wait for views: (token, first page, end)
+        self._frozen = self._cancelled = False
+        self._over: str | None = None
+        self._said_bye = False
+        with contextlib.ExitStack() as stack:
+            stack.callback(descriptors.close)
+            _check_ram(descriptors.ram, handover.memory_bytes)
+            self._ram = stack.enter_context(Mapping.shared(descriptors.ram, handover.memory_bytes))
+            # A child that outlived this process would have RAM mapped without anybody knowing.
+            self._ram.advise(MADV_DONTFORK)
+            self._bitmap = stack.enter_context(PresentBitmapView.attach(descriptors.bitmap, handover.pages))
+            self._notifier = stack.enter_context(socket.socket(fileno=os.dup(descriptors.notifier)))
+            self._notifier.setblocking(True)
+            self._stack = stack.pop_all()
+        descriptors.close()
+        self._view = self._ram.view
+        self._receiver = threading.Thread(target=self._receive, name="notifier")
+        self._receiver.start()
+
+    # Accesses
+
+    def read(self, gpa: int, length: int, *, nowait: bool = False) -> bytes:
+        """Return `length` bytes at `gpa`."""
+        return self._readv(((gpa, length),), nowait)
+
+    def write(self, gpa: int, data: BytesLike, *, nowait: bool = False) -> None:
+        """Write `data` at `gpa`."""
+        self._writev(((gpa, len(data)),), data, nowait)
+
+    def readv(self, segments: Sequence[tuple[int, int]]) -> bytes:
+        """Return the bytes of all `segments`, (gpa, length) each, one after the other."""
+        return self._readv(segments, False)
+
+    def writev(self, segments: Sequence[tuple[int, int]], data: BytesLike) -> None:
+        """Write `data`, as long as the `segments` together, into them one after the other."""
+        if sum(length for _, length in segments) != len(data):
+            raise ValueError(f"{len(data)} bytes for segments of another length")
+        self._writev(segments, data, False)
+
+    def _readv(self, segments: Sequence[tuple[int, int]], nowait: bool) -> bytes:
+        data = bytearray()
+        for batch in self._batches(segments):
+            with self._present(batch, Access.READ, nowait):
+                for offset, length in batch:
+                    data += self._view[offset : offset + length]
+        return bytes(data)
+
+    def _writev(self, segments: Sequence[tuple[int, int]], data: BytesLike, nowait: bool) -> None:
+        source, start = memoryview(data).cast("B"), 0
+        for batch in self._batches(segments):
+            with self._present(batch, Access.WRITE, nowait):
+                for offset, length in batch:
+                    self._view[offset : offset + length] = source[start : start + length]
+                    start += length
+
+    # One element of a memoryview of format Q is moved by one 8-byte load or store, which the CPU makes atomically
+    # because it is aligned.
+
+    def load64(self, gpa: int) -> int:
+        """Return the 8 bytes at `gpa`, a multiple of 8, as one load."""
+        with self._present([(offset := self._aligned(gpa), 8)], Access.READ, False):
+            return self._view[offset : offset + 8].cast("Q")[0]
+
+    def store64(self, gpa: int, value: int) -> None:
+        """Store 8 bytes at `gpa`, a multiple of 8, as one store."""
+        with self._present([(offset := self._aligned(gpa), 8)], Access.WRITE, False):
+            self._view[offset : offset + 8].cast("Q")[0] = value
+
+    @contextlib.contextmanager
+    def view(self, gpa: int, length: int) -> Iterator[memoryview]:
+        """Give the bytes themselves, writable, for the time of a `with` block: none can become absent meanwhile."""
+        pieces = list(self._pieces(gpa, length))
+        if len(pieces) != 1:
+            raise ValueError(f"{length} bytes at gpa {gpa:#x} are not contiguous in the RAM file")
+        offset = pieces[0][0]
+        pages = offset >> _PAGE_SHIFT, (offset + length + _IN_PAGE) >> _PAGE_SHIFT
+        with self._present(pieces, Access.WRITE, False):
+            self._views.append(pages)
+        view = self._view[offset : offset + length]
+        try:
+            yield view
+        finally:
+            view.release()
+            with self._mutex:
+                self._views.remove(pages)
+                payable = self._payable()
+            self._acknowledge(payable)
+
+    @contextlib.contextmanager
+    def _present(self, pieces: Sequence[tuple[int, int]], access: Access, nowait: bool) -> Iterator[None]:
+        """Hold the mutex, with every page of the pieces (offset in RAM, bytes) present."""
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        runs = [(at >> _PAGE_SHIFT, (at + size + _IN_PAGE) >> _PAGE_SHIFT) for at, size in pieces]
+        while True:
+            with self._mutex:
+                self._check_open()
+                absent = self._absent_run(runs)
+                if absent is None:
+                    yield
+                    return
+                if nowait:
+                    raise BusyError(f"the page at gpa {self._gpa_of(absent[0]):#x} is not present")
+            self._fetch(*absent, access, deadline)
+
+    def _absent_run(self, runs: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """Return the first absent (page, count) of the runs, or None."""
+        for first, end in runs:
+            if end - first == 1:
+                if not self._bitmap.test(first):
+                    return first, 1
+            elif not self._bitmap.test_range(first, end - first):
+                # The machine may set bits meanwhile: then it is looked at again.
+                found = self._bitmap.next_absent_run(first, end)
+                return (found[0], min(found[1], _MOST_PAGES)) if found else (first, 1)
+        return None
+
+    def _check_open(self) -> None:
+        if self._over is not None:
+            raise PagingError(self._over)
+        if self._cancelled:
+            raise CancelledError("the accesses of this device have been called off")
+        if self._frozen:
+            raise FrozenError("accesses to guest memory are frozen: try again when they are thawed")
+
+    def _fetch(self, first: int, count: int, access: Access, deadline: float | None) -> None:
+        """Ask for a run of pages and sleep until they have been present, or it is time to look again."""
+        where = f"the page at gpa {self._gpa_of(first):#x}"
+        if not self._credits.acquire(timeout=_left(deadline)):
+            raise BusyError(
+                f"{where} was not asked for within {self._timeout:g} seconds: others are waited for"
+            )
+        fault = _Fault()
+        with self._mutex:
+            try:
+                self._check_open()
+            except PagingError:
+                self._credits.release()
+                raise
+            self._last_token = token = self._last_token + 1
+            self._faults[token] = fault
+        gpa, size = self._gpa_of(first), count << _PAGE_SHIFT
+        self._send(Record(Kind.FAULT, token, gpa, size, access, Origin.DEVICE, self._number))
+        if not fault.done.wait(_left(deadline)):
+            # The credit comes back with the DONE that answers the RELEASE.
+            self._send(Record(Kind.RELEASE, token))
+            raise BusyError(f"{where} was not made present within {self._timeout:g} seconds")
+        if fault.outcome is None:
+            self._send(Record(Kind.RELEASE, token))
+        elif fault.outcome is Outcome.CANCELLED:
+            raise CancelledError(f"{where} cannot be had: the machine is stopping")
+        elif fault.outcome not in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.FROZEN):
+            raise PagingError(f"{where} cannot be made present: {fault.outcome.name.lower()}")
+        elif fault.outcome is Outcome.FROZEN:
+            raise FrozenError("accesses to guest memory are frozen: try again when they are thawed")
+
+    # Addresses
+
+    def _aligned(self, gpa: int) -> int:
+        if gpa % 8:
+            raise ValueError(f"gpa {gpa:#x} is not a multiple of 8")
+        return next(self._pieces(gpa, 8))[0]
+
+    def _pieces(self, gpa: int, length: int) -> Iterator[tuple[int, int]]:
+        """Cut a range at the borders of regions: (offset in RAM, bytes). Raises ValueError outside RAM."""
+        if length < 0:
+            raise ValueError(f"{length} bytes at gpa {gpa:#x}")
+        while length:
+            for base, size, offset in self._regions:
+                if base <= gpa < base + size:
+                    count = min(length, base + size - gpa)
+                    yield offset + gpa - base, count
+                    gpa, length = gpa + count, length - count
+                    break
+            else:
+                raise ValueError(f"gpa {gpa:#x} is not guest RAM")
+
+    def _batches(self, segments: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """Cut segments into lists of (offset in RAM, bytes) of at most `_AT_ONCE` bytes; all are checked first."""
+        pieces = [piece for gpa, length in segments for piece in self._pieces(gpa, length)]
+        batch: list[tuple[int, int]] = []
+        room = _AT_ONCE
+        for offset, length in pieces:
+            while length:
+                count = min(length, room)
+                batch.append((offset, count))
+                offset, length, room = offset + count, length - count, room - count
+                if not room:
+                    yield batch
+                    batch, room = [], _AT_ONCE
+        if batch:
+            yield batch
+
+    def _gpa_of(self, page: int) -> int:
+        at = page << _PAGE_SHIFT
+        return next(gpa + at - offset for gpa, size, offset in self._regions if offset <= at < offset + size)
+
+    # The device's side of the session
+
+    def wait_doorbell(self, timeout: float | None = None) -> bool:
+        """Sleep until the guest has rung since the last call; False after `timeout` seconds or the machine's BYE.
+
+        Raises PagingError if the session ended in another way.
+        """
+        with self._doorbell:
+            self._doorbell.wait_for(lambda: self._rung or self._over is not None, timeout)
+            if self._rung:
+                self._rung = False
+                return True
+            if self._over is not None and not self._said_bye:
+                raise PagingError(self._over)
+            return False
+
+    @property
+    def over(self) -> str | None:
+        """Why the session is over, or None while it lasts."""
+        return self._over
+
+    def completed(self, count: int) -> None:
+        """Tell the machine that `count` requests have been finished in all, in this session."""
+        self._send(Record(Kind.COMPLETED, size=count))
+
+    def cancel(self) -> None:
+        """Call off, for good, the accesses that wait, and refuse new ones: they raise CancelledError."""
+        with self._mutex:
+            self._cancelled = True
+            self._wake_all()
+
+    def close(self) -> None:
+        """Unmap RAM, say BYE and close; a second call does nothing. No view may be open, no access under way."""
+        with self._mutex:
+            if self._views:
+                raise ValueError("a view of guest memory is open: close it first")
+            closing = self._over is None
+            if closing:
+                self._end("this device has ended the session")
+        self._ram.close()  # before BYE, which says that nothing here touches RAM any more
+        if closing:
+            self._send(Record(Kind.BYE))
+        with contextlib.suppress(OSError):  # closed already, or by the machine
+            self._notifier.shutdown(socket.SHUT_RDWR)
+        self._receiver.join()
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Records
+
+    def _send(self, record: Record) -> None:
+        """Send without the mutex. May sleep while the machine is slow, not for ever: its reader never waits."""
+        with contextlib.suppress(OSError):  # the session is over, as the receiver sees too
+            self._notifier.send(record.pack(self.handover.epoch), socket.MSG_NOSIGNAL)
+
+    def _receive(self) -> None:
+        why = "the machine has closed the notifier, or died: its memory cannot be used any more"
+        try:
+            while self._over is None:
+                try:
+                    message = self._notifier.recv(RECORD_SIZE + 1)
+                except ConnectionResetError:
+                    continue  # it has closed with records unread; what it had sent is still there
+                if not message:
+                    break
+                self._take(unpack(message, self.handover.epoch))
+        except RecordError as error:
+            why = f"the machine sent {error}: the session is over"
+        except OSError as error:
+            why = f"the notifier broke: {error}"
+        with self._mutex:
+            if self._over is None:
+                self._end(why)
+
+    def _end(self, why: str) -> None:
+        """End the session, with the mutex held."""
+        self._over = why
+        self._wake_all()
+        self._doorbell.notify_all()
+
+    def _wake_all(self) -> None:
+        """Have all who wait look again; their FAULTs stay open until they are answered."""
+        for fault in self._faults.values():
+            fault.done.set()
+
+    def _take(self, record: Record) -> None:
+        kind = record.kind
+        with self._mutex:
+            if kind is Kind.DONE:
+                fault = self._faults.pop(record.token, None)
+                if fault is None:
+                    raise RecordError(f"a DONE of {record.token}, which was not asked")
+                fault.outcome = record.outcome
+                fault.done.set()
+            elif kind is Kind.INVALIDATE:
+                first = next(self._pieces(record.gpa, record.size))[0] >> _PAGE_SHIFT
+                self._owed.append((record.token, first, first + (record.size >> _PAGE_SHIFT)))
+            elif kind is Kind.FREEZE:
+                self._frozen = True
+                self._owed.append((record.token, 0, self.handover.pages))
+                self._wake_all()
+            elif kind is Kind.THAW:
+                self._frozen = False
+            elif kind is Kind.DOORBELL:
+                self._rung = True
+                self._doorbell.notify_all()
+            elif kind is Kind.BYE:
+                self._said_bye = True
+                self._end("the machine has ended the session")
+            else:
+                raise RecordError(f"a {kind.name}, which is not a machine's to send")
+            payable = self._payable()
+        if kind is Kind.DONE:
+            self._credits.release()
+        self._acknowledge(payable)
+
+    def _payable(self) -> list[int]:
+        """Take out the tokens whose ranges no view is in, with the mutex held: nor is an access, then."""
+        payable, owed = [], []
+        for token, first, end in self._owed:
+            if any(start < end and first < stop for start, stop in self._views):
+                owed.append((token, first, end))
+            else:
+                payable.append(token)
+        self._owed = owed
+        return payable
+
+    def _acknowledge(self, tokens: list[int]) -> None:
+        for token in tokens:
+            self._send(Record(Kind.ACK, token))
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - time.monotonic(), 0)
+
+
+def _check_ram(fd: int, size: int) -> None:
+    """Raise ValueError unless `fd` is a memory file of at least `size` bytes that nobody can shrink under us."""
+    try:
+        sealed = fcntl.fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK
+    except OSError:  # EINVAL: not a memory file
+        sealed = 0
+    if not sealed or os.fstat(fd).st_size < size:
+        raise ValueError(f"what was handed over as RAM is no sealed memory file of {size} bytes")

@@ -1,0 +1,348 @@
+"""One session with a device in another process, as the machine sees it: reads its records, asks it, sees its end.
+
+Nothing the peer does, or leaves undone, holds a thread of the machine longer than that thread chose to wait. Its
+records are taken by a thread that never waits; sends never wait, for there is room for all that the protocol allows.
+A peer that does anything else is *cut off*: one sentence says what it did, and nothing is done on its word.
+
+Who has left is not gone. A process that has closed its notifier, or is cut off, still has RAM mapped. Only its BYE,
+by which it says that it touches RAM no more, or its death, seen on its pidfd, lets the machine take pages away again.
+
+Units: bytes, seconds of time.monotonic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.paging.fault import BusyError, Outcome
+from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.requests import FaultRequests, PeerCounters
+from kvmdp.wire.endpoint import Peer
+from kvmdp.wire.records import RECORD_SIZE, Flag, Kind, Record, RecordError, unpack
+
+_PAGE_SHIFT = 12
+_DEATH_SECONDS = 2.0  # between the end of a process's notifier and its death: it is being torn down
+_TICK_SECONDS = 0.1  # how often a session that waits for a death looks whether the machine is closing
+
+
+class DeviceSession:
+    """A session; made by `kvmdp.paging.peers.DeviceServer`, which owns it.
+
+    Arguments: the peer and the machine's end of its notifier, which belong to the session from now on;
+    epoch and credits; the machine's RAM; `patience`, the seconds a peer has for an ACK; `frozen()`,
+    whether accesses are frozen; `report(sentence)`, told of
+    the end if it is not an orderly one; `on_completed(count)`, told of the requests it has finished. Neither may
+    block.
+
+    `ending` is None while it lasts, then a sentence.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        notifier: socket.socket,
+        epoch: int,
+        credits: int,
+        layout: GuestLayout,
+        pager: DemandPager,
+        counters: PeerCounters,
+        patience: float,
+        frozen: Callable[[], bool],
+        report: Callable[[str], None],
+        on_completed: Callable[[int], None],
+    ) -> None:
+        self.peer = peer
+        self.epoch = epoch
+        self.credits = credits
+        self.ending: str | None = None
+        self._frozen = frozen
+        self._notifier = notifier
+        self._layout = layout
+        self._pager = pager
+        self._counters = counters
+        self._patience = patience
+        self._report = report
+        self._on_completed = on_completed
+        # Guards what follows, and each send: they never sleep. Notified at every ACK and at the session's end.
+        self._changed = threading.Condition(threading.Lock())
+        self._asked: dict[
+            int, float
+        ] = {}  # tokens of open INVALIDATEs and FREEZEs: when patience ends; oldest first
+        self._last_token = 0
+        self._left = False  # its BYE has come
+        self._gone = False
+        self._ended_at = 0.0
+        self._closing = False
+        self._silent = False  # the machine has ended it
+        self._rung = self._ring_again = False
+        # The reader's own.
+        self._faults_taken = self._releases_taken = self._completed = 0
+        name = f"device-{peer.pid}"
+        self._requests = FaultRequests(pager, counters, self._answer, self._pager_broke, f"{name}-faults")
+        self._thread = threading.Thread(target=self._main, name=name)
+
+    def __str__(self) -> str:
+        return f"device process {self.peer.pid}"
+
+    # For other threads of the machine
+
+    def start(self) -> None:
+        """Begin to take records."""
+        self._thread.start()
+
+    def ask(self, kind: Kind, gpa: int = 0, size: int = 0, deadline: float | None = None) -> int | None:
+        """Send an INVALIDATE or FREEZE; returns its token, or None if the session has ended. Raises BusyError."""
+        with self._changed:
+            while self.ending is None and len(self._asked) >= self.credits:
+                self._wait_for_acks(next(iter(self._asked)), deadline)
+            if self.ending is not None:
+                return None
+            self._last_token += 1
+            self._asked[self._last_token] = time.monotonic() + self._patience
+            self._counters.count("invalidates")
+            self._send(Record(kind, self._last_token, gpa, size))
+            return self._last_token
+
+    def await_ack(self, token: int | None, deadline: float | None) -> None:
+        """Return when the peer has obeyed the question `token`, or cannot touch RAM any more.
+
+        Raises BusyError when `deadline` has passed, or its patience, after which it is cut off, or if it has left
+        without a BYE and lives on.
+        """
+        with self._changed:
+            while token in self._asked and self.ending is None:
+                self._wait_for_acks(token, deadline)
+            if token is not None and token not in self._asked:
+                return
+            while not self._gone:
+                until = self._ended_at + _DEATH_SECONDS
+                left = (until if deadline is None else min(until, deadline)) - time.monotonic()
+                if left <= 0:
+                    raise BusyError(
+                        f"{self} is not obeyed any more but has RAM mapped, so no page can be taken away: "
+                        f"end process {self.peer.pid}"
+                    )
+                self._changed.wait(left)
+
+    def _wait_for_acks(self, token: int, deadline: float | None) -> None:
+        """Wait for a change, with the mutex held; cuts off a peer that has not acknowledged `token` in time."""
+        patience_ends = self._asked[token]
+        until = patience_ends if deadline is None else min(patience_ends, deadline)
+        left = until - time.monotonic()
+        if left > 0:
+            self._changed.wait(left)
+        elif until == patience_ends:
+            self._end(f"is cut off: it did not let go of memory within {self._patience:g} seconds")
+        else:
+            raise BusyError(f"{self} does not let go of memory: an access is under way there, or a view open")
+
+    def tell(self, kind: Kind) -> None:
+        """Send a THAW or BYE, if the session lasts."""
+        with self._changed:
+            if self.ending is None:
+                self._send(Record(kind))
+
+    def ring(self) -> None:
+        """Send a DOORBELL; one that is on its way, not yet answered by COMPLETED, is followed by another."""
+        with self._changed:
+            if self.ending is None and not self._rung:
+                self._send(Record(Kind.DOORBELL))
+                self._rung = True
+            else:
+                self._ring_again = True
+
+    def wait_ended(self, timeout: float | None = None) -> bool:
+        """Wait for the session's end; False if it lasts longer than `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.ending is not None, timeout)
+
+    def wait_gone(self) -> bool:
+        """Wait, not long, until the peer cannot touch RAM any more; False if it lives on. The session has ended."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._gone, _DEATH_SECONDS)
+
+    def close(self, timeout: float) -> bool:
+        """End the session with a BYE and join its threads; False if a fetch holds one for longer than `timeout`."""
+        self.tell(Kind.BYE)
+        with self._changed:
+            self._closing = True
+            self._end(None)
+        self._thread.join()
+        joined = self._requests.join(timeout)
+        if self._notifier.fileno() >= 0:
+            with self._changed:
+                self._notifier.close()
+            self.peer.close()
+        return joined
+
+    # Under the mutex
+
+    def _send(self, record: Record) -> None:
+        """Send without waiting; a peer whose queue is full has broken the rules and is cut off."""
+        try:
+            self._notifier.send(record.pack(self.epoch), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            self._end("is cut off: it does not read what it is sent")
+        except OSError:
+            pass  # it has closed its end, which the reader is about to see
+
+    def _end(self, what: str | None) -> None:
+        """End the session, for the reader to wind up; the first reason counts. None: the machine ends it."""
+        if self.ending is not None:
+            return
+        self.ending = f"{self} {what or 'is let go: the machine ends the session'}"
+        self._ended_at = time.monotonic()
+        self._silent = what is None
+        with contextlib.suppress(OSError):  # ENOTCONN: the peer has closed its end
+            self._notifier.shutdown(socket.SHUT_RDWR)  # wakes the reader
+        self._changed.notify_all()
+
+    # The thread of the requests
+
+    def _answer(self, token: int, outcome: Outcome) -> None:
+        with self._changed:
+            if self.ending is None:
+                self._send(Record(Kind.DONE, token, outcome=outcome))
+
+    def _pager_broke(self, error: Exception) -> None:
+        self._report(f"a fault of {self} could not be resolved: {error!r}")
+
+    # The reader
+
+    def _main(self) -> None:
+        try:
+            self._read_until_end()
+        except Exception as error:  # a fault of ours: the peer must not be taken for one that is served
+            self._cut_off(f"is cut off: internal error: {error!r}")
+        self._requests.close()
+        if not self._left:
+            self._await_death()
+        with self._changed:
+            self._gone = True
+            self._changed.notify_all()
+
+    def _read_until_end(self) -> None:
+        poll = select.poll()
+        poll.register(self._notifier, select.POLLIN)
+        poll.register(self.peer.pidfd, select.POLLIN)
+        while self.ending is None:
+            died = any(fd == self.peer.pidfd for fd, _ in poll.poll())
+            taken = self._take_batch()
+            if died and not taken:  # what it had sent before counts
+                self._cut_off("has died")
+
+    def _cut_off(self, what: str) -> None:
+        with self._changed:
+            self._end(what)
+
+    def _take_batch(self) -> bool:
+        """Take what has come, a bounded number of records; False if there was nothing."""
+        for number in range(self.credits):
+            if self.ending is not None:
+                return True
+            try:
+                message = self._notifier.recv(RECORD_SIZE + 1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return number > 0
+            except ConnectionResetError:
+                continue  # it has closed its end with records unread; what it had sent is still there
+            if not message:
+                self._closed()
+                return True
+            try:
+                self._take(unpack(message, self.epoch))
+            except RecordError as error:
+                self._cut_off(f"is cut off: it sent {error}")
+        return True
+
+    def _closed(self) -> None:
+        """The other end of the notifier is closed: by death, as a rule."""
+        if self.peer.wait_dead(_DEATH_SECONDS):
+            self._cut_off("has died")
+        else:
+            self._cut_off("has closed its notifier without a BYE")
+
+    def _take(self, record: Record) -> None:
+        kind = record.kind
+        if kind is Kind.FAULT:
+            self._take_fault(record)
+        elif kind is Kind.ACK:
+            self._take_ack(record.token)
+        elif kind is Kind.RELEASE:
+            # Its DONE may have crossed it, so that nothing is known of the token any more; the count is known.
+            self._releases_taken += 1
+            if self._releases_taken > self._faults_taken:
+                raise RecordError("a RELEASE more than it sent FAULTs")
+            self._requests.release(record.token)
+        elif kind is Kind.COMPLETED:
+            self._take_completed(record.size)
+        elif kind is Kind.BYE:
+            self._left = True
+            self._cut_off("has ended its session")
+        else:
+            raise RecordError(f"a {kind.name}, which is not a device's to send")
+
+    def _take_fault(self, record: Record) -> None:
+        first = self._first_page(record.gpa, record.size)
+        count = record.size >> _PAGE_SHIFT
+        if self._requests.is_open(record.token):
+            raise RecordError(f"a second FAULT with token {record.token} before the DONE of the first")
+        if self._requests.open >= self.credits:
+            raise RecordError(f"a FAULT beyond its {self.credits} credits")
+        self._faults_taken += 1
+        self._counters.count("requests")
+        outcome = None
+        if self._frozen():
+            outcome = Outcome.FROZEN
+        elif record.flags & Flag.NOWAIT:
+            outcome = Outcome.PRESENT if self._pager.bitmap.test_range(first, count) else Outcome.BUSY
+        if outcome is None:
+            self._requests.submit(record.token, first, count, record.access, record.number)
+        else:
+            self._counters.count("replies")
+            self._answer(record.token, outcome)
+
+    def _first_page(self, gpa: int, size: int) -> int:
+        """Return the RAM page at `gpa`. Raises RecordError unless all of the range is RAM, contiguous."""
+        for region in self._layout.regions:
+            if region.gpa <= gpa and gpa + size <= region.gpa + region.size:
+                return (region.offset + gpa - region.gpa) >> _PAGE_SHIFT
+        raise RecordError(f"a FAULT for {size} bytes at gpa {gpa:#x}, which are not RAM")
+
+    def _take_ack(self, token: int) -> None:
+        with self._changed:
+            if self._asked.pop(token, None) is None:
+                raise RecordError(f"an ACK of {token}, which is no open question")
+            self._counters.count("acks")
+            self._changed.notify_all()
+
+    def _take_completed(self, count: int) -> None:
+        if count < self._completed:
+            raise RecordError(f"a COMPLETED of {count} requests after one of {self._completed}")
+        self._completed = count
+        with self._changed:
+            self._rung = False
+            if self._ring_again and self.ending is None:
+                self._ring_again = False
+                self._rung = True
+                self._send(Record(Kind.DOORBELL))
+        self._on_completed(count)
+
+    def _await_death(self) -> None:
+        """Say how it ended; stay until the process is dead, or the machine closes."""
+        dead = self.peer.wait_dead(0)
+        if not self._silent:
+            self._report(
+                f"{self.ending}"
+                if dead
+                else f"{self.ending}; no page can be taken away until process {self.peer.pid}, which has RAM mapped, "
+                "has ended: end it"
+            )
+        while not dead and not self._closing:
+            dead = self.peer.wait_dead(_TICK_SECONDS)
