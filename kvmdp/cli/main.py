@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-_COMMANDS = ("probe", "run", "bench", "report")
+_COMMANDS = ("probe", "run", "device", "bench", "report")
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

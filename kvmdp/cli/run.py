@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from kvmdp.cli.disk_options import add_disk_options, disk_device
 from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_OK,
@@ -60,6 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
     _add_machine_options(parser.add_argument_group("machine"))
     _add_work_options(parser.add_argument_group("work"))
+    add_disk_options(parser.add_argument_group("disk"))
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
     parser.add_argument(
         "--json", metavar="FILE", help="write the result as JSON to FILE, - is stdout (default: no JSON)"
@@ -295,14 +297,23 @@ def _execute(
     progress = Progress()
     try:
         if options.guest is not None:
-            return run_program(
-                machine, program_blocks(work), source, timeout=options.timeout, on_tick=progress
-            )
+            with disk_device(options, 0) as device:
+                return run_program(
+                    machine,
+                    program_blocks(work),
+                    source,
+                    timeout=options.timeout,
+                    on_tick=progress,
+                    device=device,
+                )
         try:
             workload = make_workload(options.workload, work)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        return run_workload(machine, workload, source, timeout=options.timeout, on_tick=progress)
+        with disk_device(options, workload.disk_bytes) as device:
+            return run_workload(
+                machine, workload, source, timeout=options.timeout, on_tick=progress, device=device
+            )
     finally:
         progress.close()
 

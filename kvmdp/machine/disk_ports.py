@@ -28,8 +28,7 @@ _PAGE_SHIFT = 12
 class DiskPorts:
     """Serves the disk's ports, a ring for each vCPU; `ring` is told (vCPU, gpa of its ring) of each doorbell.
 
-    `ring` must not block. Whoever serves the ring calls `notify` after a pass over it. `rings` has the gpa of each
-    vCPU's ring, for a device that begins in the middle.
+    `ring` must not block. Whoever serves the ring calls `notify` after a pass over it.
 
     No completion is missed: `notify` counts, and the wait port waits only while its vCPU has been told the count. The
     guest looks at its ring before it waits; what is completed after that is counted after that.
@@ -41,9 +40,14 @@ class DiskPorts:
         self._notified = threading.Condition()  # guards what follows
         self._counts = [0] * vcpus
         self._told = [0] * vcpus
-        self.rings: dict[int, int] = {}
+        self._rings: dict[int, int] = {}
         machine.ports.add(guest.DISK_DOORBELL_PORT, self._doorbell)
         machine.ports.add(guest.DISK_WAIT_PORT, self._wait)
+
+    def known(self) -> list[tuple[int, int]]:
+        """Return (vCPU, gpa) of every ring that was ever rung, for a device that begins in the middle."""
+        with self._notified:
+            return list(self._rings.items())
 
     def notify(self, vcpu: int) -> None:
         """Say that requests of this vCPU's ring may have been completed."""
@@ -57,7 +61,7 @@ class DiskPorts:
             return
         gpa = int.from_bytes(io.data[: io.size], "little") << _PAGE_SHIFT
         with self._notified:
-            self.rings[vcpu] = gpa
+            self._rings[vcpu] = gpa
         self._ring(vcpu, gpa)
 
     def _wait(self, vcpu: int, io: Io) -> None:

@@ -121,12 +121,16 @@ def run_program(
     *,
     timeout: float | None = None,
     on_tick: Callable[[Machine], None] | None = None,
+    device: DeviceFactory | None = None,
 ) -> RunResult:
-    """Boot a machine with a program of the user's own (`options.program`) and run it to its end.
+    """Boot a machine with a program of the user's own (`options.program`) and run it to its end, with `device` if any.
 
     Raises what `Machine` and `Machine.run` raise.
     """
-    with Machine(options, source) as machine:
+    with contextlib.ExitStack() as stack:
+        machine = stack.enter_context(Machine(options, source))
+        if device is not None:
+            stack.enter_context(device(machine))
         return _run(machine, blocks, timeout, on_tick)(None, 0, [])
 
 
