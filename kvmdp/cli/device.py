@@ -43,7 +43,10 @@ def run(options: argparse.Namespace) -> int:
             try:
                 machine = Peer.of(connection)
                 machine.close()
-                say(f"process {os.getpid()} is the disk of process {machine.pid}: {format_size(file.size)} in {options.file}")
+                say(
+                    f"process {os.getpid()} is the disk of process {machine.pid}: {format_size(file.size)} in "
+                    f"{options.file}"
+                )
                 device = serve_disk(connection, file)
             except (EndpointError, HandoverError, ValueError) as error:
                 raise PagingError(f"no session with {options.connect}: {error}") from None

@@ -43,7 +43,9 @@ def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[Device
     """
     asked = options.disk is not None or options.device_socket is not None
     if options.disk is not None and options.device_socket is not None:
-        raise UsageError("--disk is for a disk served here: with --device-socket give kvmdp device --file instead")
+        raise UsageError(
+            "--disk is for a disk served here: with --device-socket give kvmdp device --file instead"
+        )
     if asked and not disk_bytes and options.guest is None:
         raise UsageError(f"the workload {options.workload} uses no disk: give --workload disk, or --guest")
     if not options.device_timeout > 0:

@@ -7,8 +7,8 @@ Death and resumption. Requests are carried out strictly in the order of the ring
 request's status, then the count of completed requests in the header, each store after the one before. A device that is
 killed at whatever moment has completed exactly what that count says, and at most begun the one request after it. A
 successor begins with that request again, and that is exact: until it is completed the guest touches neither its
-buffers nor, through later requests, its sectors; a write stores the same bytes once more, a read fetches the same; and a
-status that was stored without the count has been seen by nobody. Two devices at once would not be exact, so a
+buffers nor, through later requests, its sectors; a write stores the same bytes once more, a read fetches the same; and
+a status that was stored without the count has been seen by nobody. Two devices at once would not be exact, so a
 successor is let in only after its predecessor's death is confirmed (`kvmdp.wire.endpoint`).
 
 Trust. Everything in the ring is the guest's to choose, and may change while it is read. A header or a request is
@@ -26,6 +26,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -57,14 +58,14 @@ class DiskFile:
 
     @classmethod
     def open(cls, path: str) -> Self:
-        """Open an existing file, or block device, for reading and writing. Raises DiskError."""
+        """Open an existing file for reading and writing. Raises DiskError."""
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             remedy = f": make one with truncate -s 64M {path}" if error.errno == errno.ENOENT else ""
             raise DiskError(f"cannot open the disk {path}: {error.strerror}{remedy}") from None
         try:
-            if not os.path.isfile(path) or os.fstat(descriptor).st_size < guest.DISK_SECTOR:
+            if not Path(path).is_file() or os.fstat(descriptor).st_size < guest.DISK_SECTOR:
                 raise DiskError(
                     f"the disk {path} is no file of at least one sector ({guest.DISK_SECTOR} bytes): make one with "
                     f"truncate -s 64M {path}"

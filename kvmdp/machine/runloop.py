@@ -200,7 +200,11 @@ class VcpuThread:
             status = guest.DiskStatus(block.checksum).name
         except ValueError:
             status = f"{block.checksum:#x}, which there is none of"
-        what = "the disk does not serve its ring" if block.accesses == _NO_REQUEST else f"request {block.accesses}"
+        what = (
+            "the disk does not serve its ring"
+            if block.accesses == _NO_REQUEST
+            else f"request {block.accesses}"
+        )
         return f"the guest's disk failed: {what}, status {status} (guest/README.md, Disk)"
 
     def _describe_exception(self) -> str:

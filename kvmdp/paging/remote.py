@@ -283,7 +283,8 @@ class RemoteMemory:
     def wait_doorbell(self, timeout: float | None = None) -> Record | None:
         """Sleep until the guest has rung since the last call; None after `timeout` seconds or the machine's BYE.
 
-        The DOORBELL's `number` and `gpa` tell which ring it was and where it lies. Raises PagingError if the session ended in another way.
+        Its `number` and `gpa` tell which ring it was and where that lies. Raises PagingError if the session ended
+        in another way.
         """
         with self._doorbell:
             self._doorbell.wait_for(lambda: self._rung is not None or self._over is not None, timeout)

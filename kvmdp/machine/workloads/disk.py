@@ -1,7 +1,7 @@
 """disk: a vCPU's pages go out to the disk and come back into others of them, several requests in flight.
 
 The first `DISK_RING_PAGES` pages of a share hold its ring, and are zeros in the end. The rest is halves: the first is
-the source, whose first byte lands `DISK_SHIFT` bytes into the second; a sector's worth of bytes at its end stays behind.
+the source, whose first byte lands `DISK_SHIFT` bytes into the second; a sector's worth at its end stays behind.
 """
 
 from __future__ import annotations
