@@ -24,7 +24,7 @@ def add_disk_options(group: argparse._ArgumentGroup) -> None:
     option(
         "--device-socket",
         metavar="PATH",
-        help="disk: let a device process in there (kvmdp device) instead of serving the disk here",
+        help="disk: let a device process in there (kvmdp device) instead of serving the disk here (default: none)",
     )
     option(
         "--device-timeout",

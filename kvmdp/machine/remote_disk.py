@@ -48,12 +48,18 @@ class RemoteDisk:
         self._report = report
         self._server = machine.serve_devices(report)
         self._memory = GuestMemory(machine.layout, machine.backing, machine.pager)
-        self._mutex = threading.Lock()  # guards the session and the end
+        self._mutex = threading.Lock()  # guards the session
+        self._came = threading.Event()
         self._session: DeviceSession | None = None
         self._closed = False
         self.ports = DiskPorts(machine, self._rung)
         self._thread = threading.Thread(target=self._main, name="devices")
         self._thread.start()
+
+    def await_device(self, timeout: float) -> None:
+        """Return once a device has come. Raises PagingError after `timeout` seconds."""
+        if not self._came.wait(timeout):
+            raise PagingError(f"no device came to {self._listener.path} within {timeout:g} seconds")
 
     def _rung(self, vcpu: int, ring: int) -> None:
         # The ring is listed already: a session that begins now, after this look, rings for it.
@@ -96,6 +102,7 @@ class RemoteDisk:
     def _attend(self, session: DeviceSession) -> None:
         with self._mutex:
             self._session = session
+        self._came.set()
         for vcpu, ring in self.ports.known():
             session.ring(vcpu, ring)
         while not session.wait_ended(_TICK_SECONDS):
