@@ -6,6 +6,7 @@ Units: bytes a second of what goes out and comes in, over the guest's time.
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ def _throughput(options: MachineOptions, place: str, present: bool) -> float:
             raise machine.pager.error or PagingError("memory cannot be made present")
         machine.run(_SECONDS)
         sectors = sum(thread.parameters.accesses for thread in machine.threads)
-        return sectors * DISK_SECTOR / machine.guest_seconds
+        return float(sectors * DISK_SECTOR / machine.guest_seconds)
 
 
 @contextlib.contextmanager
@@ -62,8 +63,8 @@ def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "socket")) as listener:
         file_path = Path(folder) / "disk"
-        with file_path.open("wb") as file:
-            file.truncate(size)
+        file_path.touch()
+        os.truncate(file_path, size)
         command = ("device", "--connect", listener.path, "--file", str(file_path))
         process = subprocess.Popen(
             [sys.executable, "-c", _DEVICE, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

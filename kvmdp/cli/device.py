@@ -24,8 +24,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "no /dev/kvm.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--connect", required=True, metavar="PATH", help="the machine's --device-socket")
-    parser.add_argument("--file", required=True, metavar="DISK", help="file that holds the disk's sectors")
+    parser.add_argument(
+        "--connect",
+        metavar="PATH",
+        help="the machine's --device-socket (default: none, must be given)",
+        required=True,
+    )
+    parser.add_argument(
+        "--file",
+        metavar="DISK",
+        help="file that holds the disk's sectors (default: none, must be given)",
+        required=True,
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ def add_disk_options(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=30.0,
         metavar="S",
-        help="how long to wait for a device process, the first or the next (default: 30)",
+        help="seconds to wait for a device process, the first or the next (default: 30)",
     )
 
 
