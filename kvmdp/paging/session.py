@@ -77,7 +77,6 @@ class DeviceSession:
         self._last_token = 0
         self._left = False  # its BYE has come
         self._gone = False
-        self._ended_at = 0.0
         self._closing = False
         self._silent = False  # the machine has ended it
         self._rung = False  # a DOORBELL is on its way, not yet answered by COMPLETED
@@ -121,8 +120,8 @@ class DeviceSession:
                 self._wait_for_acks(token, deadline)
             if token is not None and token not in self._asked:
                 return
+            until = time.monotonic() + _DEATH_SECONDS  # it may be dying at this moment
             while not self._gone:
-                until = self._ended_at + _DEATH_SECONDS
                 left = (until if deadline is None else min(until, deadline)) - time.monotonic()
                 if left <= 0:
                     raise BusyError(
@@ -201,7 +200,6 @@ class DeviceSession:
         if self.ending is not None:
             return
         self.ending = f"{self} {what or 'is let go: the machine ends the session'}"
-        self._ended_at = time.monotonic()
         self._silent = what is None
         with contextlib.suppress(OSError):  # ENOTCONN: the peer has closed its end
             self._notifier.shutdown(socket.SHUT_RDWR)  # wakes the reader

@@ -2,10 +2,9 @@
 
 import contextlib
 import json
-import os
-import socket
 import subprocess
 import sys
+import tempfile
 import threading
 
 from fakes import PAGES, FakeSource, FakeTrap
@@ -16,22 +15,23 @@ from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.peers import DeviceServer
 from kvmdp.paging.policy import FaultAround
+from kvmdp.wire.endpoint import Listener
 
 SOON = 20  # seconds: long past anything here
 
-# A child has one connection, as descriptor 0. It prints what it found as JSON, a line each, and obeys lines.
+# A child prints what it found as JSON, a line each, and obeys lines on its standard input.
 _PRELUDE = """
-import json, os, random, signal, socket, struct, sys, threading, time
+import fcntl, json, mmap, os, random, signal, socket, sys, threading, time
+from pathlib import Path
 from kvmdp.paging.fault import *
 from kvmdp.paging.remote import RemoteMemory
-from kvmdp.wire import handover
+from kvmdp.wire import endpoint, handover
 from kvmdp.wire.records import *
 def say(what):
     print(json.dumps(what), flush=True)
-commands = os.fdopen(int(sys.argv[1]), "r")
 def heard():
-    return commands.readline().strip()
-connection = socket.socket(fileno=0)
+    return sys.stdin.readline().strip()
+connection = endpoint.connect(sys.argv[1])
 given, descriptors = handover.receive(connection)
 """
 _MEMORY = "memory = RemoteMemory(given, descriptors)\n"
@@ -45,53 +45,59 @@ def receive():
 
 
 class Child:
-    """A device process; `connection` is the machine's end of the socket it was born with."""
+    """A device process that connects to `path`."""
 
-    def __init__(self, code, *, raw=False, user=None):
-        self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        read, write = os.pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _PRELUDE + (_RAW if raw else _MEMORY) + code, str(read)],
-                stdin=theirs.fileno(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=[read],
-                user=user,
-                text=True,
-            )
-        os.close(read)
-        self._commands = os.fdopen(write, "w")
+    def __init__(self, path, code, *, raw=False):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _PRELUDE + (_RAW if raw else _MEMORY) + code, path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     @property
     def pid(self):
         return self.process.pid
 
     def tell(self, line):
-        with contextlib.suppress(BrokenPipeError):
-            self._commands.write(line + "\n")
-            self._commands.flush()
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
 
     def hear(self):
         line = self.process.stdout.readline()
         assert line, self.process.stderr.read()
         return json.loads(line)
 
+    def done(self):
+        """Wait for an end without an error."""
+        _, errors = self.process.communicate(timeout=SOON)
+        assert self.process.returncode == 0, errors
+
     def close(self):
         """Kill it if it still runs."""
-        self.connection.close()
         self.process.kill()
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self.process.communicate(timeout=SOON)
         self.process.wait(SOON)
-        with contextlib.suppress(BrokenPipeError):
-            self._commands.close()
-        self.process.stdout.close()
-        self.process.stderr.close()
+
+
+@contextlib.contextmanager
+def child_of(server, code, *, raw=False):
+    """Start a device and its session with `server`, `child.session`; kill it at the end of the block."""
+    with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/socket") as listener:
+        child = Child(listener.path, code, raw=raw)
+        try:
+            child.session = server.serve(listener.accept(SOON))
+            yield child
+        finally:
+            child.close()
 
 
 class Bench:
     """A pager on RAM in a memfd, with a trap that only remembers, and a server of devices; no guest."""
 
-    def __init__(self, pages=PAGES, patience=10.0, **fake):
+    def __init__(self, pages=PAGES, patience=10.0):
         self.layout = GuestLayout(pages * PAGE_SIZE)
         self.backing = MemfdBacking(pages * PAGE_SIZE)
         self.source = FakeSource(pages)
@@ -102,7 +108,7 @@ class Bench:
         self.server = DeviceServer(self.layout, self.backing, self.pager, self._report, patience)
         self.pager.peers = self.server
         self.pager.enable()
-        self.children = []
+        self._stack = contextlib.ExitStack()
 
     def _report(self, sentence):
         self.sentences.append(sentence)
@@ -114,13 +120,8 @@ class Bench:
         return self.sentences[-1]
 
     def child(self, code, *, raw=False):
-        """Start a device and its session."""
-        child = Child(code, raw=raw)
-        self.children.append(child)
-        # SO_PEERCRED of a socketpair names who made it; the server takes who is connected from there.
-        with announced(child.connection) as connection:
-            child.session = self.server.serve(connection)
-        return child
+        """Start a device and its session; it lasts as long as the bench."""
+        return self._stack.enter_context(child_of(self.server, code, raw=raw))
 
     def nobody_waits(self):
         return not any(claim.waiters for claim in self.pager.ledger.claims)
@@ -131,8 +132,7 @@ class Bench:
 
     def close(self):
         self.server.close()
-        for child in self.children:
-            child.close()
+        self._stack.close()
         self.pager.close()
         self.backing.close()
 
