@@ -29,7 +29,7 @@ def add_disk_options(group: argparse._ArgumentGroup) -> None:
     option(
         "--device-timeout",
         type=float,
-        default=30.0,
+        default=30,
         metavar="S",
         help="seconds to wait for a device process, the first or the next (default: 30)",
     )
