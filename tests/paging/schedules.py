@@ -308,7 +308,9 @@ class Schedule:
         assert len(waiters) == len(set(waiters))
         for claim in absent:
             self.woken(claim, [each for each in waiters if each in self.queues[claim]], Wake.CANCELLED)
-        assert len(waiters) == sum(len(self.queues[claim]) for claim in absent), "admitted pages are cancelled"
+        assert len(waiters) == sum(len(self.queues[claim]) for claim in absent), (
+            "admitted pages are cancelled"
+        )
         for claim in absent:
             self.queues[claim] = []
         yield from self.notify(waiters)

@@ -19,6 +19,14 @@ def run(seed, make=Ledger):
         raise
 
 
+def goes_wrong(seed, make):
+    try:
+        Schedule(seed, make).run()
+    except (AssertionError, LookupError, ValueError, RuntimeError):
+        return True
+    return False
+
+
 @pytest.mark.parametrize("first", range(0, SCHEDULES, BLOCK))
 def test_everybody_is_woken_once_for_the_right_reason(first):
     reasons = set()
@@ -169,6 +177,4 @@ class BeginsAfterCancel(Ledger):
     ids=lambda broken: broken.__name__,
 )
 def test_a_broken_ledger_is_found(broken):
-    with pytest.raises((AssertionError, LookupError, ValueError, StopIteration, RuntimeError)):
-        for seed in range(SOON_FOUND):
-            Schedule(seed, broken).run()
+    assert any(goes_wrong(seed, broken) for seed in range(SOON_FOUND))
