@@ -3,9 +3,11 @@
 Here nobody says who comes first; what is checked is that each wait ends, for a reason that somebody gave.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import os
+import queue
 import random
 import threading
 import time
@@ -19,6 +21,7 @@ from kvmdp.paging.fault import BusyError, Outcome, PageFault
 from kvmdp.paging.pager import Cancellation
 
 SECONDS = float(os.environ.get("KVMDP_WAKE_SECONDS", "1"))  # of hammering, for each test
+ROUNDS = 200
 STUCK = 20  # seconds that nothing here takes
 HOT = 6  # pages that everybody wants
 
@@ -186,6 +189,103 @@ def test_threads_that_wait_are_all_woken_when_the_source_fails():
         check_end(hammer)
 
 
+def test_who_gives_up_is_let_go_though_the_claim_goes_on():
+    with pager_of() as pager:
+        claim = pager.begin(PageFault(1))
+        cancellations = queue.SimpleQueue()
+
+        def call_off():
+            while (cancellation := cancellations.get()) is not None:
+                cancellation.cancel()
+
+        def be_called_off():
+            for _ in range(ROUNDS):
+                cancellation = Cancellation(pager)
+                cancellations.put(cancellation)
+                assert pager.resolve(PageFault(1), cancellation=cancellation) is Outcome.CANCELLED
+
+        def run_out_of_time():
+            chance = random.Random(3)
+            for _ in range(ROUNDS):
+                timeout = chance.choice((0, 0.0001, 0.001))
+                assert pager.resolve(PageFault(1), timeout=timeout) is Outcome.TIMED_OUT
+
+        callers = [threading.Thread(target=call_off, daemon=True) for _ in range(2)]
+        waiting = [be_called_off, be_called_off, be_called_off, run_out_of_time, run_out_of_time]
+        with concurrent.futures.ThreadPoolExecutor(len(waiting)) as pool:
+            ends = [pool.submit(each) for each in waiting]
+            for each in callers:
+                each.start()
+            done, stuck = concurrent.futures.wait(ends, STUCK)
+            left = len(claim.waiters)
+            pager.fill(claim)
+            pager.commit(claim)  # which lets everybody go, if need be
+        for _ in callers:
+            cancellations.put(None)
+        for each in callers:
+            each.join(STUCK)
+        for each in done:
+            each.result()
+        assert not stuck
+        assert left == 0
+
+
+def test_processes_that_give_up_are_let_go_though_the_claim_goes_on():
+    with bench() as here:
+        claim = here.pager.begin(PageFault(1))
+        child = here.child(
+            f"""
+def give_up(worker):
+    chance = random.Random(worker)
+    for _ in range({ROUNDS}):
+        try:
+            memory.read(4096, 8)
+            say("read")
+        except BusyError:
+            memory._timeout = chance.choice((0, 0, 0.0001, 0.001))
+def wait():
+    try:
+        memory.read(4096, 8)
+    except CancelledError:
+        called_off.append(1)
+memory._timeout, called_off = 0, []
+def in_threads(*bodies):
+    threads = [threading.Thread(target=body, args=args, daemon=True) for body, *args in bodies]
+    [each.start() for each in threads]
+    return threads
+threads = in_threads(*((give_up, worker) for worker in range(4)))
+[each.join(20) for each in threads]
+say(sum(each.is_alive() for each in threads))
+memory._timeout = None
+threads = in_threads((wait,), (wait,), (wait,))
+heard()
+memory.cancel()
+[each.join(20) for each in threads]
+say(len(called_off))
+heard()
+memory.close()
+"""
+        )
+        assert child.hear() == 0
+        wait_for(lambda: len(claim.waiters) == 3)  # of those who have given up none is left
+        child.tell("cancel")
+        assert child.hear() == 3
+        wait_for(lambda: here.balanced() and not claim.waiters)
+        child.tell("close")
+        child.done()
+        assert here.server.counters.requests > 3
+        assert here.sentences == []
+        here.pager.fill(claim)
+        here.pager.commit(claim)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + STUCK
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 DEVICE = """
 number, how, seconds = json.loads(heard())
 added, seen, stop = [0] * 4, set(), threading.Event()
@@ -199,6 +299,8 @@ def access(worker, chance):
             words = view.cast("Q")
             words[0] += 1
             words.release()
+            if what < 0.1:
+                time.sleep(0.001)
         added[worker] += 1
     elif what < 0.6:
         memory.read(own, 8, nowait=True)
