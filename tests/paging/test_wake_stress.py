@@ -5,10 +5,12 @@ Here nobody says who comes first; what is checked is that each wait ends, for a 
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import queue
 import random
+import sys
 import threading
 import time
 
@@ -17,13 +19,23 @@ from device_process import bench
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error
 
 from kvmdp.paging.claim import Claim, Waiter, Wake
-from kvmdp.paging.fault import BusyError, Outcome, PageFault
+from kvmdp.paging.fault import Access, BusyError, Outcome, PageFault
 from kvmdp.paging.pager import Cancellation
+from kvmdp.paging.requests import FaultRequests, PeerCounters
 
 SECONDS = float(os.environ.get("KVMDP_WAKE_SECONDS", "1"))  # of hammering, for each test
 ROUNDS = 200
 STUCK = 20  # seconds that nothing here takes
 HOT = 6  # pages that everybody wants
+
+
+@pytest.fixture(autouse=True)
+def switching_often():
+    """Have Python change threads as often as it can, and not every few milliseconds only."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 class Parked(Waiter):
@@ -198,10 +210,13 @@ def test_who_gives_up_is_let_go_though_the_claim_goes_on():
             while (cancellation := cancellations.get()) is not None:
                 cancellation.cancel()
 
-        def be_called_off():
+        def be_called_off(number):
+            chance = random.Random(number)
             for _ in range(ROUNDS):
                 cancellation = Cancellation(pager)
                 cancellations.put(cancellation)
+                if chance.random() < 0.5:
+                    time.sleep(0)  # let it come first
                 assert pager.resolve(PageFault(1), cancellation=cancellation) is Outcome.CANCELLED
 
         def run_out_of_time():
@@ -211,7 +226,7 @@ def test_who_gives_up_is_let_go_though_the_claim_goes_on():
                 assert pager.resolve(PageFault(1), timeout=timeout) is Outcome.TIMED_OUT
 
         callers = [threading.Thread(target=call_off, daemon=True) for _ in range(2)]
-        waiting = [be_called_off, be_called_off, be_called_off, run_out_of_time, run_out_of_time]
+        waiting = [run_out_of_time] * 2 + [functools.partial(be_called_off, number) for number in range(3)]
         with concurrent.futures.ThreadPoolExecutor(len(waiting)) as pool:
             ends = [pool.submit(each) for each in waiting]
             for each in callers:
@@ -228,6 +243,28 @@ def test_who_gives_up_is_let_go_though_the_claim_goes_on():
             each.result()
         assert not stuck
         assert left == 0
+
+
+def test_a_release_that_comes_just_before_its_fault_is_parked_is_not_forgotten():
+    with pager_of() as pager:
+        claim = pager.begin(PageFault(1))
+        park, answers, broken = pager.resolve_or_park, queue.SimpleQueue(), []
+
+        def released_before(fault, waiter):
+            requests.release(7)
+            return park(fault, waiter)
+
+        pager.resolve_or_park = released_before
+        requests = FaultRequests(
+            pager, PeerCounters(), lambda *answer: answers.put(answer), broken.append, "faults"
+        )
+        try:
+            requests.submit(7, 1, 1, Access.READ, 0)
+            assert answers.get(timeout=STUCK) == (7, Outcome.CANCELLED)
+            assert claim.waiters == broken == []
+        finally:
+            requests.close()
+            assert requests.join(STUCK)
 
 
 def test_processes_that_give_up_are_let_go_though_the_claim_goes_on():
@@ -355,7 +392,7 @@ def test_processes_that_wait_are_all_answered(end):
             while not stop.is_set():
                 first = chance.randrange(HOT)
                 with contextlib.suppress(BusyError):
-                    pager.mark_nonpresent(first, HOT - first, timeout=chance.choice((0, 0.001, STUCK)))
+                    pager.mark_nonpresent(first, HOT - first, timeout=chance.choice((0, 0.001, None)))
                 time.sleep(chance.random() / 1000)
 
         revokers = [threading.Thread(target=revoke, daemon=True) for _ in range(2)]
