@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmdp import __version__
+from kvmdp.cli.disk_options import add_disk_options, disk_device
 from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_OK,
@@ -69,6 +70,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
     _add_machine_options(parser.add_argument_group("machine"))
     _add_work_options(parser.add_argument_group("work"))
+    add_disk_options(parser.add_argument_group("disk"))
     parser.add_argument("--trace", metavar="FILE", help="write one record a fault to FILE (default: none)")
     parser.add_argument(
         "--detect-leaks",
@@ -439,29 +441,33 @@ def _execute(
     try:
         if options.guest is not None:
             blocks = program_blocks(work)
-            return run_program(
-                machine,
-                blocks,
-                source,
-                timeout=options.timeout,
-                on_tick=progress,
-                on_start=on_start,
-                detector=detector,
-            )
+            with disk_device(options, 0) as device:
+                return run_program(
+                    machine,
+                    blocks,
+                    source,
+                    timeout=options.timeout,
+                    on_tick=progress,
+                    on_start=on_start,
+                    detector=detector,
+                    device=device,
+                )
         try:
             workload = make_workload(options.workload, work)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        return run_workload(
-            machine,
-            workload,
-            source,
-            reference=reference,
-            timeout=options.timeout,
-            on_tick=progress,
-            on_start=on_start,
-            detector=detector,
-        )
+        with disk_device(options, workload.disk_bytes) as device:
+            return run_workload(
+                machine,
+                workload,
+                source,
+                reference=reference,
+                timeout=options.timeout,
+                on_tick=progress,
+                on_start=on_start,
+                detector=detector,
+                device=device,
+            )
     finally:
         progress.close()
 
