@@ -1,10 +1,10 @@
-"""What accesses that no vCPU makes cost: of present pages a call, of absent ones as latencies.
+"""What accesses that no vCPU makes cost: of present pages a call, of absent ones as latencies; and a disk's rate.
 
 A call of `GuestMemory` is held against a plain slice of the VMM view, which is what it replaces. Both, and the other
 kinds of access, go over the same pages in turn, so that a ratio is of figures taken next to each other. The guest does
 not run meanwhile: what it costs when it does is what a contender with `device=N` measures.
 
-Units: microseconds a call; latencies in nanoseconds.
+Units: microseconds a call; latencies in nanoseconds; bytes a second.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvmdp.bench.contender import Contender
+from kvmdp.bench.disk import measure_disk
 from kvmdp.bench.measure import machine_options, source_of
 from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
 from kvmdp.machine.machine import Machine, MachineOptions
@@ -32,6 +34,7 @@ _PASSES = (
 )
 _TURNS = 10  # figures a round, of which the round's is the median
 _FAULTS = 512  # of each contender, a round
+_ANY_TRAP = "mmio"  # where it does not matter which: this one every host has
 
 # A ratio of two kinds of access.
 _RATIOS = {"read_4k_ratio": ("read_4k", "slice_4k"), "read_8_ratio": ("read_8", "slice_8")}
@@ -43,21 +46,30 @@ _Pass = Callable[[Sequence[int]], None]
 class AccessCosts:
     """What has been measured so far, a figure a round.
 
-    `calls` by kind of access, in microseconds; `faults` by contender, each read of an absent page in nanoseconds.
+    `calls` by kind of access, in microseconds; `faults` by contender, each read of an absent page in nanoseconds;
+    `disk` in bytes a second, by where the device is, then whether memory is present or absent to begin with. The
+    disk is that of a machine with the first contender's trap.
     """
 
     calls: dict[str, list[float]] = field(default_factory=dict)
     faults: dict[str, list[array[int]]] = field(default_factory=dict)
+    disk: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    disk_trap: str = _ANY_TRAP
 
     def take_turn(self, contenders: Sequence[Contender], *, keep: bool) -> None:
         """Measure everything once; the figures count if `keep`. Raises what a machine raises."""
+        self.disk_trap = next((each.trap for each in contenders if each.trap is not None), _ANY_TRAP)
         calls = _measure_calls()
         faults = {each.name: _measure_faults(each) for each in contenders if each.trap is not None}
+        disk = measure_disk(MachineOptions(MIN_MEMORY, self.disk_trap), rounds=1)
         if keep:
             for kind, cost in calls.items():
                 self.calls.setdefault(kind, []).append(cost)
             for name, latencies in faults.items():
                 self.faults.setdefault(name, []).append(latencies)
+            for place, states in disk.items():
+                for state, rates in states.items():
+                    self.disk.setdefault(place, {}).setdefault(state, []).extend(rates)
 
     def document(self) -> dict[str, Any] | None:
         """Return the figures as the JSON document has them; None before the first round is done."""
@@ -67,15 +79,24 @@ class AccessCosts:
         spreads |= {name: ratios(self.calls[a], self.calls[b]) for name, (a, b) in _RATIOS.items()}
         return {
             "calls": _PAGES * _PASSES * _TURNS,
-            **{
-                name: {each: float(f"{value:.4g}") for each, value in asdict(spread).items()}
-                for name, spread in spreads.items()
-            },
+            **{name: _figures(spread) for name, spread in spreads.items()},
             "faults": [_faults(name, np.concatenate(rounds)) for name, rounds in self.faults.items()],
+            "disk": {
+                "trap": self.disk_trap,
+                "memory_bytes": MIN_MEMORY,
+                "bytes_per_second": {
+                    place: {state: _figures(Spread.of(rates)) for state, rates in states.items()}
+                    for place, states in self.disk.items()
+                },
+            },
         }
 
 
-def _faults(name: str, latencies: np.ndarray[Any, np.dtype[np.uint64]]) -> dict[str, Any]:
+def _figures(spread: Spread) -> dict[str, float]:
+    return {name: float(f"{value:.4g}") for name, value in asdict(spread).items()}
+
+
+def _faults(name: str, latencies: npt.NDArray[np.uint64]) -> dict[str, Any]:
     return {
         "name": name,
         "faults": len(latencies),
@@ -85,8 +106,8 @@ def _faults(name: str, latencies: np.ndarray[Any, np.dtype[np.uint64]]) -> dict[
 
 def _measure_calls() -> dict[str, float]:
     """Return what a call of each kind takes on present pages, in microseconds: the median of some short turns."""
-    # Any trap will do: none is asked about a page that is present. This one every host has.
-    with Machine(MachineOptions(MIN_MEMORY, "mmio"), SyntheticSource(MIN_MEMORY)) as machine:
+    # No trap is asked about a page that is present.
+    with Machine(MachineOptions(MIN_MEMORY, _ANY_TRAP), SyntheticSource(MIN_MEMORY)) as machine:
         if machine.pager.mark_present(0, machine.layout.pages) is not Outcome.PRESENT:
             raise machine.pager.error or PagingError("memory could not be made present")
         kinds = _kinds(machine.memory_for_device(0), machine.backing.vmm.view)
@@ -101,7 +122,7 @@ def _measure_calls() -> dict[str, float]:
 
 
 def _kinds(memory: GuestMemory, plain: memoryview) -> dict[str, _Pass]:
-    """Return a loop over gpas for each kind of access. A plain slice takes them for offsets in RAM, as they are here."""
+    """Return a loop over gpas for each kind of access. To a plain slice they are offsets in RAM, as below 3 GiB."""
     # The kinds that a ratio is of are neighbours. Loops are written out: a call between would be part of the figure.
     page = bytes(PAGE_SIZE)
 

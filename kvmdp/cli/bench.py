@@ -124,8 +124,8 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--device",
         action="store_true",
-        help="measure also what memory costs a device: accesses to present pages, and faults of each contender "
-        "while its guest does not run (default: no)",
+        help="measure also what memory costs a device: accesses to present pages, faults of each contender while "
+        "its guest does not run, and the rate of a disk (default: no)",
     )
     add(
         "--trace",
@@ -285,6 +285,12 @@ def _print_device(device: dict[str, Any]) -> None:
             f"{each['name']:<28}{each['faults']:>8}{latency['p50']:>8.1f}{latency['p90']:>8.1f}"
             f"{latency['p99']:>9.1f}{latency['max']:>9.1f}"
         )
+    disk = device["disk"]
+    print(f"\n{'disk, memory under ' + disk['trap']:<36}{'MB a second':>20}")
+    for place, states in disk["bytes_per_second"].items():
+        for state, rate in states.items():
+            megabytes = {name: value / 1e6 for name, value in rate.items()}
+            print(f"{place.replace('_', ' ') + ', ' + state:<36}{_words(megabytes):>20}")
 
 
 def _words(spread: dict[str, float], digits: int = 1) -> str:
