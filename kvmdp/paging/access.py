@@ -87,6 +87,12 @@ class GuestMemory:
     # touches bytes or trap after that only. So the copy comes wholly before it, or finds the page no longer present.
     # PRESENT, not the bit: the bit is set while the trap is still admitting, and until that is done private memory,
     # which has no view that never traps, may still hold a marker, on which this process would die.
+    #
+    # A read of shared memory does without the mutex, which costs more than the copy: its view never traps, so a copy
+    # that meets a revocation is only wrong, and is thrown away. `departures` grows after a page's state has changed
+    # and before its bytes do. A read that found the page PRESENT, copied, and finds the number it had before, was over
+    # before any byte went; with another number it is made again under the mutex. The order of these loads is the
+    # program's: x86 does not move a load before an earlier one, nor a store before an earlier one.
 
     def __init__(
         self,
@@ -109,13 +115,21 @@ class GuestMemory:
         # For the way of an access to one present page: the less it has to look up the better.
         self._view = backing.vmm.view
         self._mutex = pager.mutex
+        self._ledger = pager.ledger
         self._states = pager.ledger.states
+        self._shared = backing.shared
         self._low_end = layout.regions[0].size  # below it a gpa is its own offset in RAM
 
     def read(self, gpa: int, length: int, *, nowait: bool = False) -> bytes:
         """Return `length` bytes at `gpa`."""
         offset = gpa if 0 <= gpa < self._low_end else self._offset(gpa)
         if 0 < length <= PAGE_SIZE - (offset & _IN_PAGE):
+            if self._shared:
+                departures = self._ledger.departures
+                if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
+                    data = self._view[offset : offset + length].tobytes()
+                    if departures == self._ledger.departures:
+                        return data
             with self._mutex:
                 if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
                     return self._view[offset : offset + length].tobytes()

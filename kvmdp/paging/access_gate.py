@@ -79,8 +79,10 @@ class AccessGate:
         with self._changed:
             if self.frozen:
                 raise PagingError("accesses to guest memory are frozen already: thaw them first")
-            # Copies within a page are over: they are made under this mutex, and the next one finds this.
+            # Copies within a page are over: they are made under this mutex, and the next one finds this. A read that
+            # is copying without it finds that pages have left, and is made again.
             self.accepted = _NO_STATE
+            self._ledger.departures += 1
             try:
                 while self._inside:
                     left = None if deadline is None else deadline - time.monotonic()

@@ -54,6 +54,8 @@ class Ledger:
         self.counters = Counters()
         self.claims: list[Claim] = []  # as many as threads that resolve: a list beats any tree
         self.cancelled = False
+        # Grows after pages have left PRESENT and before their bytes are touched (`kvmdp.paging.access` reads it).
+        self.departures = 0
         self._bounds = tuple(bounds)
         self._pins: dict[tuple[int, int], int] = {}  # how often each run is pinned
         self._retained: list[tuple[int, int]] = []  # (first, end) of whole units; a few
@@ -233,6 +235,7 @@ class Ledger:
                 last = other.first
         claim = Claim(first, last - first, _PRESENT * (last - first))
         self.states[first:last] = _EVICTING * (last - first)
+        self.departures += 1
         self.bitmap.clear_range(first, last - first)
         self.claims.append(claim)
         return claim, None, last
@@ -254,6 +257,7 @@ class Ledger:
             if self.states[page] in _IN_RAM:
                 self.states[page] = State.ZERO
                 self.bitmap.clear_range(page, 1)
+        self.departures += 1
 
 
 def _wake(claim: Claim, reason: Wake) -> list[Waiter]:
