@@ -336,7 +336,7 @@ def access(worker, chance):
             words = view.cast("Q")
             words[0] += 1
             words.release()
-            if what < 0.1:
+            if what < 0.25:
                 time.sleep(0.001)
         added[worker] += 1
     elif what < 0.6:
@@ -360,6 +360,7 @@ def work(worker):
 
 threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in range(4)]
 [each.start() for each in threads]
+say("begun")
 stop.wait(seconds)
 if how == "cancels":
     memory.cancel()
@@ -401,6 +402,7 @@ def test_processes_that_wait_are_all_answered(end):
             child.tell(json.dumps([number, how, SECONDS]))
         for revoker in revokers:
             revoker.start()
+        assert [child.hear() for child in children] == ["begun"] * len(children)
         time.sleep(SECONDS)
         if end == "machine cancelled":
             pager.cancel()
