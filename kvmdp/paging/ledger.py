@@ -252,7 +252,7 @@ class Ledger:
         return claim
 
     def discarded(self, first: int, count: int) -> None:
-        """The bytes of these pages are gone: those that nobody has claimed read as zeros from now on."""
+        """The bytes of these pages, whole units, are gone: those that nobody has claimed read as zeros from now on."""
         for page in range(first, min(first + count, self.pages)):
             if self.states[page] in _IN_RAM:
                 self.states[page] = State.ZERO
