@@ -15,7 +15,7 @@ from kvmdp.wire.endpoint import Listener
 
 MEMORY = 2 << 20
 SEED = 11
-_START = "from kvmdp.cli.main import entry; entry()"
+_START = "from kvmdp.cli.entry import entry; entry()"
 
 
 class HandlerProcess:
