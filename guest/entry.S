@@ -72,6 +72,7 @@ run_workload:
     mov eax, REPORT_DONE
 
 # Tell the host eax and halt, from either ring.
+.globl report
 report:
     mov edx, REPORT_PORT
     out dx, eax

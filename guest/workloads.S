@@ -17,6 +17,7 @@ workloads:
     .quad workload_vector
     .quad workload_string
     .quad workload_clock
+    .quad workload_disk
 workloads_end:
 
 .globl workload_count

@@ -6,27 +6,6 @@
 .include "abi.inc"
 .include "workload.inc"
 
-# Cut `length` where the bytes from `offset` on reach the end of low RAM.
-.macro end_at_hole offset, length, scratch
-    mov \scratch, LOW_RAM_END
-    sub \scratch, \offset
-    jbe 1f
-    cmp \length, \scratch
-    cmova \length, \scratch
-1:
-.endm
-
-# Turn an offset in RAM into a gpa.
-.macro offset_address offset, address, scratch
-    mov \address, \offset
-    mov \scratch, LOW_RAM_END
-    cmp \offset, \scratch
-    jb 1f
-    movabs \scratch, HIGH_RAM_BASE - LOW_RAM_END
-    add \address, \scratch
-1:
-.endm
-
 .text
 .globl workload_copy
 workload_copy:

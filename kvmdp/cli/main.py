@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-_COMMANDS = ("probe", "run", "bench", "compare", "report", "handler")
+_COMMANDS = ("probe", "run", "device", "handler", "bench", "compare", "report")
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

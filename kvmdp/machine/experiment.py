@@ -5,15 +5,19 @@ Units: seconds, pages of 4 KiB, latencies in nanoseconds.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvmdp.machine.detector import LeakDetector
+from kvmdp.machine.disk import disk_file
+from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import ParameterBlock
 from kvmdp.machine.hostinfo import resident_memory
 from kvmdp.machine.machine import Machine, MachineOptions, PageTablePlace
@@ -24,6 +28,9 @@ from kvmdp.memory.layout import GuestLayout
 from kvmdp.paging.claim import Counters
 from kvmdp.source.base import PageSource, ram_source, read_pages
 from kvmdp.source.patched import PatchedSource
+
+# Attaches a device to a machine before its vCPUs run, and takes it away at the end of the block.
+DeviceFactory = Callable[[Machine], AbstractContextManager[object]]
 
 _CHUNK_PAGES = 1024
 _MAX_NAMED = 8  # wrong pages named in a result
@@ -84,11 +91,13 @@ def run_workload(
     on_tick: Callable[[Machine], None] | None = None,
     on_start: Callable[[Machine], None] | None = None,
     detector: LeakDetector | None = None,
+    device: DeviceFactory | None = None,
 ) -> RunResult:
     """Boot a machine, run `workload` on the memory that `source` delivers, compare. The sources stay the caller's.
 
     Compared is with `reference`, by default the source itself. A source that fills RAM only (a handler in another
-    process) cannot be read for that: without a reference nothing is expected of its guest.
+    process) cannot be read for that: without a reference nothing is expected of its guest. A workload that needs a
+    disk gets `device`; without one, a thread with a temporary file.
 
     `on_start` is called with the machine before the guest runs, `on_tick` about ten times a second while it does.
     `detector`, if given, looks for leaks meanwhile and has them afterwards.
@@ -101,13 +110,18 @@ def run_workload(
 
     if reference is None and ram_source(source) is None:
         reference = source
-    with Machine(options, patched(source)) as machine:
+    with contextlib.ExitStack() as stack:
+        machine = stack.enter_context(Machine(options, patched(source)))
         tables = machine.page_tables
         if tables.pages and len(workload.touched) and workload.touched[-1] >= tables.first_page:
             raise ValueError(
                 f"{workload.name} would use page {workload.touched[-1]} of RAM, and from {tables.first_page} on there "
                 "are page tables: plan it for less memory"
             )
+        if device is None and workload.disk_bytes:
+            device = in_process_disk(workload.disk_bytes)
+        if device is not None:
+            stack.enter_context(device(machine))
         if on_start is not None:
             on_start(machine)
         measured = _run(machine, workload.blocks, timeout, on_tick, detector)
@@ -131,6 +145,17 @@ def run_workload(
         return measured(expected, checked, wrong[:_MAX_NAMED])
 
 
+def in_process_disk(size: int, path: str | None = None) -> DeviceFactory:
+    """Return what gives a machine a disk of at least `size` bytes, in a thread; `path` None is a temporary file."""
+
+    @contextlib.contextmanager
+    def attach(machine: Machine) -> Iterator[DiskThread]:
+        with disk_file(path, size) as file, DiskThread(machine, file) as thread:
+            yield thread
+
+    return attach
+
+
 def run_program(
     options: MachineOptions,
     blocks: list[ParameterBlock],
@@ -140,12 +165,16 @@ def run_program(
     on_tick: Callable[[Machine], None] | None = None,
     on_start: Callable[[Machine], None] | None = None,
     detector: LeakDetector | None = None,
+    device: DeviceFactory | None = None,
 ) -> RunResult:
-    """Boot a machine with a program of the user's own (`options.program`) and run it to its end.
+    """Boot a machine with a program of the user's own (`options.program`) and run it to its end, with `device` if any.
 
     `on_start` and `on_tick` are as for `run_workload`. Raises what `Machine` and `Machine.run` raise.
     """
-    with Machine(options, source) as machine:
+    with contextlib.ExitStack() as stack:
+        machine = stack.enter_context(Machine(options, source))
+        if device is not None:
+            stack.enter_context(device(machine))
         if on_start is not None:
             on_start(machine)
         return _run(machine, blocks, timeout, on_tick, detector)(None, 0, [])

@@ -32,6 +32,32 @@ VERSION = 1
 # The port that reports go to, the one that gives back what a vCPU writes to it, and the vector of the service gate
 REPORT_PORT = 0x510
 LOOPBACK_PORT = 0x514
+
+# The disk: its ports, the header of a ring, a request in it (guest/README.md, Disk)
+DISK_DOORBELL_PORT = 0x518
+DISK_WAIT_PORT = 0x51C
+DISK_MAGIC = int.from_bytes(b"KVMDPDSK", "little")
+DISK_VERSION = 1
+DISK_SECTOR = 512
+DISK_RING_MAGIC = 0x00
+DISK_RING_VERSION = 0x08
+DISK_RING_FEATURES = 0x0C
+DISK_RING_ENTRIES = 0x10
+DISK_RING_REQUESTS = 0x18
+DISK_RING_SUBMITTED = 0x40
+DISK_RING_COMPLETED = 0x80
+DISK_RING_STATUS = 0x88
+DISK_REQUEST_SECTOR = 0x00
+DISK_REQUEST_OPERATION = 0x08
+DISK_REQUEST_SEGMENTS = 0x0C
+DISK_REQUEST_TABLE = 0x10
+DISK_REQUEST_STATUS = 0x18
+DISK_REQUEST_SIZE = 0x20
+DISK_READ = 0
+DISK_WRITE = 1
+DISK_MAX_ENTRIES = 256
+DISK_MAX_SEGMENTS = 64
+DISK_MAX_BYTES = 1 << 20
 GATE_VECTOR = 0x80
 
 # The selectors the host enters with; the image's GDT has the same segments there
@@ -43,6 +69,13 @@ CLOCK_OFFSET = 0x140
 CLOCK_STEAL_OFFSET = 0x2C0
 COPY_CHUNK = 6000
 COPY_SHIFT = 13
+DISK_RING_PAGES = 3
+DISK_ENTRIES = 32
+DISK_BATCH = 12
+DISK_CHUNK = 8192
+DISK_SEGMENT_OUT = 3000
+DISK_SEGMENT_IN = 5000
+DISK_SHIFT = 137
 EXECUTE_OFFSET = 64
 EXECUTE_CROSSING = 4091
 STRING_OUT_OFFSET = 201
@@ -85,6 +118,18 @@ class Failure(IntEnum):
 
     ABI = 1
     WORKLOAD = 2
+    DISK = 3
+
+
+class DiskStatus(IntEnum):
+    """How a request of the disk ended; in the header of a ring, why the device does not serve it."""
+
+    OK = 0
+    MALFORMED = 1
+    ADDRESS = 2
+    RANGE = 3
+    SPACE = 4
+    IO = 5
 
 
 class Gate(IntEnum):

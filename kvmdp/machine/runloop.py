@@ -65,6 +65,7 @@ _EXCEPTIONS = {
     21: "#CP",
 }
 _PAGE_FAULT = 14
+_NO_REQUEST = (1 << 64) - 1
 
 
 class GuestError(Exception):
@@ -200,9 +201,22 @@ class VcpuThread:
             return True
         if report == guest.Report.EXCEPTION:
             raise GuestError(f"vCPU {self.vcpu.index}: {self._describe_exception()}")
-        raise GuestError(
-            f"vCPU {self.vcpu.index}: the guest reports failure {self.parameters.failure} of its own check"
+        raise GuestError(f"vCPU {self.vcpu.index}: {self._describe_failure()}")
+
+    def _describe_failure(self) -> str:
+        block = self.parameters
+        if block.failure != guest.Failure.DISK:
+            return f"the guest reports failure {block.failure} of its own check"
+        try:
+            status = guest.DiskStatus(block.checksum).name
+        except ValueError:
+            status = f"{block.checksum:#x}, which there is none of"
+        what = (
+            "the disk does not serve its ring"
+            if block.accesses == _NO_REQUEST
+            else f"request {block.accesses}"
         )
+        return f"the guest's disk failed: {what}, status {status} (guest/README.md, Disk)"
 
     def _describe_exception(self) -> str:
         block = self.parameters

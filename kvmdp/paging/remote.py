@@ -76,7 +76,7 @@ class RemoteMemory:
         # Guards what follows, and with it every access to RAM. Notified for `wait_doorbell`.
         self._mutex = threading.Lock()
         self._doorbell = threading.Condition(self._mutex)
-        self._rung = False
+        self._rung: Record | None = None
         self._faults: dict[int, _Fault] = {}
         self._last_token = 0
         self._views: list[tuple[int, int]] = []  # (first, end) pages
@@ -280,19 +280,20 @@ class RemoteMemory:
 
     # The device's side of the session
 
-    def wait_doorbell(self, timeout: float | None = None) -> bool:
-        """Sleep until the guest has rung since the last call; False after `timeout` seconds or the machine's BYE.
+    def wait_doorbell(self, timeout: float | None = None) -> Record | None:
+        """Sleep until the guest has rung since the last call; None after `timeout` seconds or the machine's BYE.
 
-        Raises PagingError if the session ended in another way.
+        Its `number` and `gpa` tell which ring it was and where that lies. Raises PagingError if the session ended
+        in another way.
         """
         with self._doorbell:
-            self._doorbell.wait_for(lambda: self._rung or self._over is not None, timeout)
-            if self._rung:
-                self._rung = False
-                return True
+            self._doorbell.wait_for(lambda: self._rung is not None or self._over is not None, timeout)
+            if self._rung is not None:
+                rung, self._rung = self._rung, None
+                return rung
             if self._over is not None and not self._said_bye:
                 raise PagingError(self._over)
-            return False
+            return None
 
     @property
     def over(self) -> str | None:
@@ -400,7 +401,7 @@ class RemoteMemory:
             elif kind is Kind.THAW:
                 self._frozen = False
             elif kind is Kind.DOORBELL:
-                self._rung = True
+                self._rung = record
                 self._doorbell.notify_all()
             elif kind is Kind.BYE:
                 self._said_bye = True

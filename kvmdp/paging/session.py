@@ -76,7 +76,8 @@ class DeviceSession:
         self._gone = False
         self._closing = False
         self._silent = False  # the machine has ended it
-        self._rung = self._ring_again = False
+        self._rung = False  # a DOORBELL is on its way, not yet answered by COMPLETED
+        self._to_ring: dict[int, int] = {}  # number: gpa of DOORBELLs that follow it
         # The reader's own.
         self._faults_taken = self._releases_taken = self._completed = 0
         name = f"device-{peer.pid}"
@@ -144,14 +145,17 @@ class DeviceSession:
             if self.ending is None:
                 self._send(Record(kind))
 
-    def ring(self) -> None:
-        """Send a DOORBELL; one that is on its way, not yet answered by COMPLETED, is followed by another."""
+    def ring(self, number: int, gpa: int) -> None:
+        """Send a DOORBELL for ring `number`, at `gpa`; while one is not yet answered by COMPLETED it has to wait."""
         with self._changed:
-            if self.ending is None and not self._rung:
-                self._send(Record(Kind.DOORBELL))
-                self._rung = True
-            else:
-                self._ring_again = True
+            self._to_ring[number] = gpa
+            self._ring_next()
+
+    def _ring_next(self) -> None:
+        if self.ending is None and not self._rung and self._to_ring:
+            number = next(iter(self._to_ring))
+            self._send(Record(Kind.DOORBELL, gpa=self._to_ring.pop(number), number=number))
+            self._rung = True
 
     def wait_ended(self, timeout: float | None = None) -> bool:
         """Wait for the session's end; False if it lasts longer than `timeout` seconds."""
@@ -323,10 +327,7 @@ class DeviceSession:
         self._completed = count
         with self._changed:
             self._rung = False
-            if self._ring_again and self.ending is None:
-                self._ring_again = False
-                self._rung = True
-                self._send(Record(Kind.DOORBELL))
+            self._ring_next()
         self._on_completed(count)
 
     def _await_death(self) -> None:

@@ -23,7 +23,7 @@
 | FREEZE | machine to device | no access at all from now on, until THAW; ACK once none is left |
 | ACK | device to machine | INVALIDATE or FREEZE `token` is obeyed |
 | THAW | machine to device | accesses may go on |
-| DOORBELL | machine to device | the guest has rung: there is work in the ring |
+| DOORBELL | machine to device | the guest has rung: there is work in ring `number`, which lies at `gpa` |
 | COMPLETED | device to machine | the device has finished `size` requests in all (a count, not bytes) |
 | BYE | either | the session ends; nothing follows |
 

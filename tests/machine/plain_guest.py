@@ -10,13 +10,51 @@ from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE
 from kvmdp.abi.mman import MADV_NOHUGEPAGE
 from kvmdp.kvm import Interrupted, Io, Kvm
 from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
-from kvmdp.machine.guest_abi import LOOPBACK_PORT
+from kvmdp.machine.disk import DiskDevice, DiskFile
+from kvmdp.machine.guest_abi import DISK_DOORBELL_PORT, LOOPBACK_PORT
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.mapping import Mapping
 
 TIMEOUT_SECONDS = 60
+
+
+class PlainMemory:
+    """`MemoryAccess` to RAM that is always present: a view of it, in the order of the RAM file."""
+
+    def __init__(self, view, layout):
+        self._view = view
+        self._layout = layout
+
+    def _at(self, gpa, length):
+        page = self._layout.page_of_gpa(gpa)
+        last = self._layout.page_of_gpa(gpa + max(length, 1) - 1)
+        if page is None or last is None:
+            raise ValueError(f"gpa {gpa:#x} is not guest RAM")
+        at = page * PAGE_SIZE + gpa % PAGE_SIZE
+        return slice(at, at + length)
+
+    def read(self, gpa, length):
+        return bytes(self._view[self._at(gpa, length)])
+
+    def write(self, gpa, data):
+        self._view[self._at(gpa, len(data))] = data
+
+    def readv(self, segments):
+        return b"".join(self.read(*each) for each in segments)
+
+    def writev(self, segments, data):
+        places = [self._at(*each) for each in segments]
+        for place in places:
+            length = place.stop - place.start
+            self._view[place], data = data[:length], data[length:]
+
+    def load64(self, gpa):
+        return int.from_bytes(self.read(gpa, 8), "little")
+
+    def store64(self, gpa, value):
+        self.write(gpa, value.to_bytes(8, "little"))
 
 
 class PlainGuest:
@@ -46,6 +84,9 @@ class PlainGuest:
             self.blocks, self.vcpus = [], []
             self._ports = Ports()
             Loopback(self._ports, len(blocks))
+            self._disk_file = stack.enter_context(DiskFile.temporary(memory_bytes))
+            self._memory = PlainMemory(self._mapping.view, layout)
+            self._ports.add(DISK_DOORBELL_PORT, self._serve_disk)
             for index, block in enumerate(blocks):
                 place = self.boot.parameters(index)
                 ctypes.pointer(place)[0] = block
@@ -71,7 +112,7 @@ class PlainGuest:
     def _run(self, vcpu):
         vcpu.attach_thread()
         exit_ = vcpu.run()
-        while isinstance(exit_, Io) and exit_.port == LOOPBACK_PORT:
+        while isinstance(exit_, Io) and exit_.port in (LOOPBACK_PORT, DISK_DOORBELL_PORT):
             self._ports.handle(vcpu.index, exit_)
             exit_ = vcpu.run()
         if isinstance(exit_, Io):
@@ -81,6 +122,9 @@ class PlainGuest:
         else:
             self.ends[vcpu.index] = exit_
         vcpu.detach_thread()
+
+    def _serve_disk(self, vcpu, io):
+        DiskDevice(self._memory, self._disk_file).serve(int.from_bytes(io.data, "little") * PAGE_SIZE)
 
     def pages_in_memory(self):
         """Return the numbers of the RAM pages that have been accessed by whomever (Documentation: pagemap)."""

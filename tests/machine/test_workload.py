@@ -47,6 +47,8 @@ VARIANTS = [
     ("vector", {"vector": VectorFlag.AVX | VectorFlag.AVX2}),
     ("string", {"pages": 64}),
     ("string", {"pages": 23}),
+    ("disk", {"pages": 100}),
+    ("disk", {"pages": 47}),
 ]
 
 

@@ -268,20 +268,21 @@ def test_the_doorbell_rings_once_until_it_is_answered():
         child = here.child(
             """
 for turn in (1, 2):
-    say(memory.wait_doorbell())
+    rung = memory.wait_doorbell()
+    say([rung.number, rung.gpa])
     heard()
     memory.completed(turn)
 say(memory.wait_doorbell())
 """
         )
         for _ in range(100):  # more than the queue holds: a bell that is rung already is not sent again
-            child.session.ring()
-        assert child.hear() is True
+            child.session.ring(1, 0x3000)
+        assert child.hear() == [1, 0x3000]
         child.tell("done")
-        assert child.hear() is True
+        assert child.hear() == [1, 0x3000]
         child.tell("done")
         here.server.close()
-        assert child.hear() is False
+        assert child.hear() is None
 
 
 def test_a_device_hears_the_end_of_the_machine():

@@ -17,6 +17,7 @@ from kvmdp.machine.workloads.base import (
 from kvmdp.machine.workloads.checksum import Checksum
 from kvmdp.machine.workloads.clock import Clock
 from kvmdp.machine.workloads.copy import Copy
+from kvmdp.machine.workloads.disk import Disk
 from kvmdp.machine.workloads.execute import Execute
 from kvmdp.machine.workloads.fill import Fill
 from kvmdp.machine.workloads.string import String
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 WORKLOADS: dict[str, type[Workload]] = {
-    kind.name: kind for kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector, String, Clock)
+    kind.name: kind for kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector, String, Clock, Disk)
 }
 
 

@@ -92,7 +92,8 @@ class Workload(ABC):
 
     Of the class: `name`; `number`, its place in the table of guest/workloads.S.
     Attributes: `shares`, the pages of each vCPU; `blocks`, their parameter blocks; `patches`, (offset in RAM,
-    bytes) to be applied to the source; `touched`, the distinct RAM pages that the guest will access, ascending.
+    bytes) to be applied to the source; `touched`, the distinct RAM pages that the guest will access, ascending;
+    `disk_bytes`, how large a disk it needs, 0 for none.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Workload(ABC):
         self.blocks = [_block(options, self.number, share) for share in self.shares]
         self.patches: list[tuple[int, bytes]] = []
         self.touched: Pages = np.concatenate([share.pages for share in self.shares])
+        self.disk_bytes = 0
 
     @abstractmethod
     def expected_checksums(self, image: PageReader) -> list[int]:

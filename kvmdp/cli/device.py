@@ -1,0 +1,64 @@
+"""`kvmdp device`: the disk of a machine in another process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from kvmdp.cli.output import EXIT_OK, UsageError, say
+from kvmdp.machine.disk import DiskError, DiskFile
+from kvmdp.machine.remote_disk import serve_disk
+from kvmdp.memory.size import format_size
+from kvmdp.paging.fault import PagingError
+from kvmdp.wire.endpoint import EndpointError, Peer, connect
+from kvmdp.wire.handover import HandoverError
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "device",
+        allow_abbrev=False,
+        help="be the disk of a machine that kvmdp run --device-socket has started",
+        description="Connect to a machine, be handed its memory, and serve its disk from a file until it ends. Needs "
+        "no /dev/kvm.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--connect",
+        metavar="PATH",
+        help="the machine's --device-socket (default: none, must be given)",
+        required=True,
+    )
+    parser.add_argument(
+        "--file",
+        metavar="DISK",
+        help="file that holds the disk's sectors (default: none, must be given)",
+        required=True,
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve, print what was done, return the exit status."""
+    try:
+        file = DiskFile.open(options.file)
+    except DiskError as error:
+        raise UsageError(f"--file: {error}") from None
+    with file:
+        try:
+            connection = connect(options.connect)
+        except EndpointError as error:
+            raise UsageError(f"--connect: {error}") from None
+        with connection:
+            try:
+                machine = Peer.of(connection)
+                machine.close()
+                say(
+                    f"process {os.getpid()} is the disk of process {machine.pid}: {format_size(file.size)} in "
+                    f"{options.file}"
+                )
+                device = serve_disk(connection, file)
+            except (EndpointError, HandoverError, ValueError) as error:
+                raise PagingError(f"no session with {options.connect}: {error}") from None
+    print(f"disk       {device.requests} requests, {device.sectors} sectors of 512 bytes")
+    return EXIT_OK

@@ -1,0 +1,75 @@
+"""The options of `kvmdp run` that concern the disk, and the device they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+
+from kvmdp.cli.output import UsageError, say
+from kvmdp.machine.disk import DiskError, disk_file
+from kvmdp.machine.experiment import DeviceFactory, in_process_disk
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.remote_disk import RemoteDisk
+from kvmdp.memory.backing import BACKINGS
+from kvmdp.wire.endpoint import EndpointError, Listener
+
+__all__ = ["add_disk_options", "disk_device"]
+
+
+def add_disk_options(group: argparse._ArgumentGroup) -> None:
+    """Add them."""
+    option = group.add_argument
+    option("--disk", metavar="FILE", help="disk: the file it is (default: a temporary one)")
+    option(
+        "--device-socket",
+        metavar="PATH",
+        help="disk: let a device process in there (kvmdp device) instead of serving the disk here (default: none)",
+    )
+    option(
+        "--device-timeout",
+        type=float,
+        default=30,
+        metavar="S",
+        help="seconds to wait for a device process, the first or the next (default: 30)",
+    )
+
+
+@contextlib.contextmanager
+def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[DeviceFactory | None]:
+    """Give what attaches the disk that the options ask for, None if that is none. Raises UsageError.
+
+    `disk_bytes` is what the workload needs, 0 if it needs no disk; a program of the user's own may have one.
+    """
+    asked = options.disk is not None or options.device_socket is not None
+    if options.disk is not None and options.device_socket is not None:
+        raise UsageError(
+            "--disk is for a disk served here: with --device-socket give kvmdp device --file instead"
+        )
+    if asked and not disk_bytes and options.guest is None:
+        raise UsageError(f"the workload {options.workload} uses no disk: give --workload disk, or --guest")
+    if not options.device_timeout > 0:
+        raise UsageError(f"--device-timeout {options.device_timeout:g}: give more than 0 seconds")
+    if options.device_socket is None:
+        try:
+            with disk_file(options.disk, disk_bytes):
+                pass  # what is wrong with it is said before anything is set up
+        except DiskError as error:
+            raise UsageError(str(error)) from None
+        yield in_process_disk(disk_bytes, options.disk) if asked or disk_bytes else None
+        return
+    if not BACKINGS[options.backing].shared:
+        raise UsageError(
+            f"{options.backing} memory cannot be handed to a device process: use --backing memfd"
+        )
+    try:
+        listener = Listener(options.device_socket)
+    except EndpointError as error:
+        raise UsageError(f"--device-socket: {error}") from None
+    with listener:
+        say(f"waiting for a device at {listener.path}")
+
+        def attach(machine: Machine) -> RemoteDisk:
+            return RemoteDisk(machine, listener, options.device_timeout, say)
+
+        yield attach

@@ -1,0 +1,143 @@
+"""The machine's side of the disk: doorbell and wait port, and the device thread that serves in this process.
+
+A vCPU waits for the disk outside KVM_RUN and for a bounded time, so it holds up neither a quiescer nor a stop.
+
+Units: seconds; gpa in bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from kvmdp.kvm import Io
+from kvmdp.machine import guest_abi as guest
+from kvmdp.machine.disk import DiskDevice, DiskFile
+from kvmdp.machine.machine import Machine
+from kvmdp.paging.access import GuestMemory
+from kvmdp.paging.fault import CancelledError, FrozenError, Origin, PagingError
+
+_LONGEST_WAIT = 0.1  # of a vCPU in the wait port
+_THAW_SECONDS = 0.01
+_PAGE_SHIFT = 12
+
+
+class DiskPorts:
+    """Serves the disk's ports, a ring for each vCPU; `ring` is told (vCPU, gpa of its ring) of each doorbell.
+
+    `ring` must not block. Whoever serves the ring calls `notify` after a pass over it.
+
+    No completion is missed: `notify` counts, and the wait port waits only while its vCPU has been told the count. The
+    guest looks at its ring before it waits; what is completed after that is counted after that.
+    """
+
+    def __init__(self, machine: Machine, ring: Callable[[int, int], None]) -> None:
+        vcpus = machine.options.vcpus
+        self._ring = ring
+        self._notified = threading.Condition()  # guards what follows
+        self._counts = [0] * vcpus
+        self._told = [0] * vcpus
+        self._rings: dict[int, int] = {}
+        machine.ports.add(guest.DISK_DOORBELL_PORT, self._doorbell)
+        machine.ports.add(guest.DISK_WAIT_PORT, self._wait)
+
+    def known(self) -> list[tuple[int, int]]:
+        """Return (vCPU, gpa) of every ring that was ever rung, for a device that begins in the middle."""
+        with self._notified:
+            return list(self._rings.items())
+
+    def notify(self, vcpu: int) -> None:
+        """Say that requests of this vCPU's ring may have been completed."""
+        with self._notified:
+            self._counts[vcpu] += 1
+            self._notified.notify_all()
+
+    def _doorbell(self, vcpu: int, io: Io) -> None:
+        if io.direction == "in":
+            io.data[:] = bytes(len(io.data))
+            return
+        gpa = int.from_bytes(io.data[: io.size], "little") << _PAGE_SHIFT
+        with self._notified:
+            self._rings[vcpu] = gpa
+        self._ring(vcpu, gpa)
+
+    def _wait(self, vcpu: int, io: Io) -> None:
+        if io.direction == "out":
+            return
+        with self._notified:
+            self._notified.wait_for(lambda: self._counts[vcpu] != self._told[vcpu], _LONGEST_WAIT)
+            count = self._told[vcpu] = self._counts[vcpu]
+        io.data[:] = (count.to_bytes(8, "little")[: io.size] * io.count)[: len(io.data)]
+
+
+class DiskThread:
+    """The disk in a thread of this process; owns the thread, not the file. A context manager.
+
+    A page that cannot be had pauses the machine, as it does where a vCPU wants it.
+    """
+
+    def __init__(self, machine: Machine, file: DiskFile) -> None:
+        self._pager = machine.pager
+        memory = GuestMemory(machine.layout, machine.backing, machine.pager, Origin.DEVICE)
+        self.device = DiskDevice(memory, file)
+        self.ports = DiskPorts(machine, self._rung)
+        self._work = threading.Condition()  # guards what follows
+        self._waiting: dict[int, int] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._main, name="disk")
+        self._thread.start()
+
+    def _rung(self, vcpu: int, ring: int) -> None:
+        with self._work:
+            self._waiting[vcpu] = ring
+            self._work.notify()
+
+    def _main(self) -> None:
+        try:
+            while (item := self._next()) is not None:
+                vcpu, ring = item
+                self._serve(ring)
+                self.ports.notify(vcpu)
+        except CancelledError:
+            return  # the machine stops
+        except PagingError as error:
+            self._pager.abort(error)
+        except Exception as error:
+            # Whatever it is, the machine must stop, and the message must get out.
+            broken = PagingError(f"the disk's thread broke: {error!r}")
+            broken.__cause__ = error
+            self._pager.abort(broken)
+
+    def _next(self) -> tuple[int, int] | None:
+        with self._work:
+            self._work.wait_for(lambda: self._waiting or self._closed)
+            return None if self._closed else self._waiting.popitem()
+
+    def _serve(self, ring: int) -> None:
+        while True:
+            try:
+                self.device.serve(ring)
+                return
+            except FrozenError:
+                with self._work:
+                    if self._closed:
+                        return
+                time.sleep(_THAW_SECONDS)
+
+    def close(self) -> None:
+        """End the thread; a second call does nothing. Not while vCPUs run, unless they do not wait for the disk."""
+        with self._work:
+            self._closed = True
+            self._work.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

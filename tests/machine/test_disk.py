@@ -1,0 +1,266 @@
+"""The disk: exact under every trap, and never upset by what a guest puts into its ring."""
+
+import struct
+
+import numpy as np
+import pytest
+from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan, prove
+from plain_guest import PlainMemory
+
+from kvmdp.machine import guest_abi as guest
+from kvmdp.machine.disk import DiskDevice, DiskError, DiskFile
+from kvmdp.machine.disk_ports import DiskThread
+from kvmdp.machine.experiment import in_process_disk, run_workload
+from kvmdp.machine.guest_abi import DiskStatus
+from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.runloop import GuestError
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.source.base import SourceError
+from kvmdp.source.synthetic import SyntheticSource
+
+RING, REQUESTS, TABLE, BUFFER = 0x1000, 0x2000, 0x3000, 0x10000
+SECTORS = 128
+NOT_DONE = (1 << 64) - 1
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("ring", [3, 0])
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize("trap", TRAPS)
+def test_what_goes_out_comes_back_exactly(trap, backing, vcpus, ring):
+    workload = plan("disk", vcpus=vcpus, ring=ring, pages=100 * vcpus + 1)
+    result = prove(trap, backing, workload)
+    assert result.counters.pages_fetched == len(workload.touched) == result.pages_present
+
+
+@pytest.mark.kvm
+def test_the_file_holds_what_the_guest_wrote(tmp_path):
+    workload = plan("disk", pages=103)
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MEMORY))
+    source = SyntheticSource(MEMORY, SEED)
+    options = MachineOptions(MEMORY, "mmio")
+    result = run_workload(
+        options, workload, source, timeout=TIMEOUT, device=in_process_disk(workload.disk_bytes, str(path))
+    )
+    assert result.ok
+    written = source.pages(np.arange(3, 53)).tobytes()[: -guest.DISK_SECTOR]
+    chunks = [written[at : at + guest.DISK_CHUNK] for at in range(0, len(written), guest.DISK_CHUNK)]
+    disk = path.read_bytes()
+    for number, chunk in enumerate(reversed(chunks)):
+        assert disk[number * guest.DISK_CHUNK :][: len(chunk)] == chunk
+    assert not any(disk[len(chunks) * guest.DISK_CHUNK :])
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("trap", TRAPS)
+def test_pages_that_go_while_the_device_is_at_them_lose_nothing(trap):
+    workload = plan("disk", vcpus=2)
+    source = SyntheticSource(MEMORY, SEED)
+    with make_machine(trap, workload=workload, source=source) as machine:
+        random = np.random.default_rng(SEED)
+
+        def shut(number):
+            machine.pager.mark_nonpresent(int(random.integers(0, 500)), 8)
+
+        with DiskFile.temporary(MEMORY) as file, DiskThread(machine, file), meanwhile(shut):
+            machine.run(TIMEOUT)
+        pages = workload.touched
+        expected = workload.expected_pages(source.pages, pages)
+        assert np.array_equal(all_of_ram(machine)[pages], expected)
+        assert machine.pager.counters.pages_fetched == len(pages)
+
+
+@pytest.mark.kvm
+def test_a_disk_that_is_too_small_fails_the_run_with_a_sentence():
+    with (
+        make_machine("mmio", workload=plan("disk")) as machine,
+        DiskFile.temporary(guest.DISK_CHUNK) as file,
+        DiskThread(machine, file),
+        pytest.raises(GuestError, match=r"vCPU 0: the guest's disk failed: request \d+, status RANGE"),
+    ):
+        machine.run(TIMEOUT)
+
+
+@pytest.mark.kvm
+def test_a_source_that_fails_under_the_device_pauses_the_machine():
+    class Failing(SyntheticSource):
+        def fill(self, offset, destination):
+            if offset >= 3 * PAGE_SIZE:  # behind the ring: only the device goes there
+                raise SourceError(self.name, offset, len(destination), "it is a test")
+            super().fill(offset, destination)
+
+    machine = make_machine("mmio", workload=plan("disk"), source=Failing(MEMORY, SEED))
+    with (
+        machine,
+        DiskFile.temporary(MEMORY) as file,
+        DiskThread(machine, file),
+        pytest.raises(Exception, match="paused: the page at gpa 0x3000 cannot be fetched"),
+    ):
+        machine.run(TIMEOUT)
+
+
+# The ring, without a guest
+
+
+class Bench:
+    """A device on plain RAM, with a ring of four requests that all are a good write of a sector."""
+
+    def __init__(self, file):
+        self.view = memoryview(bytearray(MEMORY))
+        self.memory = PlainMemory(self.view, GuestLayout(MEMORY))
+        self.device = DiskDevice(self.memory, file)
+        self.put(RING, "<QIIIIQ", guest.DISK_MAGIC, guest.DISK_VERSION, 0, 4, 0, REQUESTS)
+        self.put(TABLE, "<QQ", BUFFER, guest.DISK_SECTOR)
+        for number in range(4):
+            self.request(number)
+
+    def put(self, gpa, layout, *values):
+        struct.pack_into(layout, self.view, gpa, *values)
+
+    def request(self, number, sector=1, operation=guest.DISK_WRITE, segments=1, table=TABLE):
+        self.put(REQUESTS + 32 * number, "<QIIQQ", sector, operation, segments, table, NOT_DONE)
+
+    def submit(self, count, ring=RING):
+        self.memory.store64(RING + guest.DISK_RING_SUBMITTED, count)
+        return self.device.serve(ring)
+
+    def status(self, number=0):
+        return self.memory.load64(REQUESTS + 32 * number + guest.DISK_REQUEST_STATUS)
+
+    @property
+    def completed(self):
+        return self.memory.load64(RING + guest.DISK_RING_COMPLETED)
+
+    @property
+    def ring_status(self):
+        return self.memory.load64(RING + guest.DISK_RING_STATUS)
+
+
+@pytest.fixture
+def file():
+    with DiskFile.temporary(SECTORS * guest.DISK_SECTOR) as file:
+        yield file
+
+
+@pytest.fixture
+def bench(file):
+    return Bench(file)
+
+
+def test_requests_are_done_once_and_the_ring_wraps(bench):
+    assert bench.submit(3) == 3
+    assert bench.submit(3) == 0
+    assert bench.submit(7) == 4
+    assert (bench.completed, bench.status()) == (7, DiskStatus.OK)
+
+
+def test_counts_run_over_their_end(bench):
+    bench.memory.store64(RING + guest.DISK_RING_COMPLETED, NOT_DONE - 1)
+    assert bench.submit(1) == 3
+    assert bench.completed == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "segments", "status"),
+    [
+        ({"operation": 2}, [], DiskStatus.MALFORMED),
+        ({"segments": 0}, [], DiskStatus.MALFORMED),
+        ({"segments": 65}, [], DiskStatus.MALFORMED),
+        ({"segments": 0xFFFFFFFF}, [], DiskStatus.MALFORMED),
+        ({}, [(BUFFER, 0)], DiskStatus.MALFORMED),
+        ({}, [(BUFFER, 511)], DiskStatus.MALFORMED),
+        ({}, [(BUFFER, (1 << 20) + 512)], DiskStatus.MALFORMED),
+        ({}, [(BUFFER, NOT_DONE - 511)], DiskStatus.MALFORMED),
+        ({"segments": 2}, [(BUFFER, NOT_DONE), (BUFFER, 513)], DiskStatus.MALFORMED),
+        ({}, [(NOT_DONE - 100, 512)], DiskStatus.ADDRESS),
+        ({}, [(MEMORY - 256, 512)], DiskStatus.ADDRESS),
+        ({}, [(3 << 30, 512)], DiskStatus.ADDRESS),
+        ({"operation": guest.DISK_READ}, [(MEMORY - 256, 512)], DiskStatus.ADDRESS),
+        ({"table": NOT_DONE - 7}, [], DiskStatus.ADDRESS),
+        ({"table": MEMORY - 8}, [], DiskStatus.ADDRESS),
+        ({"sector": SECTORS}, [], DiskStatus.RANGE),
+        ({"sector": NOT_DONE}, [], DiskStatus.RANGE),
+    ],
+)
+def test_a_request_that_makes_no_sense_ends_with_a_status(bench, request_, segments, status):
+    bench.request(0, **request_)
+    for number, segment in enumerate(segments):
+        bench.put(TABLE + 16 * number, "<QQ", *segment)
+    assert bench.submit(1) == 1
+    assert (bench.status(), bench.completed, bench.ring_status) == (status, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("at", "layout", "value", "status"),
+    [
+        (guest.DISK_RING_VERSION, "<I", 2, DiskStatus.MALFORMED),
+        (guest.DISK_RING_FEATURES, "<I", 1, DiskStatus.MALFORMED),
+        (guest.DISK_RING_ENTRIES, "<I", 0, DiskStatus.MALFORMED),
+        (guest.DISK_RING_ENTRIES, "<I", 3, DiskStatus.MALFORMED),
+        (guest.DISK_RING_ENTRIES, "<I", 1 << 31, DiskStatus.MALFORMED),
+        (guest.DISK_RING_COMPLETED, "<Q", 1000, DiskStatus.MALFORMED),
+        (guest.DISK_RING_REQUESTS, "<Q", REQUESTS + 4, DiskStatus.ADDRESS),
+        (guest.DISK_RING_REQUESTS, "<Q", NOT_DONE - 7, DiskStatus.ADDRESS),
+        (guest.DISK_RING_REQUESTS, "<Q", MEMORY, DiskStatus.ADDRESS),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_told_so_and_nothing_is_done(bench, at, layout, value, status):
+    bench.put(RING + at, layout, value)
+    assert bench.submit(1) == 0
+    assert (bench.ring_status, bench.status()) == (status, NOT_DONE)
+
+
+@pytest.mark.parametrize("ring", [RING + 4, RING + PAGE_SIZE, MEMORY, 0xFFFFFFFF000, 3 << 30])
+def test_what_is_no_ring_is_not_touched(bench, ring):
+    before = bytes(bench.view)
+    assert bench.device.serve(ring) == 0
+    assert bytes(bench.view) == before
+
+
+def test_random_rings_change_nothing_but_what_they_name(bench):
+    random = np.random.default_rng(SEED)
+    for _ in range(2000):
+        bench.view[RING + 8 : RING + 0x20] = (
+            random.bytes(0x18) if random.integers(2) else bench.view[RING + 8 : RING + 0x20]
+        )
+        bench.view[REQUESTS : REQUESTS + 128] = random.bytes(128)
+        bench.submit(int(random.integers(1 << 62)) if random.integers(2) else bench.completed + 4)
+
+
+def test_a_full_file_system_is_a_status(bench, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    assert bench.submit(1) == 1
+    assert bench.status() == DiskStatus.SPACE
+
+
+def test_short_writes_and_reads_are_gone_on_with(bench, monkeypatch):
+    import os
+
+    pwrite, pread = os.pwrite, os.pread
+    monkeypatch.setattr("os.pwrite", lambda fd, data, at: pwrite(fd, data[:100], at))
+    monkeypatch.setattr("os.pread", lambda fd, length, at: pread(fd, min(length, 77), at))
+    content = np.random.default_rng(SEED).bytes(guest.DISK_SECTOR)
+    bench.memory.write(BUFFER, content)
+    bench.request(1, operation=guest.DISK_READ, table=TABLE + 16)
+    bench.put(TABLE + 16, "<QQ", BUFFER + PAGE_SIZE, guest.DISK_SECTOR)
+    assert bench.submit(2) == 2
+    assert bench.memory.read(BUFFER + PAGE_SIZE, guest.DISK_SECTOR) == content
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "cannot open the disk .*: No such file or directory: make one with truncate"),
+        (lambda path: path.mkdir(), "cannot open the disk .*: Is a directory"),
+        (lambda path: path.write_bytes(b"x"), "no file of at least one sector"),
+    ],
+)
+def test_a_file_that_is_no_disk_is_refused(tmp_path, make, message):
+    make(tmp_path / "disk")
+    with pytest.raises(DiskError, match=message):
+        DiskFile.open(str(tmp_path / "disk"))
