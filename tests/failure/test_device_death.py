@@ -12,7 +12,7 @@ from kvmdp.machine.hostinfo import cpu_model
 
 pytestmark = pytest.mark.kvm
 
-START = "from kvmdp.cli.main import entry; entry()"
+START = "from kvmdp.cli.entry import entry; entry()"
 # A CPU that QEMU emulates takes minutes for what a real one does in seconds.
 ROUNDS, KILLS = (1, 2) if cpu_model().startswith("QEMU TCG") else (2, 4)
 SOON = 60
