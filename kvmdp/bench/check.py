@@ -11,7 +11,11 @@
     contender = "marker"
     max = 25
 
-The metrics are those of the document's contenders that are a spread (their median counts), or a plain number such
+    [[bound]]
+    metric = "device.read_4k_ratio"   # or, with neither, a figure of the document itself
+    max = 2.5
+
+The metrics are those of the document and its contenders that are a spread (their median counts), or a plain number such
 as `in_flight`, `latency_us.p99`, `memory.vmpte_kib`.
 """
 
@@ -27,7 +31,7 @@ _KEYS = {"metric", "a", "b", "contender", "min", "max"}
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """One row: a metric of one contender, or the ratio of two, between `least` and `most`."""
+    """One row: a metric of the document, of one contender, or the ratio of two, between `least` and `most`."""
 
     metric: str
     contenders: tuple[str, ...]
@@ -35,7 +39,7 @@ class Bound:
     most: float | None
 
     def __str__(self) -> str:
-        what = f"{self.metric} of {' / '.join(self.contenders)}"
+        what = f"{self.metric} of {' / '.join(self.contenders)}" if self.contenders else self.metric
         limits = [f"at least {self.least:g}"] if self.least is not None else []
         limits += [f"at most {self.most:g}"] if self.most is not None else []
         return f"{what}: {' and '.join(limits)}"
@@ -58,10 +62,10 @@ def _bound(path: str, number: int, row: dict[str, Any]) -> Bound:
         raise ValueError(
             f"{where}: there is no {', '.join(sorted(unknown))}; there are {', '.join(sorted(_KEYS))}"
         )
-    named = [row["contender"]] if "contender" in row else [row.get("a"), row.get("b")]
+    named = [row["contender"]] if "contender" in row else [row[name] for name in ("a", "b") if name in row]
     contenders = tuple(name for name in named if isinstance(name, str))
-    if "metric" not in row or len(contenders) < len(named):
-        raise ValueError(f"{where}: give metric, and contender or a and b")
+    if "metric" not in row or len(contenders) < len(named) or ("a" in row) != ("b" in row):
+        raise ValueError(f"{where}: give metric, and contender, a and b, or neither")
     limits = [row.get("min"), row.get("max")]
     if limits == [None, None] or any(not isinstance(limit, int | float | None) for limit in limits):
         raise ValueError(f"{where}: give min or max, as numbers")
@@ -80,8 +84,10 @@ def judge(bound: Bound, document: dict[str, Any]) -> tuple[bool, str]:
 def _figure(bound: Bound, document: dict[str, Any]) -> float | None:
     if len(bound.contenders) == 2:
         return _ratio(bound, document)
-    found = next((each for each in document["contenders"] if each["name"] == bound.contenders[0]), None)
-    value: Any = found
+    value: Any = document
+    if bound.contenders:
+        name = bound.contenders[0]
+        value = next((each for each in document["contenders"] if each["name"] == name), None)
     for key in bound.metric.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     if isinstance(value, dict):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvmdp import __version__
+from kvmdp.bench.access import AccessCosts
 from kvmdp.bench.contender import Contender
 from kvmdp.bench.measure import FLOOR_TRAPS, Measurement, floor, measure
 from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
@@ -30,13 +31,14 @@ _METRICS = ("pages_per_second", "cpu_us_per_fault")
 class Comparison:
     """What has been measured so far; complete when `rounds` have been done.
 
-    `skipped` says why a contender cannot run on this host.
+    `device`, if given, is measured once a round too. `skipped` says why a contender cannot run on this host.
     """
 
     work: Work
     contenders: list[Contender]
     rounds: int
     traced: bool = False
+    device: AccessCosts | None = None
     measurements: dict[str, list[Measurement]] = field(default_factory=dict)
     floors: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -54,6 +56,8 @@ class Comparison:
                     on_round(each.name, turn, measurement)
             if turn >= 0:
                 self._measure_floors(turn, on_round)
+            if self.device is not None:
+                self.device.take_turn(self.contenders, keep=turn >= 0)
 
     def _try(self, contender: Contender) -> Measurement | None:
         try:
@@ -103,6 +107,7 @@ class Comparison:
             },
             "contenders": [self._contender(traps[name], self.measurements[name]) for name in names],
             "ratios": self._ratios(names),
+            "device": self.device.document() if self.device else None,
             "skipped": self.skipped,
         }
 

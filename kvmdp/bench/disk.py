@@ -24,7 +24,7 @@ from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.wire.endpoint import Listener
 
 _PLACES = ("in_process", "out_of_process")
-_DEVICE = "from kvmdp.cli.main import entry; entry()"
+_DEVICE = "from kvmdp.cli.entry import entry; entry()"
 _SECONDS = 60.0
 
 

@@ -75,10 +75,7 @@ class Measurement:
 def measure(contender: Contender, *, traced: bool = False) -> Measurement:
     """Let the contender do its work once. Raises what `Machine` and `Machine.run` raise."""
     work = contender.work
-    source: PageSource = SyntheticSource(work.memory_bytes, work.seed)
-    network = None
-    if work.latency or work.bandwidth:
-        source = network = NetworkSource(source, work.latency, work.bandwidth)
+    source, network = source_of(work)
     workload = plan(work)
     if workload.patches:
         source = PatchedSource(source, workload.patches)
@@ -122,6 +119,15 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
             memory_bytes=work.memory_bytes,
             trace=tracer.records() if tracer else [],
         )
+
+
+def source_of(work: Work) -> tuple[PageSource, NetworkSource | None]:
+    """Return the synthetic image, as far away as the work says, and the network in front of it if there is one."""
+    image = SyntheticSource(work.memory_bytes, work.seed)
+    if not work.latency and not work.bandwidth:
+        return image, None
+    network = NetworkSource(image, work.latency, work.bandwidth)
+    return network, network
 
 
 def plan(work: Work) -> Workload:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kvmdp.bench.access import AccessCosts
 from kvmdp.bench.check import Bound, judge, read_bounds
 from kvmdp.bench.comparison import BASELINE, Comparison
 from kvmdp.bench.contender import DEFAULT, SHARDED, Contender, contender
@@ -121,6 +122,12 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
     add("--warm-up", type=int, default=1, metavar="N", help="rounds not measured before them (default: 1)")
     add("--seed", type=int, default=0, help="of synthetic pages and random orders (default: 0)")
     add(
+        "--device",
+        action="store_true",
+        help="measure also what memory costs a device: accesses to present pages, faults of each contender while "
+        "its guest does not run, and the rate of a disk (default: no)",
+    )
+    add(
         "--trace",
         metavar="FILE",
         help="write one record a fault of each contender's last round (default: none)",
@@ -141,7 +148,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"--check {options.check}: {error.strerror}") from None
-    comparison = Comparison(work, contenders, options.rounds, traced=options.trace is not None)
+    device = AccessCosts() if options.device else None
+    comparison = Comparison(work, contenders, options.rounds, options.trace is not None, device)
     status = EXIT_OK
     try:
         comparison.run(options.warm_up, _tell)
@@ -259,10 +267,35 @@ def print_document(document: dict[str, Any]) -> None:
             f"{each['name']:<28}{_words(each['page_us']):>20}{own:>8}{each['cpu_us_per_fault']['median']:>8.1f}"
             f"{latency['p50']:>8.1f}{latency['p99']:>9.1f}  {_against(each['name'], document)}"
         )
+    if document["device"]:
+        _print_device(document["device"])
 
 
-def _words(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.1f} ({spread['min']:.0f}-{spread['max']:.0f})"
+def _print_device(device: dict[str, Any]) -> None:
+    """Print what memory costs a device: a line a kind of access, then a line a contender."""
+    print(f"\n{'device, page present':<28}{'us a call':>20}")
+    for kind in ("slice_4k", "read_4k", "write_4k", "view_4k", "slice_8", "read_8", "load64", "store64"):
+        against = device.get(f"{kind}_ratio")
+        times = f"  {_words(against, 2)} x slice" if against else ""
+        print(f"{kind:<28}{_words(device[f'{kind}_us'], 2):>20}{times}")
+    print(f"\n{'device, page absent':<28}{'faults':>8}{'p50':>8}{'p90':>8}{'p99':>9}{'max':>9} us")
+    for each in device["faults"]:
+        latency = each["latency_us"]
+        print(
+            f"{each['name']:<28}{each['faults']:>8}{latency['p50']:>8.1f}{latency['p90']:>8.1f}"
+            f"{latency['p99']:>9.1f}{latency['max']:>9.1f}"
+        )
+    disk = device["disk"]
+    print(f"\n{'disk, memory under ' + disk['trap']:<36}{'MB a second':>20}")
+    for place, states in disk["bytes_per_second"].items():
+        for state, rate in states.items():
+            megabytes = {name: value / 1e6 for name, value in rate.items()}
+            print(f"{place.replace('_', ' ') + ', ' + state:<36}{_words(megabytes):>20}")
+
+
+def _words(spread: dict[str, float], digits: int = 1) -> str:
+    least, most = (f"{spread[name]:.{digits if digits > 1 else 0}f}" for name in ("min", "max"))
+    return f"{spread['median']:.{digits}f} ({least}-{most})"
 
 
 def _against(name: str, document: dict[str, Any]) -> str:
