@@ -23,7 +23,7 @@ class DeviceThread:
     def __init__(self, machine: Machine, pages: int) -> None:
         self.latencies = array("Q")
         self._layout = machine.layout
-        self._memory = machine.device_view or machine.memory
+        self._memory = machine.device_view or machine.memory_for_device(0)
         self._pages = pages
         self._thread = threading.Thread(target=self._read, name="device")
 

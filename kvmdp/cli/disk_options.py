@@ -62,6 +62,11 @@ def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[Device
         raise UsageError(
             f"{options.backing} memory cannot be handed to a device process: use --backing memfd"
         )
+    if (options.uffd_mode or "").lower() == "missing":
+        raise UsageError(
+            "--device-socket with --uffd-mode missing: in that mode pages are filled where no other process finds "
+            "them; leave --uffd-mode out"
+        )
     try:
         listener = Listener(options.device_socket)
     except EndpointError as error:

@@ -127,6 +127,11 @@ def _sources(
             f"--handler with --backing {options.backing}: memory of one process alone cannot be handed to a handler "
             "in another; use --backing memfd"
         )
+    if (options.uffd_mode or "").lower() == "missing":
+        raise ValueError(
+            "--handler with --uffd-mode missing: a handler fills pages in the memory file, where in that mode no "
+            "absent page may be; leave --uffd-mode out"
+        )
     reference = None if options.image is None else stack.enter_context(_source(options))
     handler = HandlerSource(options.handler, options.handler_timeout, say)
     stack.callback(handler.close)

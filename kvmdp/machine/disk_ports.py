@@ -114,7 +114,10 @@ class DiskThread:
     def _next(self) -> tuple[int, int] | None:
         with self._work:
             self._work.wait_for(lambda: self._waiting or self._closed)
-            return None if self._closed else self._waiting.popitem()
+            if self._closed:
+                return None
+            vcpu = next(iter(self._waiting))  # who has waited longest
+            return vcpu, self._waiting.pop(vcpu)
 
     def _serve(self, ring: int) -> None:
         while True:

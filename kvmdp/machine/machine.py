@@ -27,12 +27,12 @@ from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import Origin, Outcome, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
-from kvmdp.paging.peers import DeviceServer
+from kvmdp.paging.peers import DeviceServer, check_shareable
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.device import DeviceView
 from kvmdp.paging.trap.hybrid import HybridTrap
 from kvmdp.paging.trap.mmio import MmioTrap
-from kvmdp.paging.trap.registry import create_trap
+from kvmdp.paging.trap.registry import create_trap, exit_trap_of
 from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 from kvmdp.paging.vcpu import VcpuPaging
 from kvmdp.source.base import PageSource, ram_source
@@ -81,7 +81,9 @@ def catches_page_walks(trap: str) -> bool:
     shadows page tables it walks them itself: that puts it to sleep in userfaultfd, and what it cannot read in any
     other way it takes for not mapped.
     """
-    return trap == UserfaultfdTrap.name or (trap != MmioTrap.name and uses_nested_paging())
+    if trap == UserfaultfdTrap.name:
+        return True
+    return exit_trap_of(trap) != MmioTrap.name and uses_nested_paging()
 
 
 class Machine:
@@ -175,6 +177,7 @@ class Machine:
         """Hand RAM to a source that another process fills it from."""
         remote = ram_source(source)
         if remote is not None:
+            check_shareable(self.backing, self.pager.trap)
             regions = [(each.gpa, each.size, each.offset) for each in self.layout.regions]
             remote.bind(self.backing.vmm.view, self.backing.fd, self.pager.bitmap.fd, regions)
 

@@ -23,7 +23,7 @@ from kvmdp.memory.bitmap import PresentBitmap, Words, runs_of
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.access_gate import AccessGate
 from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake
-from kvmdp.paging.fault import BusyError, Outcome, PageFault, PagingError
+from kvmdp.paging.fault import BusyError, CancelledError, Outcome, PageFault, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.policy import FaultPolicy
@@ -434,7 +434,7 @@ class DemandPager:
         vCPUs may run meanwhile. The range is widened to whole units; pages that are retained are passed over. Returns
         how many pages were shut off. Raises BusyError if somebody keeps a page for longer than `timeout` seconds (None
         waits): what was taken away before that stays away, the rest is present. PagingError while demand paging is
-        switched off.
+        switched off, CancelledError if the machine stops while somebody keeps a page.
         """
         page, end = self._checked(first, count)
         unit = self.ledger.unit
@@ -482,11 +482,16 @@ class DemandPager:
         self._end(claim, State.BACKED)
 
     def _drain(self, claim: Claim, deadline: float | None) -> None:
-        """Wait until nobody in user space is at the pages; nobody can begin to be any more. Raises BusyError."""
+        """Wait until nobody in user space is at the pages; nobody can begin to be any more.
+
+        Raises BusyError, CancelledError.
+        """
         if self.peers is not None:
             self.peers.invalidate(claim.first, claim.count, deadline)
         with self.mutex:
             while self.ledger.pinned(claim):
+                if self.ledger.cancelled:
+                    raise CancelledError("the machine is stopping: pages in use are not taken away any more")
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     gpa = self.layout.gpa_of_page(claim.first)
@@ -530,7 +535,8 @@ class DemandPager:
             return
         with self.gate.quiesced():
             self.trap.arm(self)
-        self.enabled = True
+            with self.mutex:
+                self.enabled = True
 
     def disable(self) -> None:
         """Disarm the trap: RAM is plain memory again, with no overhead left.

@@ -23,8 +23,9 @@ from kvmdp.paging.fault import PagingError
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.requests import PeerCounters
 from kvmdp.paging.session import DeviceSession
+from kvmdp.paging.trap.base import Trap
 from kvmdp.wire.endpoint import Peer
-from kvmdp.wire.handover import Handover, Role
+from kvmdp.wire.handover import Handover, Role, new_epoch
 from kvmdp.wire.notifier import hand_over, notifier_pair
 from kvmdp.wire.records import Kind
 
@@ -34,6 +35,24 @@ _JOIN_SECONDS = 30.0
 
 def _ignore(_: int) -> None:
     """Nobody wants to know."""
+
+
+def check_shareable(backing: Backing, trap: Trap) -> None:
+    """Raise ValueError if RAM cannot be handed to other processes.
+
+    A peer touches a page in the memory file once its bit is set, which is before the trap has admitted it. So its bytes
+    must lie there by then, and a trap that fills pages elsewhere and moves them in place is refused: a peer would find
+    the hole, make it a page of zeros, and the bytes could not be moved there any more.
+    """
+    if not backing.shared:
+        raise ValueError(
+            f"RAM is {backing.name} memory, which cannot be handed to another process: use --backing memfd"
+        )
+    if trap.fill_view is not backing.vmm.view:
+        raise ValueError(
+            f"the trap {trap.name}, in the mode missing, fills pages where no other process finds them: use the mode "
+            "minor, or another trap"
+        )
 
 
 class DeviceServer:
@@ -53,22 +72,17 @@ class DeviceServer:
         report: Callable[[str], None],
         patience: float = _PATIENCE_SECONDS,
     ) -> None:
-        if not backing.shared:
-            raise ValueError(
-                f"RAM is {backing.name} memory, which cannot be handed to another process: use --backing memfd"
-            )
+        check_shareable(backing, pager.trap)
         self.counters = PeerCounters()
         self._layout = layout
         self._backing = backing
         self._pager = pager
         self._report = report
         self._patience = patience
-        self._serving = (
-            threading.Lock()
-        )  # one hand-over at a time; nobody who serves a fault or a revocation takes it
+        # One hand-over at a time. Nobody who serves a fault or a revocation takes it.
+        self._serving = threading.Lock()
         self._mutex = threading.Lock()  # guards what follows
         self._sessions: list[DeviceSession] = []
-        self._epoch = 0
         self._frozen = False
         self._closed = False
 
@@ -119,11 +133,10 @@ class DeviceServer:
         self, peer: Peer, notifier: socket.socket, credits: int, on_completed: Callable[[int], None]
     ) -> DeviceSession:
         with self._mutex:
-            self._epoch += 1
             session = DeviceSession(
                 peer,
                 notifier,
-                self._epoch,
+                new_epoch(),
                 credits,
                 self._layout,
                 self._pager,

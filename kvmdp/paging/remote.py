@@ -25,6 +25,7 @@ from typing import Self
 
 from kvmdp.abi.mman import F_GET_SEALS, F_SEAL_SHRINK, MADV_DONTFORK
 from kvmdp.memory.bitmap import PresentBitmapView
+from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError
 from kvmdp.wire.handover import Descriptors, Handover
@@ -32,9 +33,7 @@ from kvmdp.wire.records import RECORD_SIZE, Access, Kind, Origin, Outcome, Recor
 
 BytesLike = bytes | bytearray | memoryview
 
-_PAGE_SHIFT = 12
-_PAGE_SIZE = 1 << _PAGE_SHIFT
-_IN_PAGE = _PAGE_SIZE - 1
+_IN_PAGE = PAGE_SIZE - 1
 _AT_ONCE = 2 << 20  # bytes copied under the mutex at once
 _MOST_PAGES = 512  # of one FAULT
 
@@ -46,9 +45,8 @@ class _Fault:
 
     def __init__(self) -> None:
         self.done = threading.Event()
-        self.outcome: Outcome | None = (
-            None  # None: look again; accesses are frozen, cancelled, or the session is over
-        )
+        # None with `done` set: look again; accesses are frozen, cancelled, or the session is over.
+        self.outcome: Outcome | None = None
 
 
 class RemoteMemory:
@@ -98,6 +96,8 @@ class RemoteMemory:
             self._stack = stack.pop_all()
         descriptors.close()
         self._view = self._ram.view
+        # What was sent before the hand-over is here by now, and counts before the first access: a FREEZE.
+        self._receive(socket.MSG_DONTWAIT)
         self._receiver = threading.Thread(target=self._receive, name="notifier")
         self._receiver.start()
 
@@ -157,7 +157,7 @@ class RemoteMemory:
         if len(pieces) != 1:
             raise ValueError(f"{length} bytes at gpa {gpa:#x} are not contiguous in the RAM file")
         offset = pieces[0][0]
-        pages = offset >> _PAGE_SHIFT, (offset + length + _IN_PAGE) >> _PAGE_SHIFT
+        pages = offset >> PAGE_SHIFT, (offset + length + _IN_PAGE) >> PAGE_SHIFT
         with self._present(pieces, Access.WRITE, False):
             self._views.append(pages)
         view = self._view[offset : offset + length]
@@ -174,7 +174,7 @@ class RemoteMemory:
     def _present(self, pieces: Sequence[tuple[int, int]], access: Access, nowait: bool) -> Iterator[None]:
         """Hold the mutex, with every page of the pieces (offset in RAM, bytes) present."""
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
-        runs = [(at >> _PAGE_SHIFT, (at + size + _IN_PAGE) >> _PAGE_SHIFT) for at, size in pieces]
+        runs = [(at >> PAGE_SHIFT, (at + size + _IN_PAGE) >> PAGE_SHIFT) for at, size in pieces]
         while True:
             with self._mutex:
                 self._check_open()
@@ -222,7 +222,7 @@ class RemoteMemory:
                 raise
             self._last_token = token = self._last_token + 1
             self._faults[token] = fault
-        gpa, size = self._gpa_of(first), count << _PAGE_SHIFT
+        gpa, size = self._gpa_of(first), count << PAGE_SHIFT
         self._send(Record(Kind.FAULT, token, gpa, size, access, Origin.DEVICE, self._number))
         if not fault.done.wait(_left(deadline)):
             # The credit comes back with the DONE that answers the RELEASE.
@@ -275,7 +275,7 @@ class RemoteMemory:
             yield batch
 
     def _gpa_of(self, page: int) -> int:
-        at = page << _PAGE_SHIFT
+        at = page << PAGE_SHIFT
         return next(gpa + at - offset for gpa, size, offset in self._regions if offset <= at < offset + size)
 
     # The device's side of the session
@@ -308,7 +308,7 @@ class RemoteMemory:
         """Call off, for good, the accesses that wait, and refuse new ones: they raise CancelledError."""
         with self._mutex:
             self._cancelled = True
-            self._wake_all()
+            self._turn_away()
 
     def close(self) -> None:
         """Unmap RAM, say BYE and close; a second call does nothing. No view may be open, no access under way."""
@@ -341,12 +341,15 @@ class RemoteMemory:
         with contextlib.suppress(OSError):  # the session is over, as the receiver sees too
             self._notifier.send(record.pack(self.handover.epoch), socket.MSG_NOSIGNAL)
 
-    def _receive(self) -> None:
+    def _receive(self, flags: int = 0) -> None:
+        """Take records until the session is over; with MSG_DONTWAIT those that are here, at the most."""
         why = "the machine has closed the notifier, or died: its memory cannot be used any more"
         try:
             while self._over is None:
                 try:
-                    message = self._notifier.recv(RECORD_SIZE + 1)
+                    message = self._notifier.recv(RECORD_SIZE + 1, flags)
+                except BlockingIOError:
+                    return
                 except ConnectionResetError:
                     continue  # it has closed with records unread; what it had sent is still there
                 if not message:
@@ -354,6 +357,8 @@ class RemoteMemory:
                 self._take(unpack(message, self.handover.epoch))
         except RecordError as error:
             why = f"the machine sent {error}: the session is over"
+        except ValueError as error:
+            why = f"the machine sent a record that makes no sense ({error}): the session is over"
         except OSError as error:
             why = f"the notifier broke: {error}"
         with self._mutex:
@@ -363,13 +368,19 @@ class RemoteMemory:
     def _end(self, why: str) -> None:
         """End the session, with the mutex held."""
         self._over = why
-        self._wake_all()
+        self._turn_away()
         self._doorbell.notify_all()
 
     def _wake_all(self) -> None:
         """Have all who wait look again; their FAULTs stay open until they are answered."""
         for fault in self._faults.values():
             fault.done.set()
+
+    def _turn_away(self) -> None:
+        """Have all who wait, for pages or for a credit to ask for them, look again: nothing is asked for any more."""
+        self._wake_all()
+        # No DONE may come to give credits back. Who gets this one is turned away, and hands it to the next.
+        self._credits.release()
 
     def _take(self, record: Record) -> None:
         kind = record.kind
@@ -381,8 +392,8 @@ class RemoteMemory:
                 fault.outcome = record.outcome
                 fault.done.set()
             elif kind is Kind.INVALIDATE:
-                first = next(self._pieces(record.gpa, record.size))[0] >> _PAGE_SHIFT
-                self._owed.append((record.token, first, first + (record.size >> _PAGE_SHIFT)))
+                first = next(self._pieces(record.gpa, record.size))[0] >> PAGE_SHIFT
+                self._owed.append((record.token, first, first + (record.size >> PAGE_SHIFT)))
             elif kind is Kind.FREEZE:
                 self._frozen = True
                 self._owed.append((record.token, 0, self.handover.pages))

@@ -19,14 +19,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from kvmdp.memory.layout import GuestLayout
+from kvmdp.memory.layout import PAGE_SHIFT, GuestLayout
 from kvmdp.paging.fault import BusyError, Outcome
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.requests import FaultRequests, PeerCounters
 from kvmdp.wire.endpoint import Peer
 from kvmdp.wire.records import RECORD_SIZE, Flag, Kind, Record, RecordError, unpack
 
-_PAGE_SHIFT = 12
 _DEATH_SECONDS = 2.0  # between the end of a process's notifier and its death: it is being torn down
 _TICK_SECONDS = 0.1  # how often a session that waits for a death looks whether the machine is closing
 
@@ -34,11 +33,10 @@ _TICK_SECONDS = 0.1  # how often a session that waits for a death looks whether 
 class DeviceSession:
     """A session; made by `kvmdp.paging.peers.DeviceServer`, which owns it.
 
-    Arguments: the peer and the machine's end of its notifier, which belong to the session from now on;
-    epoch and credits; the machine's RAM; `patience`, the seconds a peer has for an ACK; `frozen()`,
-    whether accesses are frozen; `report(sentence)`, told of
-    the end if it is not an orderly one; `on_completed(count)`, told of the requests it has finished. Neither may
-    block.
+    Arguments: the peer and the machine's end of its notifier, which belong to the session from now on; epoch and
+    credits; the machine's RAM; `patience`, the seconds a peer has for an ACK; `frozen()`, whether accesses are frozen;
+    `report(sentence)`, told of the end if it is not an orderly one; `on_completed(count)`, told of the requests it has
+    finished. Neither may block.
 
     `ending` is None while it lasts, then a sentence.
     """
@@ -71,9 +69,8 @@ class DeviceSession:
         self._on_completed = on_completed
         # Guards what follows, and each send: they never sleep. Notified at every ACK and at the session's end.
         self._changed = threading.Condition(threading.Lock())
-        self._asked: dict[
-            int, float
-        ] = {}  # tokens of open INVALIDATEs and FREEZEs: when patience ends; oldest first
+        # Tokens of open INVALIDATEs and FREEZEs: when patience ends; oldest first.
+        self._asked: dict[int, float] = {}
         self._last_token = 0
         self._left = False  # its BYE has come
         self._gone = False
@@ -292,7 +289,7 @@ class DeviceSession:
 
     def _take_fault(self, record: Record) -> None:
         first = self._first_page(record.gpa, record.size)
-        count = record.size >> _PAGE_SHIFT
+        count = record.size >> PAGE_SHIFT
         if self._requests.is_open(record.token):
             raise RecordError(f"a second FAULT with token {record.token} before the DONE of the first")
         if self._requests.open >= self.credits:
@@ -314,7 +311,7 @@ class DeviceSession:
         """Return the RAM page at `gpa`. Raises RecordError unless all of the range is RAM, contiguous."""
         for region in self._layout.regions:
             if region.gpa <= gpa and gpa + size <= region.gpa + region.size:
-                return (region.offset + gpa - region.gpa) >> _PAGE_SHIFT
+                return (region.offset + gpa - region.gpa) >> PAGE_SHIFT
         raise RecordError(f"a FAULT for {size} bytes at gpa {gpa:#x}, which are not RAM")
 
     def _take_ack(self, token: int) -> None:

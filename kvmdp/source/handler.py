@@ -353,10 +353,16 @@ class HandlerSource:
                 session = Session(self._path, self._wake, left)
             except EndpointError as error:
                 why = str(error)
-                select.select([self._wake], [], [], _RETRY_SECONDS)
+                self._pause()
                 continue
             return self._accept(session, count)
         return None
+
+    def _pause(self) -> None:
+        """Wait a little before the next attempt, less if the machine stops."""
+        poll = select.poll()  # select takes no descriptor above 1,023
+        poll.register(self._wake, select.POLLIN)
+        poll.poll(_RETRY_SECONDS * 1000)
 
     def _accept(self, session: Session, count: int) -> Session:
         """Take a new handler, if its image can be the same."""

@@ -8,6 +8,7 @@ Units: bytes, seconds.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import socket
@@ -56,10 +57,10 @@ def serve_machine(
     connection.settimeout(_PATIENCE_SECONDS)
     offer.send(connection, source.size)
     terms, descriptors = handover.receive(connection)
-    notifier = socket.socket(fileno=descriptors.notifier)
-    descriptors.notifier = -1
-    with notifier:
+    with contextlib.ExitStack() as stack:
         try:
+            notifier = stack.enter_context(socket.socket(fileno=descriptors.notifier))
+            descriptors.notifier = -1  # the socket's from now on
             memory = _map(terms, descriptors.ram)
         finally:
             descriptors.close()

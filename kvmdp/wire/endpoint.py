@@ -169,11 +169,14 @@ def _make_room(path: str) -> None:
     if not stat.S_ISSOCK(found.st_mode):
         raise EndpointError(f"{path} is there already and is not a socket: name another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)  # or it would wait while the listener's queue is full
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             Path(path).unlink(missing_ok=True)
             return
+        except BlockingIOError:
+            pass  # that queue is full: so there is a listener
         except OSError as error:
             raise EndpointError(f"{path} is there already ({error.strerror}): name another path") from None
     raise EndpointError(f"somebody listens at {path} already: name another path, or end that process")

@@ -123,7 +123,10 @@ def test_help_is_no_error(arguments):
         (("--backing", "paper"), "there is no backing 'paper': choose from memfd, anonymous"),
         (
             ("--workload", "sleep"),
-            "there is no workload 'sleep': choose from checksum, touch, fill, atomic, copy, execute, vector, string",
+            (
+                "there is no workload 'sleep': choose from checksum, touch, fill, atomic, copy, execute, vector, "
+                "string, clock, disk"
+            ),
         ),
         (
             ("--trap", "mmio", "--granule", "5000"),

@@ -48,7 +48,7 @@ def in_the_child(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_nothing_is_found_where_nothing_is_wrong(workload, trap):
     require_trap(trap)
-    done = kvmdp(*SMALL, "--workload", workload, "--trap", trap, "--vcpus", 2)
+    done = kvmdp(*SMALL, "--pages", 16, "--workload", workload, "--trap", trap, "--vcpus", 2)
     assert done.status == 0, done.err
     assert done.out.endswith("leaks      none found\n")
 

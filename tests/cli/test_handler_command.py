@@ -65,3 +65,8 @@ def test_nothing_to_serve(arguments, sentence):
 
 def test_private_memory_cannot_be_handed_over():
     assert "memory of one process alone" in refused("run", "--handler", "x", "--backing", "anonymous")
+
+
+def test_a_mode_that_has_no_absent_page_in_the_file_is_refused():
+    arguments = ("--trap", "userfaultfd", "--uffd-mode", "Missing")
+    assert "leave --uffd-mode out" in refused("run", "--handler", "x", *arguments)

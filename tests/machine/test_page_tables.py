@@ -10,6 +10,7 @@ from harness import (
     TIMEOUT,
     TRAPS,
     all_of_ram,
+    host_pv,
     host_vectors,
     make_machine,
     meanwhile,
@@ -111,7 +112,7 @@ def test_every_workload_is_exact(name, trap, ring):
         pytest.skip("this host emulates ring 0, without vector instructions, on present memory too")
     require_trap(trap)
     vector = host_vectors() if ring == 3 else VectorFlag.NONE
-    workload = plan(name, vcpus=2, ring=ring, pages=32, vector=vector, write=True)
+    workload = plan(name, vcpus=2, ring=ring, pages=32, vector=vector, write=True, pv=host_pv())
     options = MachineOptions(MEMORY, trap, vcpus=2, page_tables="paged")
     result = run_workload(options, workload, SyntheticSource(MEMORY, SEED), timeout=TIMEOUT)
     assert result.ok

@@ -1,11 +1,14 @@
 """What the pager claims, fetches and admits, one fault at a time; no kernel involved."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from fakes import PAGES, content, page_of, pager_of, source_error
 
 from kvmdp.paging.claim import Claim, Wait
-from kvmdp.paging.fault import Outcome, PageFault, PagingError
+from kvmdp.paging.fault import CancelledError, Outcome, PageFault, PagingError
 from kvmdp.paging.policy import FaultAround
 
 LOW_PAGES = (3 << 30) // 4096
@@ -315,3 +318,24 @@ def test_a_retained_page_keeps_its_whole_unit():
 def test_a_range_that_is_not_ram_cannot_be_retained():
     with pager_of() as pager, pytest.raises(IndexError):
         pager.retain(PAGES - 1, 2)
+
+
+def test_a_stop_ends_the_wait_for_pages_in_use():
+    with pager_of() as pager:
+        pager.mark_present(3, 1)
+        assert pager.hold(3)
+        ends = []
+
+        def revoke():
+            with pytest.raises(CancelledError, match="the machine is stopping"):
+                pager.mark_nonpresent(3, 1)
+            ends.append(pager.bitmap.test(3))
+
+        thread = threading.Thread(target=revoke, daemon=True)
+        thread.start()
+        while pager.bitmap.test(3):  # until the page is being taken away
+            time.sleep(0.001)
+        pager.cancel()
+        thread.join(20)
+        assert ends == [True]
+        pager.release(3)

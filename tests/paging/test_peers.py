@@ -8,6 +8,7 @@ from device_process import SOON, bench
 from fakes import PAGES, content, in_threads, page_of, source_error
 
 from kvmdp.memory.backing import AnonymousBacking
+from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.fault import BusyError, Outcome, PageFault
 from kvmdp.paging.peers import DeviceServer
 from kvmdp.wire.records import Kind
@@ -375,6 +376,15 @@ def test_anonymous_memory_is_refused():
     refusal = pytest.raises(ValueError, match="cannot be handed to another process: use --backing memfd")
     with bench() as here, AnonymousBacking(here.layout.memory_bytes) as backing, refusal:
         DeviceServer(here.layout, backing, here.pager, print)
+
+
+def test_a_trap_that_fills_elsewhere_is_refused():
+    with bench() as here, Mapping.anonymous(here.layout.memory_bytes) as staging:
+        here.trap.fill_view = staging.view
+        with pytest.raises(
+            ValueError, match="the trap fake, in the mode missing, fills pages where no other"
+        ):
+            DeviceServer(here.layout, here.backing, here.pager, print)
 
 
 @pytest.mark.parametrize("how", ["select", "poll", "epoll", "asyncio"])

@@ -21,7 +21,7 @@ class MemoryFaultTrap(SlotTrap):
     """Absent granules are closed slots; admitting one replaces it by an ordinary slot.
 
     Between the delete and the create another vCPU finds no slot at all and exits with KVM_EXIT_MMIO; the run
-    loop knows (`kvmdp.paging.complete`). Revoking makes a closed slot, for which every vCPU must be out of
+    loop knows (`kvmdp.paging.vcpu`). Revoking makes a closed slot, for which every vCPU must be out of
     KVM_RUN (`kvmdp.paging.trap.slots` says why).
     """
 

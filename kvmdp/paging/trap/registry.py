@@ -38,18 +38,20 @@ TRAPS: dict[str, Callable[[Materials], Trap]] = {
 }
 
 
+_HYBRID = "hybrid-"
+
+
 def _hybrid(exit_trap: str, made_of: Materials) -> Trap:
     vcpus = TRAPS[exit_trap](made_of)
     options = made_of.uffd
     devices = DeviceFaults(made_of.layout, made_of.backing, readers=options.readers, shards=options.shards)
-    return HybridTrap(f"hybrid-{exit_trap}", vcpus, devices)
+    return HybridTrap(_HYBRID + exit_trap, vcpus, devices)
 
 
 # An exit trap for vCPUs, userfaultfd for user space. Apart from the rest, because they prove nothing of their own:
 # neither `auto` nor `kvmdp probe` tries them.
 HYBRID_TRAPS: dict[str, Callable[[Materials], Trap]] = {
-    "hybrid-memory-fault": functools.partial(_hybrid, "memory-fault"),
-    "hybrid-mmio": functools.partial(_hybrid, "mmio"),
+    _HYBRID + name: functools.partial(_hybrid, name) for name in ("memory-fault", "mmio")
 }
 ALL_TRAPS = (*TRAPS, *HYBRID_TRAPS)
 
@@ -57,6 +59,11 @@ ALL_TRAPS = (*TRAPS, *HYBRID_TRAPS)
 # which `auto` tries them.
 EXIT_TRAPS = ("marker", "memory-fault", "mmio")
 SLOT_TRAPS = frozenset(("memory-fault", "mmio", *HYBRID_TRAPS))
+
+
+def exit_trap_of(name: str) -> str:
+    """Return the trap that vCPUs meet under the trap `name`: of a hybrid one its exit trap, else itself."""
+    return name.removeprefix(_HYBRID)
 
 
 def check_backing(name: str, backing: Backing | type[Backing]) -> None:
