@@ -11,9 +11,9 @@ import contextlib
 import select
 import socket
 
-from kvmdp.wire import handover, offer
+from kvmdp.wire import notifier, offer
 from kvmdp.wire.endpoint import EndpointError, Peer, connect
-from kvmdp.wire.handover import Descriptors, Handover
+from kvmdp.wire.handover import Handover
 from kvmdp.wire.records import RECORD_SIZE, Kind, Record, unpack
 
 
@@ -59,12 +59,12 @@ class Session:
             ) from None
 
     def hand_over(self, terms: Handover, ram: int, bitmap: int) -> None:
-        """Give the handler RAM and a notifier. Raises OSError: it has gone."""
+        """Give the handler RAM, sealed, and a notifier. Raises OSError: it has gone."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._notifier, self._epoch = ours, terms.epoch
         with theirs:
-            handover.send(self._connection, terms, Descriptors(ram, bitmap, theirs.fileno()))
+            notifier.hand_over(self._connection, terms, ram, bitmap, theirs)
         self._connection.close()  # all else goes over the notifier
 
     def send(self, record: Record) -> None:
