@@ -146,6 +146,11 @@ def connect(path: str) -> socket.socket:
         connection.setblocking(False)  # or it would wait while the listener's queue is full
         connection.connect(path)
         connection.setblocking(True)
+    except PermissionError:
+        connection.close()
+        raise EndpointError(
+            f"cannot connect to {path}, which belongs to user {found.st_uid}: run both sides as the same user"
+        ) from None
     except OSError as error:
         connection.close()
         why = {
