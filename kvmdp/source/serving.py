@@ -8,7 +8,6 @@ Units: bytes, seconds.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import socket
@@ -20,7 +19,7 @@ from typing import NoReturn
 from kvmdp.source.base import PageSource, SourceError
 from kvmdp.wire import handover, offer
 from kvmdp.wire.endpoint import EndpointError, Listener, Peer
-from kvmdp.wire.handover import Handover, HandoverError, Role
+from kvmdp.wire.handover import Descriptors, Handover, HandoverError, Role
 from kvmdp.wire.records import RECORD_SIZE, Kind, Origin, Outcome, Record, RecordError, unpack
 
 _WORKERS = 16  # faults in flight: as many as a machine has vCPUs
@@ -52,15 +51,21 @@ def serve_machine(
 ) -> None:
     """Serve the machine at the other end of a new connection to its end.
 
-    Raises HandoverError if what comes is no hand-over that can be served, OSError if nothing comes.
+    Raises HandoverError if what comes is no hand-over that can be served, or nothing comes; OSError.
     """
     connection.settimeout(_PATIENCE_SECONDS)
     offer.send(connection, source.size)
-    terms, descriptors = handover.receive(connection)
-    with contextlib.ExitStack() as stack:
+    try:
+        terms, descriptors = handover.receive(connection)
+    except TimeoutError:
+        raise HandoverError(f"nothing was handed over within {_PATIENCE_SECONDS:g} seconds") from None
+    try:
+        notifier = _notifier_of(descriptors)
+    except BaseException:
+        descriptors.close()
+        raise
+    with notifier:
         try:
-            notifier = stack.enter_context(socket.socket(fileno=descriptors.notifier))
-            descriptors.notifier = -1  # the socket's from now on
             memory = _map(terms, descriptors.ram)
         finally:
             descriptors.close()
@@ -71,6 +76,17 @@ def serve_machine(
             report(f"machine {pid} has gone: {session.summary()}")
         finally:
             memory.release()
+
+
+def _notifier_of(descriptors: Descriptors) -> socket.socket:
+    """Take the notifier out of the descriptors. Raises HandoverError if it is no socket."""
+    try:
+        notifier = socket.socket(fileno=descriptors.notifier)
+    except OSError:
+        raise HandoverError("a notifier that is no socket") from None
+    descriptors.notifier = -1
+    notifier.setblocking(True)  # whatever the machine has left it as
+    return notifier
 
 
 def _map(terms: Handover, ram: int) -> memoryview:
@@ -85,7 +101,7 @@ def _map(terms: Handover, ram: int) -> memoryview:
         raise HandoverError("RAM whose file is not sealed against shrinking, which could end this process")
     try:
         return memoryview(mmap.mmap(ram, terms.memory_bytes))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise HandoverError(f"a RAM file with less than {terms.memory_bytes} bytes") from None
 
 
@@ -148,6 +164,8 @@ class _Serving:
             pass  # the machine has gone; what was filled is of no use to anybody
         except RecordError as error:
             self._report(f"it sent {error}; it was cut off")
+        except OSError as error:  # what was handed over is a socket, but cannot carry records
+            self._report(f"its notifier does not work ({error.strerror}); it was cut off")
         finally:
             self._end()
 

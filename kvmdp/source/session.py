@@ -59,7 +59,7 @@ class Session:
             ) from None
 
     def hand_over(self, terms: Handover, ram: int, bitmap: int) -> None:
-        """Give the handler RAM and a notifier. Raises OSError: it has gone, or RAM cannot be sealed."""
+        """Give the handler RAM, sealed, and a notifier. Raises OSError: it has gone, or RAM cannot be sealed."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._notifier, self._epoch = ours, terms.epoch

@@ -42,8 +42,16 @@ class Peer:
 
     @classmethod
     def of(cls, connection: socket.socket) -> Self:
-        """Return who is connected. Raises EndpointError if it is another user's process, or one that has gone."""
+        """Return who is connected.
+
+        Raises EndpointError if it is another user's process, one that has gone, or one that cannot be seen from here.
+        """
         pid, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if not pid:  # pid_namespaces(7): what has no number in this namespace
+            raise EndpointError(
+                "the process at the other end is in another PID namespace, so that its death could not be seen: run "
+                "both in the same one (docker run --pid host, or --pid container:NAME)"
+            )
         if uid not in (os.geteuid(), 0):
             raise EndpointError(
                 f"process {pid} belongs to user {uid}: only this user's, or root's, may be a peer"
@@ -138,6 +146,11 @@ def connect(path: str) -> socket.socket:
         connection.setblocking(False)  # or it would wait while the listener's queue is full
         connection.connect(path)
         connection.setblocking(True)
+    except PermissionError:
+        connection.close()
+        raise EndpointError(
+            f"cannot connect to {path}, which belongs to user {found.st_uid}: run both sides as the same user"
+        ) from None
     except OSError as error:
         connection.close()
         why = {

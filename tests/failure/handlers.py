@@ -19,12 +19,15 @@ _START = "from kvmdp.cli.entry import entry; entry()"
 
 
 class HandlerProcess:
-    """`kvmdp handler` at `path`, listening when this returns; killed at the end if it still runs."""
+    """`kvmdp handler` at `path`, listening when this returns; killed at the end if it still runs.
 
-    def __init__(self, path, *options):
+    `prelude` is Python to be run before it.
+    """
+
+    def __init__(self, path, *options, prelude=""):
         arguments = ("handler", "--listen", path, *(options or ("--synthetic", f"{MEMORY},{SEED}")))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _START, *map(str, arguments)],
+            [sys.executable, "-c", f"{prelude}\n{_START}", *map(str, arguments)],
             stderr=subprocess.PIPE,
             cwd=Path(__file__).resolve().parents[2],
         )

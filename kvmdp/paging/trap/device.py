@@ -141,7 +141,9 @@ class DeviceFaults(UffdView):
         try:
             for advice in (MADV_DONTFORK, MADV_DONTDUMP, MADV_NOHUGEPAGE):  # as the guest view
                 mapping.advise(advice)
-            super().__init__(mapping, _FEATURES, _MODE, kernel_faults=False, readers=readers, shards=shards)
+            super().__init__(
+                mapping, backing.vmm, _FEATURES, _MODE, kernel_faults=False, readers=readers, shards=shards
+            )
         except BaseException:
             mapping.close()
             raise

@@ -19,6 +19,9 @@ from kvmdp.paging.fault import UnsupportedError
 
 _DEVICE = "/dev/userfaultfd"
 _PAGE = 4096
+# How often a page is put back that goes from the memory file before it is mapped. Whoever punches holes has to meet
+# the moment between the two each time; this often in a row is no accident, and no machine could run.
+_MAX_HOLES = 10_000
 
 _REMEDIES = (
     "run as root, or give yourself /dev/userfaultfd (sudo setfacl -m u:$USER:rw /dev/userfaultfd), "
@@ -97,6 +100,8 @@ class Uffd:
         self._ioctl = libc.libc_held.ioctl
         # Called when the kernel says "try again" without having done anything.
         self.on_again: Callable[[], None] = lambda: None
+        # Called with the hva of a page that is to be mapped and that the page cache does not hold: puts one there.
+        self.on_hole: Callable[[int], None] | None = None
         try:
             request = abi.uffdio_api(api=abi.UFFD_API, features=features)
             libc.ioctl(self.fd, abi.UFFDIO_API, byref(request), "UFFDIO_API")
@@ -120,7 +125,10 @@ class Uffd:
         libc.ioctl(self.fd, abi.UFFDIO_WAKE, byref(request), "UFFDIO_WAKE")
 
     def continue_(self, hva: int, length: int) -> None:
-        """Map pages that the page cache holds. Pages already mapped are left as they are."""
+        """Map pages that the page cache holds; `on_hole` sees to those that it has lost. Pages already mapped stay.
+
+        Raises OSError, EFAULT for a page that is lost again each time it has been seen to.
+        """
         request = abi.uffdio_continue()
         self._each(abi.UFFDIO_CONTINUE, request, request.range, hva, length, "UFFDIO_CONTINUE")
 
@@ -149,12 +157,19 @@ class Uffd:
     ) -> bool:
         """Make a ranged call to the range's end; False if it skipped pages that were there already."""
         result = type(request)._fields_[-1][0]
-        done, complete = 0, True
+        done, complete, holes = 0, True, 0
         while done < length:
             range_.start, range_.len = hva + done, length - done
             if self._ioctl(self.fd, number, byref(request)) == 0:
                 break
-            step, skipped = self._progress(int(getattr(request, result)), hva + done, call)
+            moved = int(getattr(request, result))
+            if moved == -errno.EFAULT and self.on_hole is not None and holes < _MAX_HOLES:
+                holes += 1
+                self.on_hole(hva + done)
+                continue
+            step, skipped = self._progress(moved, hva + done, call)
+            if step:
+                holes = 0
             done += step
             complete = complete and not skipped
         return complete

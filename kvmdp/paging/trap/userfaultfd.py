@@ -162,6 +162,10 @@ class UserfaultfdTrap(UffdTrap):
         try:
             if self._staging is None:
                 uffd.continue_(hva, PAGE_SIZE)
+            elif self._backing.shared:
+                self._fill_hole(
+                    hva
+                )  # what else? A page that the memory file holds is mapped without an event
             uffd.wake(hva, PAGE_SIZE)
         finally:
             self._presence.release(page)

@@ -8,6 +8,10 @@ MINOR: with MISSING alone the kernel could map the page cache's page behind our 
 view, and shared memory registered MISSING alone must have no page in the page cache that is not present: both are
 filled in a staging area, from where UFFDIO_COPY moves pages into place.
 
+A page can go from the memory file while it is present, or between its fill and UFFDIO_CONTINUE: a peer in another
+process may punch holes (fallocate), which no seal that leaves RAM writable forbids. It reads as zeros then, and the
+machine goes on (`_fill_hole`).
+
 Units: RAM pages, unless a name says bytes.
 """
 
@@ -36,13 +40,14 @@ _BATCH = 32  # events taken with one read
 class UffdView:
     """A mapping of all of RAM whose faults on absent pages go to userfaultfd.
 
-    `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it says what an event
+    `vmm` is the VMM view. `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it says what an event
     means. `features` are of `UFFD_FEATURE_*`, `mode` is of `UFFDIO_REGISTER_MODE_*`.
     """
 
     def __init__(
         self,
         view: Mapping,
+        vmm: Mapping,
         features: int,
         mode: int,
         *,
@@ -51,6 +56,7 @@ class UffdView:
         shards: int = 1,
     ) -> None:
         self._view = view
+        self._vmm = vmm
         self._mode = mode
         self._pages = view.length // PAGE_SIZE
         self._shard = -(-self._pages // shards)  # pages a descriptor has
@@ -64,6 +70,7 @@ class UffdView:
             for _ in range(-(-self._pages // self._shard)):
                 self._uffds.append(Uffd(features, kernel_faults=kernel_faults))
                 self._uffds[-1].on_again = self._make_way
+                self._uffds[-1].on_hole = self._fill_hole
         except BaseException:
             self._close_descriptors()
             raise
@@ -92,6 +99,15 @@ class UffdView:
 
     def _hva(self, page: int) -> int:
         return self._view.hva + page * PAGE_SIZE
+
+    def _fill_hole(self, hva: int) -> None:
+        """Put a page of zeros where the memory file has none, though the page at `hva` is present.
+
+        A peer that was handed the file can punch holes into it at any time, as it can write zeros. It must not be able
+        to stop the machine with that. A load through the VMM view, which never traps, is enough; a store could undo
+        somebody else's.
+        """
+        self._vmm.view[hva - self._view.hva]
 
     def _uffd_of(self, page: int) -> Uffd:
         return self._uffds[page // self._shard]
@@ -211,7 +227,13 @@ class UffdTrap(UffdView):
         if supported_features() & features & abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM:
             mode |= abi.UFFDIO_REGISTER_MODE_WP
         super().__init__(
-            backing.guest, features, mode, kernel_faults=kernel_faults, readers=readers, shards=shards
+            backing.guest,
+            backing.vmm,
+            features,
+            mode,
+            kernel_faults=kernel_faults,
+            readers=readers,
+            shards=shards,
         )
         self._slots = slots
         self._backing = backing

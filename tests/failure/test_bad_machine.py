@@ -1,0 +1,241 @@
+"""Machines that break the rules with `kvmdp handler`: each is given up with a sentence, and the next one is served."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from handlers import MEMORY, SEED, HandlerProcess
+
+from kvmdp.memory.backing import MemfdBacking
+from kvmdp.memory.bitmap import PresentBitmap
+from kvmdp.source.handler import HandlerSource
+from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.wire import handover, offer
+from kvmdp.wire.endpoint import connect
+from kvmdp.wire.handover import Handover, Role
+from kvmdp.wire.records import Kind, Outcome, Record, unpack
+
+PAGE = 4096
+TERMS = Handover(1, Role.HANDLER, 64, MEMORY // PAGE, ((0, MEMORY, 0),))
+IMPATIENT = "from kvmdp.source import serving\nserving._PATIENCE_SECONDS = 0.2"
+
+
+@pytest.fixture(scope="module")
+def handler(tmp_path_factory):
+    """One handler for all the machines of this module: it outlives each of them."""
+    path = tmp_path_factory.mktemp("bad") / "s"
+    with HandlerProcess(path, prelude=IMPATIENT) as process:
+        process.path = str(path)
+        yield process
+        assert process.process.poll() is None
+        process.end()
+        assert "Traceback" not in process.said
+
+
+def descriptors_of(pid):
+    return sorted(str(each.readlink()).split(":")[0] for each in Path(f"/proc/{pid}/fd").iterdir())
+
+
+@pytest.fixture(autouse=True)
+def unharmed(handler):
+    """After each machine the handler has the descriptors it had, and serves the next machine."""
+    before = descriptors_of(handler.pid)
+    handler.said = ""
+    yield
+    source = HandlerSource(handler.path)
+    try:
+        with MemfdBacking(MEMORY) as ram, PresentBitmap(MEMORY // PAGE) as bitmap:
+            source.bind(ram.vmm.view, ram.fd, bitmap.fd, TERMS.regions)
+            with ram.vmm.view[3 * PAGE : 4 * PAGE] as destination:
+                source.fill(3 * PAGE, destination)
+                expected = bytearray(PAGE)
+                SyntheticSource(MEMORY, SEED).fill(3 * PAGE, memoryview(expected))
+                assert destination == expected
+            source.cancel()
+    finally:
+        source.close()
+    handler.await_word("0 vCPU, 0 device, 1 host faults")
+    deadline = time.monotonic() + 20
+    while descriptors_of(handler.pid) != before:
+        assert time.monotonic() < deadline, (descriptors_of(handler.pid), before)
+        time.sleep(0.01)
+
+
+class Machine:
+    """A machine whose every message is the test's; it has taken the handler's offer."""
+
+    def __init__(self, path, stack):
+        self.connection = stack.enter_context(connect(path))
+        assert offer.receive(self.connection) == MEMORY
+        self.ram = stack.enter_context(MemfdBacking(MEMORY)).fd
+        self.bitmap = stack.enter_context(PresentBitmap(MEMORY // PAGE)).fd
+        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.enter_context(self.ours)
+        stack.enter_context(self.theirs)
+        self.ours.settimeout(20)
+
+    def hand_over(self, terms=TERMS, *, ram=None, notifier=None):
+        fds = handover.Descriptors(
+            self.ram if ram is None else ram,
+            self.bitmap,
+            self.theirs.fileno() if notifier is None else notifier,
+        )
+        handover.send(self.connection, terms, fds)
+        self.theirs.close()
+
+    def message(self, terms=TERMS):
+        """What `hand_over` would send."""
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with here, there:
+            handover.send(here, terms, handover.Descriptors(0, 0, 0))
+            return there.recv(4096)
+
+
+@pytest.fixture
+def machine(handler):
+    with contextlib.ExitStack() as stack:
+        yield Machine(handler.path, stack)
+
+
+def memfd(size, *seals):
+    fd = os.memfd_create("bad", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    for seal in seals:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seal)
+    return fd
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 16])
+def test_a_hand_over_with_another_number_of_descriptors(handler, machine, count):
+    socket.send_fds(machine.connection, [machine.message()], [machine.ram] * count)
+    handler.await_word(f"was given up: a hand-over with {count} descriptors, where 3 belong to it")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda message: os.urandom(80), "does not begin as a hand-over does"),
+        (lambda message: message[:20], "a message of 20 bytes, which is no hand-over"),
+        (lambda message: message[:-1], "that announces 1 regions"),
+        (lambda message: message[:8] + b"\2" + message[9:], "of version 2, where version 1 is spoken"),
+        (lambda message: message[:16] + b"\x09" + message[17:], "for role 9, which there is none of"),
+        (lambda message: message[:24] + bytes(8) + message[32:], "a hand-over of 0 pages"),
+    ],
+)
+def test_what_is_no_hand_over(handler, machine, change, sentence):
+    fds = [machine.ram, machine.bitmap, machine.theirs.fileno()]
+    socket.send_fds(machine.connection, [change(machine.message())], fds)
+    handler.await_word(sentence)
+
+
+def test_a_hand_over_that_is_not_for_a_handler(handler, machine):
+    machine.hand_over(Handover(1, Role.DEVICE, 64, TERMS.pages, TERMS.regions))
+    handler.await_word("it wants a device, and this is a handler")
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: memfd(MEMORY), "is not sealed against shrinking"),
+        (lambda: os.open(os.devnull, os.O_RDWR), "is not sealed against shrinking"),
+        (lambda: memfd(MEMORY - PAGE, fcntl.F_SEAL_SHRINK), f"less than {MEMORY} bytes"),
+        (lambda: memfd(MEMORY, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_WRITE), os.strerror(errno.EPERM)),
+    ],
+)
+def test_ram_that_could_end_the_handler(handler, machine, make, sentence):
+    ram = make()
+    try:
+        machine.hand_over(ram=ram)
+    finally:
+        os.close(ram)
+    handler.await_word(sentence)
+
+
+def test_more_ram_than_there_are_addresses(handler, machine):
+    size = 1 << 63
+    machine.hand_over(Handover(1, Role.HANDLER, 64, size // PAGE, ((0, size, 0),)))
+    handler.await_word(f"less than {size} bytes")
+
+
+def test_a_notifier_that_is_no_socket(handler, machine):
+    machine.hand_over(notifier=machine.bitmap)
+    handler.await_word("was given up: a notifier that is no socket")
+
+
+def test_a_notifier_that_is_not_connected(handler, machine):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as alone:
+        machine.hand_over(notifier=alone.fileno())
+        handler.await_word("its notifier does not work")
+
+
+def test_one_that_closes_before_the_hand_over(handler, machine):
+    machine.connection.close()
+    handler.await_word("was given up: the connection was closed before the hand-over")
+
+
+def test_one_that_never_hands_over(handler, machine):
+    handler.await_word("was given up: nothing was handed over within 0.2 seconds")
+
+
+def fault(gpa, size=PAGE):
+    return Record(Kind.FAULT, 1, gpa, size)
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        (os.urandom(64), "it sent a record of version"),
+        (fault(0).pack(1)[:32], "a message of 32 bytes, where a record has 64"),
+        (fault(0).pack(1) + bytes(64), "a message of 65 bytes, where a record has 64"),
+        (fault(0).pack(2), "a record of session 2"),
+        (fault(MEMORY).pack(1), f"a FAULT for 4096 bytes at gpa {MEMORY:#x}, which are not RAM"),
+        (fault(0, MEMORY + PAGE).pack(1), "which are not RAM"),
+        (fault((1 << 64) - PAGE).pack(1), "which are not RAM"),
+        (fault(100).pack(1), "not whole pages"),
+        (Record(Kind.DONE, 1, 0, PAGE).pack(1), "a DONE, which is not for a handler"),
+        (Record(Kind.INVALIDATE, 1, 0, PAGE).pack(1), "a INVALIDATE, which is not for a handler"),
+    ],
+)
+def test_records_that_are_none_for_a_handler(handler, machine, message, sentence):
+    machine.hand_over()
+    machine.ours.send(message)
+    handler.await_word(sentence)
+    handler.await_word("it was cut off")
+    assert machine.ours.recv(64) == b""
+    assert os.pread(machine.ram, MEMORY, 0) == bytes(MEMORY)
+
+
+def test_ram_beyond_the_image_cannot_be_brought(handler, machine):
+    ram = memfd(2 * MEMORY, fcntl.F_SEAL_SHRINK)
+    try:
+        machine.hand_over(Handover(1, Role.HANDLER, 64, 2 * TERMS.pages, ((0, 2 * MEMORY, 0),)), ram=ram)
+    finally:
+        os.close(ram)
+    machine.ours.send(fault(MEMORY).pack(1))
+    assert unpack(machine.ours.recv(65), 1).outcome is Outcome.FAILED
+    machine.ours.close()
+    handler.await_word("1 of them failed")
+
+
+def test_one_that_never_reads_its_answers_is_rid_of_when_it_closes(handler, machine):
+    machine.hand_over()
+    machine.ours.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        for number in range(100_000):
+            machine.ours.send(Record(Kind.FAULT, number, 0, PAGE).pack(1))
+    machine.ours.close()
+    handler.await_word("has gone")
+
+
+def test_one_that_makes_its_notifier_not_wait(handler, machine):
+    os.set_blocking(machine.theirs.fileno(), False)
+    machine.hand_over()
+    machine.ours.send(fault(0).pack(1))
+    assert unpack(machine.ours.recv(65), 1).outcome is Outcome.PRESENT
+    machine.ours.close()
+    handler.await_word("has gone")
