@@ -592,3 +592,21 @@ def test_accesses_under_revocation_and_freezes_lose_nothing_and_are_never_torn(s
         assert pager.counters.pages_revoked > 0
         assert not pager.accesses.frozen
         assert pager.mark_nonpresent(0, PAGES, SOON) >= 0  # no pin is left
+
+
+def test_a_read_without_the_lock_does_not_return_what_it_copied_while_the_page_was_taken_away():
+    with memory() as (pager, ram):
+        assert ram.read(0, PAGE_SIZE) == content(0)
+        copies = []
+
+        class TakenAwayMeanwhile:
+            def __getitem__(self, wanted):
+                copies.append(pager.bitmap.test(0))
+                if len(copies) == 1:
+                    assert pager.mark_nonpresent(0, 1) == 1
+                    return memoryview(b"\xee" * PAGE_SIZE)
+                return pager.trap.fill_view[wanted]
+
+        ram._view = TakenAwayMeanwhile()
+        assert ram.read(0, PAGE_SIZE) == content(0)
+        assert copies == [True, True]
