@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmdp import __version__
-from kvmdp.cli.disk_options import add_disk_options, disk_device
+from kvmdp.cli.disk_options import disk_device
 from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_OK,
@@ -21,32 +21,25 @@ from kvmdp.cli.output import (
     write_json,
 )
 from kvmdp.cli.progress import Progress
+from kvmdp.cli.run_options import add_options, machine_options, plan
 from kvmdp.cli.summary import leak_records, print_leaks, print_summary, results
 from kvmdp.cli.supervise import TouchedError, is_supervised, supervise
-from kvmdp.kvm import Kvm
-from kvmdp.machine.boot import GuestImageError, read_program, vector_flags
+from kvmdp.machine.boot import GuestImageError
 from kvmdp.machine.detector import LeakDetector
-from kvmdp.machine.experiment import RunResult, run_program, run_workload, usable_memory
+from kvmdp.machine.experiment import RunResult, run_program, run_workload
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.machine.probe import choose_trap, working_traps
-from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.runloop import GuestError
 from kvmdp.machine.workloads import (
-    WORKLOADS,
     WorkloadOptions,
     make_workload,
     program_blocks,
 )
 from kvmdp.memory.backing import BACKINGS, MemfdBacking
-from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import PagingError, UnsupportedError
-from kvmdp.paging.policy import FaultAround
-from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
-from kvmdp.paging.trap.slots import MAX_SLOTS, check_granule, least_granule
-from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
 from kvmdp.source.base import PageSource, SourceError
-from kvmdp.source.handler import DEFAULT_TIMEOUT, HandlerSource
+from kvmdp.source.handler import HandlerSource
 from kvmdp.source.image import ImageError, ImageSource
 from kvmdp.source.network import NetworkSource, parse_bandwidth, parse_latency
 from kvmdp.source.synthetic import SyntheticSource
@@ -68,148 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog="SIZE is in bytes, or has K, M, G or T behind it (powers of 1024). A page has 4096 bytes.",
     )
     parser.set_defaults(run=run)
-    _add_machine_options(parser.add_argument_group("machine"))
-    _add_work_options(parser.add_argument_group("work"))
-    add_disk_options(parser.add_argument_group("disk"))
-    parser.add_argument("--trace", metavar="FILE", help="write one record a fault to FILE (default: none)")
-    parser.add_argument(
-        "--detect-leaks",
-        action="store_true",
-        help="find accesses that bypass the pager; the run is supervised for it (default: no)",
-    )
-    parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the result as JSON to FILE, - is stdout (default: no JSON)"
-    )
-
-
-def _add_machine_options(group: argparse._ArgumentGroup) -> None:
-    option = group.add_argument
-    option("--image", metavar="FILE", help="raw memory image to fetch pages from (default: synthetic pages)")
-    option("--handler", metavar="PATH", help="socket of a kvmdp handler to fetch pages from (default: none)")
-    option(
-        "--handler-timeout",
-        type=float,
-        default=DEFAULT_TIMEOUT,
-        metavar="S",
-        help=f"wait S seconds for an answer of the handler, or for another one (default: {DEFAULT_TIMEOUT:g})",
-    )
-    option("--memory", metavar="SIZE", help="RAM, 2M to 256G (default: 64M, or the image's size)")
-    option(
-        "--trap",
-        default="auto",
-        metavar="TRAP",
-        help=f"auto, {', '.join(ALL_TRAPS)} (default: auto, the fastest proven one with exits)",
-    )
-    option(
-        "--backing",
-        default="memfd",
-        metavar="KIND",
-        help=f"what RAM is made of: {', '.join(BACKINGS)} (default: memfd)",
-    )
-    option("--vcpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 16 (default: 1)")
-    option(
-        "--ring", type=int, default=3, metavar="R", help="privilege ring of the workload, 3 or 0 (default: 3)"
-    )
-    option(
-        "--granule",
-        metavar="SIZE",
-        help="memory a memslot covers, for memory-fault and mmio, hybrid or not (default: least that "
-        "makes at most 16384 memslots)",
-    )
-    option(
-        "--page-tables",
-        default="boot",
-        choices=("boot", "paged"),
-        help="where the guest's lie: in the boot slot, or paged, in RAM's last pages (default: boot)",
-    )
-    option(
-        "--readers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="userfaultfd, hybrids: reader threads, 1 to 99 (default: 1)",
-    )
-    option(
-        "--uffd-per-vcpu",
-        action="store_true",
-        help="userfaultfd, hybrids: a descriptor for each vCPU's share of RAM (default: one)",
-    )
-    option(
-        "--uffd-mode",
-        metavar="MODE",
-        help="userfaultfd: missing (filled by UFFDIO_COPY) or minor (filled in place, mapped by UFFDIO_CONTINUE) "
-        "(default: minor; missing on anonymous)",
-    )
-    option(
-        "--fault-around",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pages fetched a fault, a power of two to 512 (default: 1)",
-    )
-    option(
-        "--latency",
-        default="0",
-        metavar="TIME",
-        help="of a simulated network to the source, as 30us (default: 0)",
-    )
-    option(
-        "--bandwidth", default="0", metavar="RATE", help="of that network, as 10Gbit (default: 0, no limit)"
-    )
-
-
-def _add_work_options(group: argparse._ArgumentGroup) -> None:
-    option = group.add_argument
-    option(
-        "--workload",
-        default="checksum",
-        metavar="W",
-        help=f"what the guest does: {', '.join(WORKLOADS)} (default: checksum)",
-    )
-    option(
-        "--guest",
-        metavar="FILE",
-        help="flat binary to run instead, see guest/README.md (default: the workload)",
-    )
-    option(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="S",
-        help="number that decides synthetic pages and random orders (default: 0)",
-    )
-    option("--pages", type=int, metavar="N", help="use only the first N pages of RAM (default: all)")
-    option(
-        "--order",
-        default="sequential",
-        choices=("sequential", "strided", "random"),
-        help="touch: in which order (default: sequential)",
-    )
-    option(
-        "--stride",
-        type=int,
-        default=16,
-        metavar="N",
-        help="touch: pages from one to the next if strided (default: 16)",
-    )
-    option("--write", action="store_true", help="touch: write (default: read)")
-    option("--overlap", action="store_true", help="touch: every vCPU on all pages (default: a share each)")
-    option(
-        "--touches",
-        type=int,
-        metavar="N",
-        help="touch: accesses a vCPU makes (default: one for each of its pages)",
-    )
-    option(
-        "--iterations", type=int, default=1, metavar="N", help="atomic: passes over the pages (default: 1)"
-    )
-    option(
-        "--operation",
-        default="add",
-        choices=("add", "inc", "xadd", "cmpxchg"),
-        help="atomic: which instruction (default: add)",
-    )
+    add_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -222,8 +74,8 @@ def run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         try:
             source, reference = _sources(options, stack)
-            memory, workload_options = _plan(options, source)
-            machine = _machine_options(options, memory)
+            memory, workload_options = plan(options, source)
+            machine = machine_options(options, memory)
         except (ValueError, ImageError, GuestImageError, EndpointError) as error:
             raise UsageError(str(error)) from None
         _announce(options, machine, source)
@@ -305,86 +157,6 @@ def _source(options: argparse.Namespace) -> Iterator[PageSource]:
         yield NetworkSource(source, latency, bandwidth) if latency or bandwidth else source
     finally:
         source.close()
-
-
-def _plan(options: argparse.Namespace, source: PageSource) -> tuple[int, WorkloadOptions]:
-    """Return the size of RAM and the workload's options. Raises ValueError."""
-    if options.memory is not None:
-        memory = parse_size(options.memory)
-        if source.size > memory:
-            raise ValueError(
-                f"the image has {format_size(source.size)}, more than --memory {options.memory}: "
-                "give at least as much"
-            )
-    else:
-        memory = max(source.size, MIN_MEMORY)
-    GuestLayout(memory)
-    if options.timeout is not None and not options.timeout > 0:
-        raise ValueError(f"--timeout {options.timeout:g}: give more than 0 seconds")
-    with Kvm() as kvm:
-        vector, pv = vector_flags(kvm), pv_flags(kvm)
-    if options.workload == "clock" and not pv:
-        raise UnsupportedError(
-            "the workload clock needs kvmclock, and an MSR filter to intercept it (KVM_CAP_X86_MSR_FILTER, "
-            "KVM_CAP_X86_USER_SPACE_MSR), which this kernel's KVM lacks: use Linux 5.10 or later"
-        )
-    return memory, WorkloadOptions(
-        memory_bytes=usable_memory(memory, options.page_tables),
-        vcpus=options.vcpus,
-        ring=options.ring,
-        seed=options.seed,
-        pages=options.pages,
-        order=options.order,
-        stride=options.stride,
-        write=options.write,
-        overlap=options.overlap,
-        touches=options.touches,
-        iterations=options.iterations,
-        operation=options.operation,
-        vector=vector,
-        pv=pv,
-    )
-
-
-def _machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
-    """Check what concerns the machine and choose the trap. Raises ValueError."""
-    FaultAround(options.fault_around)
-    if not 1 <= options.readers <= 99:
-        raise ValueError(f"--readers {options.readers}: give 1 to 99")
-    if options.backing not in BACKINGS:
-        raise ValueError(f"there is no backing {options.backing!r}: choose from {', '.join(BACKINGS)}")
-    if options.trap != "auto" and options.trap not in ALL_TRAPS:
-        proven = ", ".join(working_traps(options.backing)) or "none"
-        raise ValueError(
-            f"there is no trap {options.trap!r}: there are auto, {', '.join(ALL_TRAPS)}; this host proves {proven}"
-        )
-    if options.guest is None and options.workload not in WORKLOADS:
-        raise ValueError(f"there is no workload {options.workload!r}: choose from {', '.join(WORKLOADS)}")
-    mode = None if options.uffd_mode is None else parse_mode(options.uffd_mode)
-    if mode is not None and options.trap != "userfaultfd":
-        raise ValueError("--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out")
-    check_backing(options.trap, BACKINGS[options.backing])
-    check_mode(mode, BACKINGS[options.backing])
-    trap = choose_trap(options.backing) if options.trap == "auto" else options.trap
-    granule = None if options.granule is None else parse_size(options.granule)
-    if trap in SLOT_TRAPS:
-        layout = GuestLayout(memory)
-        # What is fetched together is one memslot: the fewer flips the better.
-        granule = granule or max(least_granule(layout), options.fault_around * PAGE_SIZE)
-        check_granule(granule, layout, MAX_SLOTS)
-    elif granule not in (None, PAGE_SIZE):
-        raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
-    return MachineOptions(
-        memory_bytes=memory,
-        trap=trap,
-        backing=options.backing,
-        vcpus=options.vcpus,
-        granule=granule,
-        fault_around=options.fault_around,
-        uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1, mode),
-        page_tables=options.page_tables,
-        program=b"" if options.guest is None else read_program(options.guest),
-    )
 
 
 def _announce(options: argparse.Namespace, machine: MachineOptions, source: PageSource) -> None:

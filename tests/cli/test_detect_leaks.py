@@ -27,8 +27,8 @@ Machine.run = touch
 """
 NOT_INTERCEPTED = """
 import functools
-from kvmdp.cli import run
-run.MachineOptions = functools.partial(run.MachineOptions, intercept_msrs=False)
+from kvmdp.cli import run_options
+run_options.MachineOptions = functools.partial(run_options.MachineOptions, intercept_msrs=False)
 """
 
 

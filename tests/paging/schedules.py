@@ -1,0 +1,418 @@
+"""A test scheduler for the ledger: actors who call it as the pager does, interleaved at random, and a model beside it.
+
+An actor is a generator. From one `yield` to the next it does what the pager does under its mutex in one go; a
+`yield` of a waiter sleeps until that is notified. Which actor goes on is drawn from the seed, and with it all else.
+
+The model knows what every page's state has to be, which claims there are, who waits for which, and why whoever was
+woken should have been. It learns from the ledger only which pages a claim took, and checks that it might.
+"""
+
+import collections
+import random
+
+from kvmdp.memory.bitmap import PresentBitmap
+from kvmdp.paging.claim import State, Waiter, Wake
+from kvmdp.paging.fault import Outcome
+from kvmdp.paging.ledger import Ledger
+
+SOURCE, INFLIGHT, PRESENT, BACKED, ZERO, EVICTING, ADMITTING = State
+CLAIMABLE = (SOURCE, BACKED, ZERO)
+HAS_BIT = bytes(state in (PRESENT, ADMITTING) for state in range(256))
+IS_CLAIMED = bytes(state in (INFLIGHT, EVICTING, ADMITTING) for state in range(256))
+# Around the border of two words of the bitmap, and of two stretches of RAM; the last unit is half of one.
+FIRST, BORDER, END = 56, 60, 66
+BOUNDS = ((0, BORDER), (BORDER, END))
+
+
+class ByteBitmap:
+    """What the ledger uses of PresentBitmap, without a memory file."""
+
+    def __init__(self, pages):
+        self.pages = pages
+        self.bytes = bytearray(pages)
+
+    def set_range(self, first, count):
+        self.bytes[first : first + count] = b"\1" * count
+
+    def clear_range(self, first, count):
+        self.bytes[first : first + count] = bytes(count)
+
+    def next_present_run(self, start, limit):
+        first = self.bytes.find(1, start, limit)
+        if first < 0:
+            return None
+        end = self.bytes.find(0, first, limit)
+        return first, (limit if end < 0 else end) - first
+
+    def close(self):
+        pass
+
+
+class RealBitmap(PresentBitmap):
+    @property
+    def bytes(self):
+        return bytes(self.test(page) for page in range(self.pages))
+
+
+class Sleeper(Waiter):
+    """`expected` is what the model says that it was woken for. One that is impatient may give up at any time."""
+
+    def __init__(self, impatient):
+        super().__init__(self._notified)
+        self.impatient = impatient
+        self.notified = 0
+        self.called_off = False
+        self.expected = None
+
+    def _notified(self):
+        assert self.reason is not None, "notified without a reason"
+        self.notified += 1
+
+
+class Schedule:
+    """One interleaving, from its seed. `log(sentence)`, if given, is told of every step."""
+
+    def __init__(self, seed, make=Ledger, log=None):
+        self.chance = chance = random.Random(seed)
+        self.unit = unit = (1, 4)[seed % 2]
+        self.log = log
+        self.bitmap = (RealBitmap if seed % 50 < 2 else ByteBitmap)(END)
+        self.ledger = make(self.bitmap, unit, BOUNDS, ())
+        self.states = bytearray([ZERO]) * END
+        for first in range(FIRST, END, unit):  # it begins in the middle
+            count = min(unit, END - first)
+            state = chance.choice((SOURCE, ZERO, PRESENT, PRESENT, BACKED))
+            self.states[first : first + count] = bytes([state]) * count
+            if state == PRESENT:
+                self.bitmap.set_range(first, count)
+        self.ledger.states[:] = self.states
+        self.queues = {}  # who waits, by claim
+        self.admitting = set()  # claims on pages that are present
+        self.sleepers = []
+        self.error = self.cancelled = False
+        self.admitted = self.waits = 0
+        self.pins, self.pinned_pages = collections.Counter(), collections.Counter()
+        self.retained = []
+
+    # What happens to one and the other
+
+    def set(self, claim, state):
+        self.states[claim.first : claim.first + claim.count] = bytes([state]) * claim.count
+
+    def begun(self, claim, state):
+        first, end = claim.first, claim.first + claim.count
+        assert first % self.unit == 0
+        assert end % self.unit == 0 or end == END
+        assert (first < BORDER) == (end <= BORDER), "over the border"
+        assert claim.before == self.states[first:end]
+        self.queues[claim] = []
+        self.set(claim, state)
+
+    def woken(self, claim, waiters, reason):
+        """The ledger says that these are woken: all of the claim's queue is."""
+        queue = self.queues[claim]
+        assert len(waiters) == len(queue)
+        assert set(waiters) == set(queue), f"others than those who wait are woken: {reason}"
+        for each in queue:
+            each.expected = reason
+
+    def end(self, claim, states, reason):
+        if reason is Wake.FAILED:
+            self.error = True
+        waiters = self.ledger.end(claim, states, reason)
+        self.woken(claim, waiters, reason)
+        del self.queues[claim]
+        self.admitting.discard(claim)
+        self.states[claim.first : claim.first + claim.count] = states
+        yield from self.notify(waiters)
+
+    def notify(self, waiters):
+        if waiters:
+            yield  # outside the mutex
+            for each in waiters:
+                each.notify()
+
+    def queue(self, claim, impatient=False):
+        sleeper = Sleeper(impatient)
+        self.ledger.queue(claim, sleeper)
+        self.queues[claim].append(sleeper)
+        self.sleepers.append(sleeper)
+        self.waits += 1
+        return sleeper
+
+    def withdraw(self, sleeper, reason):
+        waits = sleeper.expected is None
+        assert self.ledger.withdraw(sleeper, reason) == waits
+        if not waits:
+            return []
+        sleeper.expected = reason
+        next(queue for queue in self.queues.values() if sleeper in queue).remove(sleeper)
+        return [sleeper]
+
+    def claim_on(self, page):
+        return next(each for each in self.queues if each.first <= page < each.first + each.count)
+
+    def obstacle(self, page):
+        """What the ledger has to answer."""
+        state = self.states[page]
+        if state == PRESENT:
+            return Outcome.PRESENT
+        if state != ADMITTING and self.cancelled:
+            return Outcome.CANCELLED
+        return None if state in CLAIMABLE else self.claim_on(page)
+
+    # Actors
+
+    def fault(self, page, impatient, first, count):
+        """`DemandPager.resolve`; `resolve_or_park` and `_make_present` differ in who sleeps, and in the window."""
+        while True:
+            step = self.ledger.obstacle(page)
+            assert step is self.obstacle(page)
+            if isinstance(step, Outcome) or (step is None and self.error):
+                return
+            if step is None:
+                yield from self.fetch(page, first, count)
+                return
+            sleeper = self.queue(step, impatient)
+            yield sleeper
+            if not sleeper.notified:
+                yield from self.notify(self.withdraw(sleeper, Wake.TIMED_OUT))
+            if sleeper.reason is Wake.TIMED_OUT or sleeper.called_off:
+                return
+
+    def fetch(self, page, first, count):
+        chance = self.chance.random
+        claim = self.ledger.claim(page, first, count)
+        assert claim.first <= page < claim.first + claim.count
+        assert all(state in CLAIMABLE for state in self.states[claim.first : claim.first + claim.count])
+        self.begun(claim, INFLIGHT)
+        yield
+        if chance() < 0.15:
+            yield from self.end(claim, claim.before, Wake.REVOKED if self.cancelled else Wake.FAILED)
+            return
+        self.ledger.admit(claim)
+        self.set(claim, ADMITTING)
+        self.admitting.add(claim)
+        yield
+        if chance() < 0.1:
+            yield from self.end(claim, bytes([BACKED]) * claim.count, Wake.FAILED)
+            return
+        waiters = self.ledger.commit(claim)
+        self.woken(claim, waiters, Wake.COMMITTED)
+        del self.queues[claim]
+        self.admitting.remove(claim)
+        self.set(claim, PRESENT)
+        self.admitted += claim.count
+        yield from self.notify(waiters)
+
+    def revoke(self, page, end, most):
+        """`DemandPager.mark_nonpresent`."""
+        while page < end:
+            claim, in_the_way, page = self.begin_revoke(page, end, most)
+            if in_the_way is not None:
+                yield self.queue(in_the_way)
+            elif claim is not None:
+                yield
+                while self.pinned(claim):
+                    if self.chance.random() < 0.3:  # in use for too long
+                        yield from self.end(claim, claim.before, Wake.REVOKED)
+                        return
+                    yield
+                yield
+                reason = Wake.FAILED if self.chance.random() < 0.05 else Wake.REVOKED
+                assert not self.pinned(claim), "pinned while it is taken away"
+                yield from self.end(claim, bytes([BACKED]) * claim.count, reason)
+
+    def begin_revoke(self, page, end, most):
+        found = claim, in_the_way, go_on = self.ledger.begin_revoke(page, end, most)
+        states = self.states
+        first = next((each for each in range(page, end) if HAS_BIT[states[each]]), end)
+        if self.cancelled or first == end:
+            assert found == (None, None, end)
+        elif self.is_retained(first):
+            assert (claim, in_the_way) == (None, None)
+            assert all(map(self.is_retained, range(first, go_on)))
+            assert go_on > first
+        elif states[first] == ADMITTING:
+            assert found == (None, self.claim_on(first), first)
+        else:
+            stop = min(end, first + max(most, self.unit), BORDER if first < BORDER else END)
+            last = first
+            while last < stop and states[last] == PRESENT and not self.is_retained(last):
+                last += 1
+            assert in_the_way is None
+            assert (claim.first, claim.count, go_on) == (first, last - first, last)
+            self.begun(claim, EVICTING)
+        return found
+
+    def pinned(self, claim):
+        pinned = any(self.pinned_pages[page] for page in range(claim.first, claim.first + claim.count))
+        assert self.ledger.pinned(claim) == pinned
+        return pinned
+
+    def is_retained(self, page):
+        return any(first <= page < end for first, end in self.retained)
+
+    def reassert(self, page):
+        present = self.states[page] == PRESENT
+        claim = self.ledger.begin_reassert(page)
+        assert (claim is not None) == present
+        if claim is not None:
+            assert claim.first <= page < claim.first + claim.count
+            self.begun(claim, ADMITTING)
+            self.admitting.add(claim)
+            yield
+            yield from self.end(claim, claim.before, Wake.REVOKED)
+
+    def hold(self, first, count):
+        """A view, or whoever else pins."""
+        pages, run = range(first, first + count), (first, count)
+        assert self.ledger.pin(first, count) == all(self.states[page] == PRESENT for page in pages)
+        if self.states[first : first + count] != bytes([PRESENT]) * count:
+            return
+        self.pins[run] += 1
+        self.pinned_pages.update(pages)
+        for _ in range(self.chance.randrange(1, 4)):
+            yield
+        self.pins[run] -= 1
+        self.pinned_pages.subtract(pages)
+        assert self.ledger.unpin(first, count) == (self.pins[run] == 0)
+
+    def retain(self, first, end):
+        unit = self.unit
+        kept = first // unit * unit, min(-(-end // unit) * unit, END)
+        self.ledger.retain(first, end)
+        self.retained.append(kept)
+        for _ in range(self.chance.randrange(1, 6)):
+            yield
+        self.ledger.let_go(first, end)
+        self.retained.remove(kept)
+
+    def call_off(self):
+        """`Cancellation.cancel` and RELEASE: it comes at any time, for those too who have been woken."""
+        for _ in range(4):
+            yield
+            if self.sleepers:
+                sleeper = self.chance.choice(self.sleepers)
+                waiters = self.withdraw(sleeper, Wake.CANCELLED)
+                if waiters:
+                    sleeper.called_off = True
+                    yield from self.notify(waiters)
+
+    def cancel(self):
+        for _ in range(self.chance.randrange(8)):
+            yield
+        self.cancelled = True
+        waiters = self.ledger.cancel()
+        absent = [claim for claim in self.queues if claim not in self.admitting]
+        assert len(waiters) == len(set(waiters))
+        for claim in absent:
+            self.woken(claim, [each for each in waiters if each in self.queues[claim]], Wake.CANCELLED)
+        assert len(waiters) == sum(len(self.queues[claim]) for claim in absent), (
+            "admitted pages are cancelled"
+        )
+        for claim in absent:
+            self.queues[claim] = []
+        yield from self.notify(waiters)
+
+    def discard(self, first, count):
+        self.ledger.discarded(first, count)
+        for page in range(first, min(first + count, END)):
+            if self.states[page] in (PRESENT, BACKED):
+                self.states[page] = ZERO
+        return
+        yield
+
+    def switch_off(self):
+        """`DemandPager._let_nobody_begin`."""
+        while all(HAS_BIT[state] for state in self.states[FIRST:]) and self.ledger.claims:
+            yield self.queue(self.ledger.claims[0])
+
+    def cast(self):
+        """Draw the actors."""
+        chance, unit = self.chance, self.unit
+        draw, real = chance.randrange, chance.random
+        page = draw(FIRST, END)  # many meet at one page
+        for _ in range(draw(3, 6)):
+            at = page if real() < 0.7 else draw(FIRST, END)
+            first = at - draw(3) if real() < 0.5 else at
+            yield "fault", self.fault(at, real() < 0.3, first, at - first + draw(1, 5))
+        for _ in range(draw(3)):
+            first = (page if real() < 0.5 else draw(FIRST, END)) // unit * unit
+            end = min(first + unit * draw(1, 4), END)
+            yield "revoke", self.revoke(first, end, chance.choice((1, 4, 512)))
+        at = draw(FIRST, END)
+        run = at, min(draw(1, 4), END - at)
+        yield "hold", self.hold(*run)
+        if real() < 0.3:
+            yield "hold", self.hold(*run)
+        if real() < 0.6:
+            yield "call off", self.call_off()
+        if real() < 0.5:
+            yield "reassert", self.reassert(draw(FIRST, END))
+        if real() < 0.3:
+            yield "cancel", self.cancel()
+        if real() < 0.3:
+            at = draw(FIRST, END)
+            yield "retain", self.retain(at, min(at + draw(1, 4), END))
+        if real() < 0.2:
+            yield "discard", self.discard(draw(FIRST, END) // unit * unit, unit)
+        if real() < 0.2:
+            yield "switch off", self.switch_off()
+
+    # The run
+
+    def run(self):
+        try:
+            self._run()
+        finally:
+            self.bitmap.close()
+        return self
+
+    def _run(self):
+        actors = [[name, steps, None] for name, steps in self.cast()]
+        while actors:
+            ready = [each for each in actors if each[2] is None or each[2].notified or each[2].impatient]
+            assert ready, "everybody sleeps: a wake-up is lost"
+            actor = ready[int(self.chance.random() * len(ready))]
+            if self.log is not None:
+                self.log(f"{actor[0]:10} {' '.join(State(each).name for each in self.states[FIRST:])}")
+            try:
+                actor[2] = next(actor[1])
+            except StopIteration:
+                actors.remove(actor)
+            self.check()
+        self.check_end()
+
+    def check(self):
+        ledger, states = self.ledger, self.states
+        assert ledger.states == states
+        assert self.bitmap.bytes == states.translate(HAS_BIT), "a bit is not what the state says"
+        claims = ledger.claims
+        assert len(claims) == len(self.queues)
+        claimed = states.translate(IS_CLAIMED)
+        for claim in claims:
+            first, count = claim.first, claim.count
+            assert claimed[first : first + count] == b"\1" * count, "claims overlap, or hold free pages"
+            claimed[first : first + count] = bytes(count)
+            assert claim.waiters == self.queues[claim]
+            for each in claim.waiters:
+                assert each.claim is claim
+        assert 1 not in claimed, "a page is claimed by nobody"
+        for each in self.sleepers:
+            assert each.reason is each.expected, f"woken as {each.reason}, not {each.expected}"
+            assert (each.claim is None) == (each.reason is not None)
+
+    def check_end(self):
+        ledger, counters = self.ledger, self.ledger.counters
+        assert ledger.claims == []
+        assert [each.notified for each in self.sleepers] == [1] * len(self.sleepers)
+        assert not any(ledger.pin(page) and not ledger.unpin(page) for page in range(FIRST, END))
+        assert counters.waits == self.waits
+        assert counters.pages_admitted == self.admitted
+        assert counters.pages_fetched + counters.pages_zeroed + counters.pages_backed == self.admitted
+
+
+def replay(seed, make=Ledger):
+    """Run one schedule, for somebody who looks for what went wrong: prints each step and the states before it."""
+    Schedule(seed, make, print).run()

@@ -1,0 +1,180 @@
+"""The ledger under 100,000 interleavings, each from its seed; and that broken ledgers do not get through them."""
+
+import pytest
+from schedules import Schedule
+
+from kvmdp.paging.claim import State, Wake
+from kvmdp.paging.ledger import Ledger
+
+SCHEDULES = 100_000
+BLOCK = 5_000
+SOON_FOUND = 1_000  # schedules in which a broken ledger has to be found
+
+
+def run(seed, make=Ledger):
+    try:
+        return Schedule(seed, make).run()
+    except Exception as error:
+        error.add_note(f"seed {seed}: schedules.replay({seed}) shows its steps")
+        raise
+
+
+def goes_wrong(seed, make):
+    try:
+        Schedule(seed, make).run()
+    except (AssertionError, LookupError, ValueError, RuntimeError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("first", range(0, SCHEDULES, BLOCK))
+def test_everybody_is_woken_once_for_the_right_reason(first):
+    reasons = set()
+    for seed in range(first, first + BLOCK):
+        reasons.update(each.reason for each in run(seed).sleepers)
+    assert reasons == set(Wake)
+
+
+def test_a_seed_says_all():
+    steps = ([], [])
+    for log in steps:
+        Schedule(7, log=log.append).run()
+    assert steps[0] == steps[1] != []
+
+
+class CommitsWithoutWaking(Ledger):
+    def commit(self, claim):
+        waiters = claim.waiters
+        super().commit(claim)
+        return waiters[1:]
+
+
+class LeavesTheWithdrawnInTheQueue(Ledger):
+    def withdraw(self, waiter, reason):
+        claim = waiter.claim
+        done = super().withdraw(waiter, reason)
+        if done:
+            claim.waiters.append(waiter)
+        return done
+
+
+class WithdrawsWhoHasBeenWoken(Ledger):
+    def withdraw(self, waiter, reason):
+        if waiter.claim is None:
+            waiter.reason = reason
+            return True
+        return super().withdraw(waiter, reason)
+
+
+class CancelForgetsAQueue(Ledger):
+    def cancel(self):
+        last = self.claims.pop() if self.claims else None
+        woken = super().cancel()
+        if last is not None:
+            self.claims.append(last)
+        return woken
+
+
+class CancelWakesWhoIsAboutToBeAdmitted(Ledger):
+    def cancel(self):
+        woken = super().cancel()
+        for claim in self.claims:
+            for waiter in tuple(claim.waiters):
+                super().withdraw(waiter, Wake.CANCELLED)
+                woken.append(waiter)
+        return woken
+
+
+class SaysCommittedOfAFailure(Ledger):
+    def end(self, claim, states, reason):
+        return super().end(claim, states, Wake.COMMITTED if reason is Wake.FAILED else reason)
+
+
+class QueuesAtAnotherClaim(Ledger):
+    def queue(self, claim, waiter):
+        super().queue(self.claims[0], waiter)
+
+
+class EndsWithTheBitSet(Ledger):
+    def end(self, claim, states, reason):
+        woken = super().end(claim, states, reason)
+        self.bitmap.set_range(claim.first, 1)
+        return woken
+
+
+class LetsInBeforeTheTrapIsTold(Ledger):
+    def admit(self, claim):
+        super().admit(claim)
+        self.states[claim.first : claim.first + claim.count] = bytes([State.PRESENT]) * claim.count
+
+
+class TakesAwayWhatIsRetained(Ledger):
+    def retain(self, first, end):
+        pass
+
+    def let_go(self, first, end):
+        pass
+
+
+class ForgetsASecondPin(Ledger):
+    def pin(self, first, count=1):
+        if (first, count) in self._pins:
+            return True
+        return super().pin(first, count)
+
+    def unpin(self, first, count=1):
+        self._pins.pop((first, count), None)
+        return True
+
+
+class SeesNoOverlappingPin(Ledger):
+    def pinned(self, claim):
+        return (claim.first, claim.count) in self._pins
+
+
+class ClaimsHalfAUnit(Ledger):
+    def claim(self, page, first, count):
+        unit, self.unit = self.unit, 1
+        try:
+            return super().claim(page, first, count)
+        finally:
+            self.unit = unit
+
+
+class ClaimsOverTheBorder(Ledger):
+    def bounds_of(self, page):
+        return 0, self.pages
+
+
+class BeginsAfterCancel(Ledger):
+    def obstacle(self, page):
+        cancelled, self.cancelled = self.cancelled, False
+        try:
+            return super().obstacle(page)
+        finally:
+            self.cancelled = cancelled
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        CommitsWithoutWaking,
+        LeavesTheWithdrawnInTheQueue,
+        WithdrawsWhoHasBeenWoken,
+        CancelForgetsAQueue,
+        CancelWakesWhoIsAboutToBeAdmitted,
+        SaysCommittedOfAFailure,
+        QueuesAtAnotherClaim,
+        EndsWithTheBitSet,
+        LetsInBeforeTheTrapIsTold,
+        TakesAwayWhatIsRetained,
+        ForgetsASecondPin,
+        SeesNoOverlappingPin,
+        ClaimsHalfAUnit,
+        ClaimsOverTheBorder,
+        BeginsAfterCancel,
+    ],
+    ids=lambda broken: broken.__name__,
+)
+def test_a_broken_ledger_is_found(broken):
+    assert any(goes_wrong(seed, broken) for seed in range(SOON_FOUND))
