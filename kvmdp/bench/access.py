@@ -71,9 +71,14 @@ class AccessCosts:
                 for state, rates in states.items():
                     self.disk.setdefault(place, {}).setdefault(state, []).extend(rates)
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds have been done."""
+        return max(map(len, self.calls.values()), default=0)
+
     def document(self) -> dict[str, Any] | None:
         """Return the figures as the JSON document has them; None before the first round is done."""
-        if not self.calls:
+        if not self.rounds:
             return None
         spreads = {f"{kind}_us": Spread.of(costs) for kind, costs in self.calls.items()}
         spreads |= {name: ratios(self.calls[a], self.calls[b]) for name, (a, b) in _RATIOS.items()}

@@ -80,7 +80,9 @@ class Comparison:
 
     @property
     def complete(self) -> bool:
-        """Whether every contender that can run has done all rounds."""
+        """Whether every contender that can run has done all rounds, and the device too."""
+        if self.device is not None and self.device.rounds < self.rounds:
+            return False
         return all(len(self.measurements.get(each.name, ())) == self.rounds for each in self.contenders)
 
     def trace_lines(self) -> Iterator[str]:

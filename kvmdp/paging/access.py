@@ -31,7 +31,8 @@ class MemoryAccess(Protocol):
 
     `gpa` and lengths are bytes. Every method makes the pages present that are absent, by asking for them and waiting.
     With `nowait` it does neither: BusyError, and nothing was read or written. All raise ValueError for addresses that
-    are not RAM, FrozenError while accesses are frozen, and PagingError if a page cannot be had.
+    are not RAM, and so for a range that reaches into the hole of the map or over it, FrozenError while accesses are
+    frozen, and PagingError if a page cannot be had.
     """
 
     def read(self, gpa: int, length: int, *, nowait: bool = False) -> bytes:
@@ -43,10 +44,7 @@ class MemoryAccess(Protocol):
         ...
 
     def view(self, gpa: int, length: int) -> AbstractContextManager[memoryview]:
-        """Give the bytes themselves, writable, for the time of a `with` block: none can become absent meanwhile.
-
-        Raises ValueError if they are not contiguous in the RAM file: on both sides of the hole in the map.
-        """
+        """Give the bytes themselves, writable, for the time of a `with` block: none can become absent meanwhile."""
         ...
 
     def readv(self, segments: Sequence[tuple[int, int]]) -> bytes:
@@ -187,15 +185,9 @@ class GuestMemory:
 
         The block keeps nothing that looks into it, no slice and no array.
         """
-        stretches = self._stretches(gpa, length)
-        if len(stretches) > 1:
-            raise ValueError(
-                f"the {length} bytes at gpa {gpa:#x} lie on both sides of the hole in the map: take two views"
-            )
-        with self._held(stretches, Access.WRITE):
-            offset = self._offset(gpa)
-            with self._view[offset : offset + length] as bytes_themselves:
-                yield bytes_themselves
+        offset, length = stretch = self._stretch(gpa, length)
+        with self._held([stretch], Access.WRITE), self._view[offset : offset + length] as bytes_themselves:
+            yield bytes_themselves
 
     def read_pages(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Return the content of RAM pages (numbers, order of the RAM file) as uint64[n, 512]."""
@@ -233,31 +225,28 @@ class GuestMemory:
         batches: list[list[tuple[int, int]]] = [[]]
         room = _AT_ONCE
         for gpa, length in segments:
-            for offset, left in self._stretches(gpa, length):
-                while left:
-                    if not room:
-                        batches.append([])
-                        room = _AT_ONCE
-                    part = min(left, room)
-                    batches[-1].append((offset, part))
-                    offset, left, room = offset + part, left - part, room - part
+            offset, left = self._stretch(gpa, length)
+            while left:
+                if not room:
+                    batches.append([])
+                    room = _AT_ONCE
+                part = min(left, room)
+                batches[-1].append((offset, part))
+                offset, left, room = offset + part, left - part, room - part
         return batches
 
-    def _stretches(self, gpa: int, length: int) -> list[tuple[int, int]]:
-        """Return where the bytes lie in RAM, (offset, bytes), at most one a region. Raises ValueError."""
+    def _stretch(self, gpa: int, length: int) -> tuple[int, int]:
+        """Return where the bytes lie in RAM, (offset, bytes): in one piece, for a range over the hole is not RAM.
+
+        Raises ValueError.
+        """
         if length < 0:
             raise ValueError(f"{length} bytes at gpa {gpa:#x}: a length cannot be negative")
-        if 0 <= gpa < gpa + length <= self._low_end:
-            return [(gpa, length)]
-        stretches = []
-        while True:
-            offset = self._offset(gpa)
-            region = next(each for each in self._layout.regions if gpa < each.gpa + each.size)
-            part = min(length, region.gpa + region.size - gpa)
-            stretches.append((offset, part))
-            gpa, length = gpa + part, length - part
-            if not length:
-                return stretches
+        offset = self._offset(gpa)
+        region = next(each for each in self._layout.regions if offset < each.offset + each.size)
+        if offset + length > (end := region.offset + region.size):
+            raise ValueError(f"gpa {gpa + end - offset:#x} is not guest RAM")
+        return offset, length
 
     def _offset(self, gpa: int) -> int:
         """Return where in RAM the byte at `gpa` is. Raises ValueError outside RAM."""
