@@ -18,7 +18,8 @@ import numpy.typing as npt
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE, GuestLayout
 from kvmdp.paging.fault import Access, BusyError, CancelledError, Origin, Outcome, PageFault, PagingError
-from kvmdp.paging.pager import Cancellation, DemandPager
+from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.resolver import Cancellation
 
 BytesLike = bytes | bytearray | memoryview
 

@@ -12,7 +12,7 @@ from fakes import PAGES, content, in_threads, page_of, pager_of, source_error, s
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import Access, BusyError, CancelledError, FrozenError, Origin, PagingError
-from kvmdp.paging.pager import Cancellation
+from kvmdp.paging.resolver import Cancellation
 
 RAM = PAGES * PAGE_SIZE
 SOON = 0.02  # seconds until a wait in vain is over

@@ -20,8 +20,8 @@ from fakes import PAGES, content, in_threads, page_of, pager_of, source_error
 
 from kvmdp.paging.claim import Claim, Waiter, Wake
 from kvmdp.paging.fault import Access, BusyError, Outcome, PageFault
-from kvmdp.paging.pager import Cancellation
 from kvmdp.paging.requests import FaultRequests, PeerCounters
+from kvmdp.paging.resolver import Cancellation
 
 SECONDS = float(os.environ.get("KVMDP_WAKE_SECONDS", "1"))  # of hammering, for each test
 ROUNDS = 200

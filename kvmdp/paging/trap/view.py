@@ -40,8 +40,8 @@ _BATCH = 32  # events taken with one read
 class UffdView:
     """A mapping of all of RAM whose faults on absent pages go to userfaultfd.
 
-    `vmm` is the VMM view. `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it says what an event
-    means. `features` are of `UFFD_FEATURE_*`, `mode` is of `UFFDIO_REGISTER_MODE_*`.
+    `vmm` is the VMM view. `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it
+    says what an event means. `features` are of `UFFD_FEATURE_*`, `mode` is of `UFFDIO_REGISTER_MODE_*`.
     """
 
     def __init__(

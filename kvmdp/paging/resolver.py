@@ -1,0 +1,306 @@
+"""How a page becomes present: a fault claims it, the source fills it, the trap admits it, whoever waits is woken.
+
+A page is claimed before its bytes or its trap change, and a claim has one owner. What spans a system call is the
+claim, never a mutex: the mutex below is held for a few statements, to change the ledger (`kvmdp.paging.ledger`, which
+knows states, claims and waiters). Order of a commit: bytes in RAM, then state and bit, then `trap.admit`, then wake.
+
+Units: RAM pages, seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from kvmdp.memory.bitmap import PresentBitmap
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.paging.access_gate import AccessGate
+from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake
+from kvmdp.paging.fault import Outcome, PageFault, PagingError
+from kvmdp.paging.ledger import Ledger
+from kvmdp.paging.policy import FaultPolicy
+from kvmdp.paging.trap.base import Trap
+from kvmdp.source.base import PageSource, SourceError, asking
+
+_RETRY_SECONDS = (0.001, 0.004, 0.016, 0.064, 0.256)
+
+_SOURCE_BYTE = int(State.SOURCE)
+_ONE_AT_SOURCE = bytes((State.SOURCE,))
+
+
+class Cancellation:
+    """Calls off, from another thread, what a thread waits for in `Resolver.resolve`; for good."""
+
+    def __init__(self, pager: Resolver) -> None:
+        self._pager = pager
+        self._mutex = threading.Lock()  # guards what follows
+        self.cancelled = False
+        self._wait: Wait | None = None
+
+    def cancel(self) -> None:
+        """Wake the thread if it waits, and let it wait no more."""
+        with self._mutex:
+            self.cancelled = True
+            wait = self._wait
+        if wait is not None:
+            self._pager.withdraw(wait)
+
+    def attend(self, wait: Wait) -> None:
+        """Take note of what the thread is about to wait for."""
+        with self._mutex:
+            self._wait = wait
+            cancelled = self.cancelled
+        if cancelled:  # `cancel` came before it could see this one
+            self._pager.withdraw(wait)
+
+
+class Resolver:
+    """The half of `DemandPager` that makes pages present.
+
+    `accesses` is the gate of those that no vCPU makes, `vcpu_accesses` of what is done on a vCPU's account: never shut.
+    `mutex` guards the ledger, `error` and the gates; the rest is as the pager has it.
+    """
+
+    def __init__(self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy) -> None:
+        if source.size > layout.memory_bytes:
+            raise ValueError(
+                f"{source.name} has {source.size} bytes, RAM only {layout.memory_bytes}: make RAM at least as large"
+            )
+        self.layout = layout
+        self.trap = trap
+        self.bitmap = PresentBitmap(layout.pages)
+        self.ledger = Ledger(
+            self.bitmap,
+            trap.granule // PAGE_SIZE,
+            [(each.offset // PAGE_SIZE, (each.offset + each.size) // PAGE_SIZE) for each in layout.regions],
+            [(offset // PAGE_SIZE, length // PAGE_SIZE) for offset, length in source.extents()],
+        )
+        self.counters = self.ledger.counters
+        self.error: PagingError | None = None
+        self.observer: Callable[[PageFault, Claim, int], None] | None = None
+        self.mutex = threading.Lock()
+        self._unpinned = threading.Condition(self.mutex)
+        self.accesses = AccessGate(self.ledger, self._unpinned)
+        self.vcpu_accesses = AccessGate(self.ledger, self._unpinned)
+        self._source = source
+        self._policy = policy
+        self._fill_view = trap.fill_view
+
+    # A fault
+
+    def resolve(
+        self, fault: PageFault, timeout: float | None = None, cancellation: Cancellation | None = None
+    ) -> Outcome:
+        """Make the faulting page present, or wait for whoever is at it.
+
+        For threads that may sleep: vCPU threads, devices in this process, the VMM itself. Waiting ends after
+        `timeout` seconds (TIMED_OUT) or when `cancellation` is cancelled (CANCELLED); a fetch of one's own does not.
+        """
+        deadline = None
+        while True:
+            step = self.begin(fault)
+            if isinstance(step, Claim):
+                return self._carry_out(step, fault)
+            if isinstance(step, Outcome):
+                return step
+            assert isinstance(step, Wait)
+            if timeout is not None and deadline is None:
+                deadline = time.monotonic() + timeout
+            outcome = self._sleep(step, deadline, cancellation)
+            if outcome is not None:
+                return outcome
+
+    def _sleep(
+        self, wait: Wait, deadline: float | None, cancellation: Cancellation | None = None
+    ) -> Outcome | None:
+        """Wait for a claim; returns the outcome if that settles it, None if it is time to look again."""
+        if cancellation is not None:
+            cancellation.attend(wait)
+        if not wait.wait(None if deadline is None else max(deadline - time.monotonic(), 0)):
+            self.withdraw(wait, Wake.TIMED_OUT)  # or it has been woken since, for a reason of its own
+        if wait.reason is Wake.TIMED_OUT:
+            return Outcome.TIMED_OUT
+        if cancellation is not None and cancellation.cancelled:
+            return Outcome.CANCELLED
+        return None
+
+    def resolve_or_park(self, fault: PageFault, waiter: Waiter) -> Outcome | None:
+        """Make the faulting page present, but never wait for whoever is at it.
+
+        For userfaultfd readers and servers of other processes. Returns None if the page is claimed: then `waiter` is
+        notified when that claim has ended in whatever way, or when it is withdrawn.
+        """
+        step = self.begin(fault, waiter)
+        if isinstance(step, Claim):
+            return self._carry_out(step, fault)
+        return None if isinstance(step, Waiter) else step
+
+    def begin(self, fault: PageFault, waiter: Waiter | None = None) -> Claim | Waiter | Outcome:
+        """Claim the pages that a fault is to fetch, or say why not.
+
+        Never sleeps. Whoever gets a Claim fills it and commits, or fails it. If somebody else has the page, `waiter`
+        is queued and returned, or else a new Wait.
+        """
+        page, ledger = fault.page, self.ledger
+        with self.mutex:
+            step = ledger.obstacle(page)
+            if step is None:
+                if self.error is not None:
+                    return Outcome.FAILED
+                ledger.counters.claims += 1
+                first, count = self._policy.window(page)
+                return ledger.claim(page, first, count)
+            if isinstance(step, Outcome):
+                return step
+            waiter = waiter or Wait()
+            ledger.queue(step, waiter)
+            return waiter
+
+    def withdraw(self, waiter: Waiter, reason: Wake = Wake.CANCELLED) -> bool:
+        """Give up waiting for somebody: the waiter is notified, now, with `reason`; False if it had been woken."""
+        with self.mutex:
+            if not self.ledger.withdraw(waiter, reason):
+                return False
+        waiter.notify()
+        return True
+
+    # Carrying out a claim
+
+    def _carry_out(self, claim: Claim, fault: PageFault) -> Outcome:
+        began = 0 if self.observer is None else time.perf_counter_ns()
+        asking.fault = fault
+        try:
+            self.fill(claim)
+        except SourceError as error:
+            if self.ledger.cancelled:  # it was told to give up, and the machine stops for another reason
+                self._end(claim, claim.before)
+                return Outcome.CANCELLED
+            self.fail(claim, self._source_failed(error))
+            return Outcome.FAILED
+        except BaseException as error:
+            self.fail(claim, PagingError(f"filling page {claim.first} broke: {error!r}"))
+            raise
+        finally:
+            asking.fault = None
+        self.commit(claim)
+        if self.observer is not None:
+            self.observer(fault, claim, began)
+        return Outcome.ADMITTED
+
+    def fill(self, claim: Claim) -> None:
+        """Put the bytes of a claim's pages where the trap wants them. Raises SourceError.
+
+        Pages whose bytes are in RAM already (BACKED) are left alone.
+        """
+        first, before = claim.first, claim.before
+        if before == _ONE_AT_SOURCE:  # the usual fault
+            offset = first * PAGE_SIZE
+            self._fetch(offset, self._fill_view[offset : offset + PAGE_SIZE])
+            return
+        start, count = 0, claim.count
+        while start < count:
+            state = before[start]
+            end = start + 1
+            while end < count and before[end] == state:
+                end += 1
+            offset, length = (first + start) * PAGE_SIZE, (end - start) * PAGE_SIZE
+            destination = self._fill_view[offset : offset + length]
+            if state == _SOURCE_BYTE:
+                self._fetch(offset, destination)
+            elif state == State.ZERO:
+                destination[:] = bytes(length)
+            start = end
+
+    def _fetch(self, offset: int, destination: memoryview) -> None:
+        """Read from the source, again if it says that this may help."""
+        for pause in _RETRY_SECONDS:
+            try:
+                return self._source.fill(offset, destination)
+            except SourceError as error:
+                if not error.transient or self.ledger.cancelled:
+                    raise
+            with self.mutex:
+                self.counters.retries += 1
+            time.sleep(pause)
+        return self._source.fill(offset, destination)
+
+    def _source_failed(self, error: SourceError) -> PagingError:
+        gpa = self.layout.gpa_of_page(error.offset // PAGE_SIZE)
+        return PagingError(f"paused: the page at gpa {gpa:#x} cannot be fetched: {error}")
+
+    def commit(self, claim: Claim) -> None:
+        """Admit a filled claim: state and bit, then the trap, then whoever waits."""
+        with self.mutex:
+            self.ledger.admit(claim)
+        try:
+            self.trap.admit(claim.first, claim.count)
+        except BaseException as error:
+            # The bytes are in RAM; what is broken is the trap.
+            self._end(claim, State.BACKED, PagingError(f"pages could not be admitted: {error}"))
+            raise
+        with self.mutex:
+            woken = self.ledger.commit(claim)
+        for waiter in woken:
+            waiter.notify()
+
+    def fail(self, claim: Claim, error: PagingError) -> None:
+        """Give a claim up: its pages are as absent as before, and the pager is paused with `error`."""
+        self._end(claim, claim.before, error)
+
+    def _end(self, claim: Claim, states: bytes | State, error: PagingError | None = None) -> None:
+        """End a claim otherwise than by a commit, with the pages in `states`."""
+        if isinstance(states, State):
+            states = bytes((states,)) * claim.count
+        with self.mutex:
+            if error is not None and self.error is None:
+                self.error = error
+            woken = self.ledger.end(claim, states, Wake.REVOKED if error is None else Wake.FAILED)
+        for waiter in woken:
+            waiter.notify()
+
+    # Pins: a present page that is held stays present
+
+    def hold(self, page: int) -> bool:
+        """Pin a page that is present and admitted; False if it is not. Undo with `release`."""
+        with self.mutex:
+            return self.ledger.pin(page)
+
+    def release(self, page: int) -> None:
+        """Undo one `hold`."""
+        with self.mutex:
+            if self.ledger.unpin(page):
+                self._unpinned.notify_all()
+
+    @contextlib.contextmanager
+    def held(self, fault: PageFault) -> Iterator[Outcome]:
+        """Make the page present and keep it so for the time of the block.
+
+        Yields PRESENT, or the outcome that kept it from becoming present; then nothing is pinned.
+        """
+        outcome = Outcome.PRESENT
+        while outcome in (Outcome.PRESENT, Outcome.ADMITTED):
+            if self.hold(fault.page):
+                try:
+                    yield Outcome.PRESENT
+                finally:
+                    self.release(fault.page)
+                return
+            outcome = self.resolve(fault)
+        yield outcome
+
+    def discarded(self, first: int, count: int) -> None:
+        """Take note that the bytes of these pages are gone, or going: those nobody has claimed read as zeros now.
+
+        Somebody discarded them behind the pager's back (a balloon). Pages that are claimed are left to whoever
+        has them: a revocation drops pages too, and is announced in the same way.
+        """
+        with self.mutex:
+            self.ledger.discarded(first, count)
+
+    def abort(self, error: PagingError) -> None:
+        """Pause with `error`: something that serves faults has broken."""
+        with self.mutex:
+            if self.error is None:
+                self.error = error
