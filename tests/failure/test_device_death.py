@@ -13,6 +13,7 @@ from harness import MEMORY, SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, 
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.fault import Origin
+from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.source.base import asking
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -23,7 +24,10 @@ TRAPS = ("marker", "memory-fault", "mmio", "userfaultfd")
 MOMENTS = int(os.environ.get("KVMDP_KILLS", "3"))
 PAGES = MEMORY // PAGE_SIZE
 GUEST_PAGES = PAGES // 2  # the guest's are the first half, so that the device has absent pages of its own
-LAST_OF_VCPUS = 100  # a page that no vCPU gets before the devices are through: so the guest is not done before them
+# No vCPU gets this page before the devices are through: so the guest is under way all the time.
+LAST_OF_VCPUS = 100
+# One that the source lets wait for that page, and one for the rest.
+READERS = UffdOptions(readers=2)
 DEVICE = f"""
 from kvmdp.machine.workloads.arithmetic import place_in_page
 import numpy as np
@@ -120,7 +124,9 @@ def test_a_killed_device_is_replaced_and_the_guest_is_exact(moment):
     )
     workload = plan("atomic", vcpus=2, pages=GUEST_PAGES, iterations=2)
     sentences = []
-    with make_machine(trap, workload=workload, source=Watched(executioner.before_fill)) as machine:
+    with make_machine(
+        trap, workload=workload, source=Watched(executioner.before_fill), uffd=READERS
+    ) as machine:
         server = machine.serve_devices(sentences.append)
         errors = []
 

@@ -37,6 +37,21 @@ def _words(number):
     return (place_in_page(np.arange(PAGES), 9) + number) % (PAGE_SIZE // 8)
 
 
+def _writer(memory, written):
+    """What the device thread does at its call number `number`; `written` is set at the end."""
+    words = _words(2).tolist()
+
+    def write(number):
+        if number == PAGES:
+            written.set()
+            return False
+        page = number * 1021 % PAGES
+        memory.store64(page * PAGE_SIZE + words[page] * 8, PAGES + page)
+        return True
+
+    return write
+
+
 @pytest.mark.parametrize("trap", ["marker", "memory-fault", "mmio", "userfaultfd"])
 def test_vcpus_a_device_thread_and_a_device_process_share_absent_pages(trap):
     for _ in range(ROUNDS):
@@ -46,15 +61,8 @@ def test_vcpus_a_device_thread_and_a_device_process_share_absent_pages(trap):
         with make_machine(trap, workload=workload, source=source) as machine:
             server = machine.serve_devices(sentences.append)
 
-            mine, words, written = machine.memory_for_device(1), _words(2).tolist(), threading.Event()
-
-            def write(number):
-                if number == PAGES:
-                    written.set()
-                    return False
-                page = number * 1021 % PAGES
-                mine.store64(page * PAGE_SIZE + words[page] * 8, PAGES + page)
-                return True
+            written = threading.Event()
+            write = _writer(machine.memory_for_device(1), written)
 
             with child_of(server, DEVICE) as child:
                 hammering = meanwhile(write, lambda number: child.hear() != "done")

@@ -40,8 +40,8 @@ _BATCH = 32  # events taken with one read
 class UffdView:
     """A mapping of all of RAM whose faults on absent pages go to userfaultfd.
 
-    `vmm` is the VMM view. `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it says what an event
-    means. `features` are of `UFFD_FEATURE_*`, `mode` is of `UFFDIO_REGISTER_MODE_*`.
+    `vmm` is the VMM view. `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it says
+    what an event means. `features` are of `UFFD_FEATURE_*`, `mode` is of `UFFDIO_REGISTER_MODE_*`.
     """
 
     def __init__(
@@ -227,7 +227,13 @@ class UffdTrap(UffdView):
         if supported_features() & features & abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM:
             mode |= abi.UFFDIO_REGISTER_MODE_WP
         super().__init__(
-            backing.guest, backing.vmm, features, mode, kernel_faults=kernel_faults, readers=readers, shards=shards
+            backing.guest,
+            backing.vmm,
+            features,
+            mode,
+            kernel_faults=kernel_faults,
+            readers=readers,
+            shards=shards,
         )
         self._slots = slots
         self._backing = backing
