@@ -56,7 +56,7 @@ class HandlerProcess:
         return self
 
     def __exit__(self, *error):
-        if self.process.returncode is None:
+        if not self.process.stderr.closed:
             self.end()
 
 

@@ -1,6 +1,7 @@
 """Handlers that break the protocol: each is cut off with one sentence, and RAM has nothing on its word."""
 
 import contextlib
+import fcntl
 import mmap
 import os
 import socket
@@ -13,7 +14,7 @@ from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.source.base import SourceError
 from kvmdp.source.handler import HandlerSource
-from kvmdp.wire import offer
+from kvmdp.wire import handover, offer
 from kvmdp.wire.endpoint import EndpointError, Listener
 from kvmdp.wire.records import Kind, Outcome, Record, unpack
 
@@ -252,3 +253,39 @@ def test_a_socket_of_another_type(socket_path):
         other.listen()
         with pytest.raises(EndpointError, match="a socket of another type"):
             HandlerSource(str(socket_path))
+
+
+def test_a_handler_can_change_neither_the_bitmap_nor_the_size_of_ram_nor_their_seals(socket_path):
+    done = []
+
+    def attempt(what, call):
+        with contextlib.suppress(OSError):
+            call()
+            done.append(what)
+
+    def body():
+        with listener.accept(60) as connection:
+            offer.send(connection, MEMORY)
+            terms, descriptors = handover.receive(connection)
+            ram, bitmap = descriptors.ram, descriptors.bitmap
+            attempt("map the bitmap", lambda: mmap.mmap(bitmap, 64))
+            attempt("write the bitmap", lambda: os.write(bitmap, bytes(8)))
+            attempt("cut the bitmap", lambda: os.ftruncate(bitmap, 0))
+            attempt("cut RAM", lambda: os.ftruncate(ram, PAGE))
+            attempt("extend RAM", lambda: os.ftruncate(ram, 2 * MEMORY))
+            for fd in (ram, bitmap):
+                for seal in (fcntl.F_SEAL_SEAL, fcntl.F_SEAL_WRITE, 0x10):  # F_SEAL_FUTURE_WRITE
+                    attempt(f"seal {seal:#x}", lambda: fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seal))  # noqa: B023
+            attempt("map RAM", lambda: mmap.mmap(ram, MEMORY).close())
+            with socket.socket(fileno=descriptors.notifier) as notifier:
+                descriptors.notifier = -1
+                descriptors.close()
+                assert ask(notifier, terms).kind is Kind.BYE
+
+    with Listener(str(socket_path)) as listener:
+        thread = threading.Thread(target=body)
+        thread.start()
+        with bound(socket_path):
+            pass
+        thread.join()
+    assert done == ["map RAM"]

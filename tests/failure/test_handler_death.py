@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import threading
-import time
 
 import pytest
 from command import Running, require_trap
@@ -13,7 +12,7 @@ from handlers import MEMORY, SEED, HandlerProcess
 from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.paging.fault import Origin, Outcome, PageFault
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.source.handler import HandlerSource
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -79,25 +78,47 @@ def test_a_device_fault_arrives_as_one(socket_path):
         handler.await_word("0 vCPU, 1 device, 0 host faults")
 
 
+DYING = """
+import os, signal, threading
+from kvmdp.source.synthetic import SyntheticSource
+fill, mutex, taken = SyntheticSource.fill, threading.Lock(), 0
+def fill_until(self, offset, destination):
+    global taken
+    with mutex:
+        taken += 1
+        last = taken == {faults}
+    if last:
+        if {filled} > 0:
+            fill(self, offset, destination)
+        if {filled} == 1:
+            destination[2048:] = bytes(b"junk") * 512
+        os.kill(os.getpid(), signal.SIGKILL)
+    fill(self, offset, destination)
+SyntheticSource.fill = fill_until
+"""
+
+
 @pytest.mark.parametrize("moment", range(MOMENTS))
 def test_a_killed_handler_is_replaced_and_the_guest_is_exact(moment, socket_path):
-    said = []
-    seconds = random.Random(moment).uniform(0.05, 0.3)
-    with HandlerProcess(socket_path, *SLOW) as first:
-        results = []
-        guest = threading.Thread(target=lambda: results.append(run(socket_path, "checksum", "marker", said)))
+    trap = TRAPS[moment // 3 % len(TRAPS)]
+    require_trap(trap)
+    # Which fault is its last; and how much of that it does: nothing, a page of which half is wrong, all but the answer.
+    dying = DYING.format(faults=random.Random(moment).randint(1, PAGES), filled=moment % 3)
+    said, results = [], []
+    with HandlerProcess(socket_path, prelude=dying) as first:
+        guest = threading.Thread(target=lambda: results.append(run(socket_path, "checksum", trap, said)))
         guest.start()
-        first.await_word("has come")
-        time.sleep(seconds)
-        first.end()
-        with HandlerProcess(socket_path, *SLOW) as second:
+        assert first.process.wait(60) == -signal.SIGKILL
+        with HandlerProcess(socket_path) as second:
             guest.join()
             second.end(signal.SIGINT)
     (result,) = results
     assert result.ok
     assert result.pages_checked == result.counters.pages_fetched == PAGES
-    for text in said:
-        assert text.startswith((f"paused: handler {first.pid} has died", f"going on: handler {second.pid}"))
+    paused, going_on = said
+    assert paused.startswith(f"paused: handler {first.pid} has died; gpa 0x")
+    assert going_on.startswith(f"going on: handler {second.pid} has taken over, ")
+    assert going_on.endswith(" sent again")
 
 
 def command(path, timeout):
@@ -128,3 +149,27 @@ def test_an_interrupt_ends_the_pause_at_once(socket_path):
         handler.process.send_signal(signal.SIGSTOP)
         guest.process.send_signal(signal.SIGINT)
         assert guest.finish().status == 130
+
+
+def test_a_successor_with_another_image_is_not_taken(socket_path):
+    said = []
+    with HandlerProcess(socket_path, prelude=DYING.format(faults=1, filled=0)) as first:
+        errors = []
+
+        def guest():
+            try:
+                run(socket_path, "checksum", "marker", said)
+            except PagingError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=guest)
+        thread.start()
+        first.process.wait(60)
+        with HandlerProcess(socket_path, "--synthetic", f"{2 * MEMORY},{SEED}") as second:
+            thread.join()
+            assert errors[0].endswith(
+                f"process {second.pid} has taken the handler's place with an image of {2 * MEMORY} bytes, where the "
+                f"machine began with {MEMORY}"
+            )
+            second.await_word("was given up")
+    assert said[0].startswith(f"paused: handler {first.pid} has died")

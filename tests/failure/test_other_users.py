@@ -1,6 +1,5 @@
 """Processes of other users, and of other PID namespaces, are nobody's peers."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -73,7 +72,7 @@ libc.prctl(1, 9)
 def path():
     """A path for a socket in a folder that everybody may enter."""
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
+        Path(folder).chmod(0o777)
         yield f"{folder}/s"
 
 
@@ -106,7 +105,7 @@ def refusal(pid):
 
 def test_a_device_of_another_user_gets_nothing(path):
     with bench() as here, Listener(path) as listener:
-        os.chmod(path, 0o666)
+        Path(path).chmod(0o666)
         with Other(path, DEVICE) as device:
             with pytest.raises(EndpointError) as refused:
                 here.server.serve(listener.accept(SOON))
@@ -144,7 +143,7 @@ def test_a_handler_of_another_user_behind_a_socket_of_ones_own_gets_nothing(path
 
 def test_a_machine_of_another_user_is_not_served(path):
     with HandlerProcess(path) as handler:
-        os.chmod(path, 0o666)
+        Path(path).chmod(0o666)
         with Other(path, MACHINE) as machine:
             handler.await_word("a machine was refused: " + refusal(machine.pid))
             assert machine.hear() == (

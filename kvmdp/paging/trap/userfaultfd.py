@@ -163,9 +163,8 @@ class UserfaultfdTrap(UffdTrap):
             if self._staging is None:
                 uffd.continue_(hva, PAGE_SIZE)
             elif self._backing.shared:
-                self._fill_hole(
-                    hva
-                )  # what else? A page that the memory file holds is mapped without an event
+                # It was a hole: a page that the memory file holds is mapped without an event.
+                self._fill_hole(hva)
             uffd.wake(hva, PAGE_SIZE)
         finally:
             self._presence.release(page)
