@@ -99,7 +99,6 @@ def test_nor_what_guest_does_with_the_zeros(name):
         ("memory-fault", None),
         ("mmio", None),
         ("userfaultfd", "minor"),
-        ("userfaultfd", "missing"),
     ],
 )
 def test_nor_while_pages_are_taken_away_and_machine_and_device_use_them(trap, mode):
