@@ -17,6 +17,7 @@ from kvmdp.abi.signal import siginfo_t, sigset_mask, timespec
 KICK_SIGNAL = signal.SIGUSR1
 
 _GLIBC_SIGSET_WORDS = 16
+_SIGBUS = int(signal.SIGBUS)  # on the way of every fault: a plain integer is compared without a call
 
 
 class VcpuSignals:
@@ -54,5 +55,5 @@ class VcpuSignals:
             number = self._take(*self._arguments)
             if number < 0:  # EAGAIN: nothing more
                 return found
-            if number == signal.SIGBUS:
+            if number == _SIGBUS:
                 found = (cast(int, self._info.si_addr), cast(int, self._info.si_code))

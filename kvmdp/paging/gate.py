@@ -30,7 +30,10 @@ class VcpuGate:
 
     def __init__(self) -> None:
         # Guards everything below. Held for a few statements only, never while a vCPU runs.
-        self._changed = threading.Condition(threading.Lock())
+        self._mutex = (
+            threading.Lock()
+        )  # taken as itself on the way of every exit: a Condition's is a call in Python
+        self._changed = threading.Condition(self._mutex)
         self._inside: set[Vcpu] = set()
         self._closers = 0
         self._stopping = False
@@ -43,7 +46,7 @@ class VcpuGate:
         Clears the vCPU's `immediate_exit`, so that a kick from now on takes effect; with `only_complete` sets
         it, so that KVM_RUN completes the pending access and returns.
         """
-        with self._changed:
+        with self._mutex:
             while self._closers and not self._stopping:
                 self._changed.wait()
             if self._stopping:
@@ -54,7 +57,7 @@ class VcpuGate:
 
     def leave(self, vcpu: Vcpu) -> None:
         """Say that the vCPU is out of KVM_RUN."""
-        with self._changed:
+        with self._mutex:
             self._inside.discard(vcpu)
             if self._closers:
                 self._changed.notify_all()

@@ -24,6 +24,9 @@ from kvmdp.paging.trap.operand import MAX_INSTRUCTION, TruncatedError, memory_op
 # was on its way when another thread admitted the page); this many are a livelock.
 _MAX_REPEATS = 64
 
+# On the way of every fault; as attributes of their enums they would be looked up each time.
+_VCPU, _ADMITTED = Origin.VCPU, Outcome.ADMITTED
+
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
@@ -83,8 +86,8 @@ class VcpuPaging:
 
     def _retry(self, page: int) -> None:
         """Make the page present; the instruction has not run, and runs when the vCPU is entered again."""
-        outcome = self._pager.resolve(PageFault(page, Origin.VCPU, self._vcpu.index))
-        if outcome is Outcome.ADMITTED:
+        outcome = self._pager.resolve(PageFault(page, _VCPU, self._vcpu.index))
+        if outcome is _ADMITTED:
             return
         self._check(outcome, page)
         if self._repeats_of(page) > _MAX_REPEATS:

@@ -129,8 +129,9 @@ class Uffd:
 
         Raises OSError, EFAULT for a page that is lost again each time it has been seen to.
         """
-        request = abi.uffdio_continue()
-        self._each(abi.UFFDIO_CONTINUE, request, request.range, hva, length, "UFFDIO_CONTINUE")
+        request = abi.uffdio_continue((hva, length))
+        if self._ioctl(self.fd, abi.UFFDIO_CONTINUE, byref(request)) != 0:
+            self._each(abi.UFFDIO_CONTINUE, request, request.range, hva, length, "UFFDIO_CONTINUE")
 
     def poison(self, hva: int, length: int) -> bool:
         """Put markers on absent pages; False if a page was mapped or had a marker already."""
