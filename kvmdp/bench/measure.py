@@ -89,8 +89,8 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
         before = resource.getrusage(resource.RUSAGE_SELF)
         faults = machine.pager.counters.claims
         device = DeviceThread(machine, work.device_pages)
-        device.start()
         try:
+            device.start()
             machine.run(_TIMEOUT)
         finally:
             device.join()  # run has stopped the machine, however it ended

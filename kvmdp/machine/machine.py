@@ -293,7 +293,7 @@ class Machine:
         self.gate.stop()
         self.pager.cancel()
         for thread in self.threads:
-            if thread.started and not thread.join(_JOIN_SECONDS):
+            if not thread.join(_JOIN_SECONDS):
                 raise PagingError(
                     f"vCPU {thread.vcpu.index} did not stop within {_JOIN_SECONDS:.0f} seconds: the source or "
                     "the kernel holds it"

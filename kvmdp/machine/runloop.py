@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from array import array
 from collections import Counter
@@ -30,6 +29,7 @@ from kvmdp.machine.pv import PvMsrs
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.vcpu import VcpuPaging
+from kvmdp.thread import JoinableThread
 
 EXIT_NAMES: dict[type, str] = {
     MemoryFault: "memory_fault",
@@ -95,7 +95,6 @@ class VcpuThread:
         self.vcpu = vcpu
         self.parameters = parameters
         self.error: Exception | None = None
-        self.started = False
         self.began = self.finished = 0.0
         self.done = False
         self.exits: Counter[type] = Counter()
@@ -108,18 +107,16 @@ class VcpuThread:
         self.inspect: Callable[[Vcpu], None] | None = None  # called before an exit is dealt with
         self._cpu = cpu
         self._suspected = False  # set by the watchdog: in KVM_RUN for long without an exit
-        self._thread = threading.Thread(target=self._main, name=f"vcpu-{vcpu.index}")
+        self._thread = JoinableThread(self._main, f"vcpu-{vcpu.index}")
         self.stalls = 0  # how often KVM was found to spin on an access without an exit
 
     def start(self) -> None:
         """Start the thread."""
-        self.started = True
         self._thread.start()
 
     def join(self, timeout: float) -> bool:
-        """Wait for the thread's end; False if it still runs after `timeout` seconds."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """Wait for the thread's end; False if it still runs after `timeout` seconds, True if it never ran."""
+        return self._thread.join(timeout)
 
     @property
     def ended(self) -> bool:

@@ -28,6 +28,7 @@ from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError
+from kvmdp.thread import JoinableThread
 from kvmdp.wire.handover import Descriptors, Handover
 from kvmdp.wire.records import RECORD_SIZE, Access, Kind, Origin, Outcome, Record, RecordError, unpack
 
@@ -98,8 +99,12 @@ class RemoteMemory:
         self._view = self._ram.view
         # What was sent before the hand-over is here by now, and counts before the first access: a FREEZE.
         self._receive(socket.MSG_DONTWAIT)
-        self._receiver = threading.Thread(target=self._receive, name="notifier")
-        self._receiver.start()
+        self._receiver = JoinableThread(self._receive, "notifier")
+        try:
+            self._receiver.start()
+        except BaseException:  # an interruption: the thread may run
+            self.close()
+            raise
 
     # Accesses
 

@@ -23,6 +23,7 @@ from kvmdp.memory.layout import PAGE_SHIFT, GuestLayout
 from kvmdp.paging.fault import BusyError, Outcome
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.requests import FaultRequests, PeerCounters
+from kvmdp.thread import JoinableThread
 from kvmdp.wire.endpoint import Peer
 from kvmdp.wire.records import RECORD_SIZE, Flag, Kind, Record, RecordError, unpack
 
@@ -82,7 +83,7 @@ class DeviceSession:
         self._faults_taken = self._releases_taken = self._completed = 0
         name = f"device-{peer.pid}"
         self._requests = FaultRequests(pager, counters, self._answer, self._pager_broke, f"{name}-faults")
-        self._thread = threading.Thread(target=self._main, name=name)
+        self._thread = JoinableThread(self._main, name)
 
     def __str__(self) -> str:
         return f"device process {self.peer.pid}"

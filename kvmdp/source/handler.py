@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 
 from kvmdp.source.base import SourceError, asking, check_range
 from kvmdp.source.session import Session, SessionEndedError
+from kvmdp.thread import JoinableThread
 from kvmdp.wire.endpoint import EndpointError
 from kvmdp.wire.handover import CREDITS, Handover, Role, new_epoch
 from kvmdp.wire.records import (
@@ -87,7 +88,7 @@ class HandlerSource:
         self._timeout = timeout
         self._report = report
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._supervisor: threading.Thread | None = None
+        self._supervisor: JoinableThread | None = None
         self._ram = self._bitmap = -1  # duplicates: a new handler may be wanted as long as this object is
         self._address = 0  # of RAM's first byte
         self._regions: tuple[tuple[int, int, int], ...] = ()
@@ -122,7 +123,7 @@ class HandlerSource:
         self._address = _address_of(memory)
         self._regions = tuple(regions)
         self._ram, self._bitmap = os.dup(ram), os.dup(bitmap)
-        self._supervisor = threading.Thread(target=self._supervise, name="handler")
+        self._supervisor = JoinableThread(self._supervise, "handler")
         self._supervisor.start()
 
     def extents(self) -> list[tuple[int, int]]:
@@ -180,8 +181,7 @@ class HandlerSource:
             self._supervisor.join()
             os.close(self._ram)
             os.close(self._bitmap)
-        else:
-            self._first.close()
+        self._first.close()  # no supervisor may have come to it
         os.close(self._wake)
         self._wake = -1
 
