@@ -169,7 +169,9 @@ class HandlerSource:
 
     def cancel(self) -> None:
         """The machine is stopping: end every fill that waits, now and for good."""
-        os.eventfd_write(self._wake, 1)
+        with self._changed:  # a descriptor that is closed may be somebody else's by now
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
         self._fail("the machine is stopping")
 
     def close(self) -> None:
@@ -182,8 +184,9 @@ class HandlerSource:
             os.close(self._ram)
             os.close(self._bitmap)
         self._first.close()  # no supervisor may have come to it
-        os.close(self._wake)
-        self._wake = -1
+        with self._changed:
+            wake, self._wake = self._wake, -1
+        os.close(wake)
 
     def _fail(self, reason: str) -> None:
         """Let every fill end with `reason`, those to come too, unless there is a reason already."""
