@@ -84,7 +84,7 @@ class RemoteMemory:
         self._owed: list[tuple[int, int, int]] = []  # ACKs that wait for views: (token, first page, end)
         self._frozen = self._cancelled = False
         self._over: str | None = None
-        self._said_bye = False
+        self._said_bye = self._closed = False
         with contextlib.ExitStack() as stack:
             stack.callback(descriptors.close)
             _check_ram(descriptors.ram, handover.memory_bytes)
@@ -320,11 +320,14 @@ class RemoteMemory:
         with self._mutex:
             if self._views:
                 raise ValueError("a view of guest memory is open: close it first")
-            closing = self._over is None
-            if closing:
+            if self._closed:
+                return
+            self._closed = True
+            if self._over is None:
                 self._end("this device has ended the session")
         self._ram.close()  # before BYE, which says that nothing here touches RAM any more
-        if closing:
+        # Whoever ended it: if it was a record that makes no sense, the machine still has to learn that RAM is let go.
+        if not self._said_bye:
             self._send(Record(Kind.BYE))
         with contextlib.suppress(OSError):  # closed already, or by the machine
             self._notifier.shutdown(socket.SHUT_RDWR)
