@@ -76,8 +76,8 @@ class VcpuThread:
     """Runs one vCPU in a thread of its own.
 
     After the thread has ended, `error` says what went wrong (None: the guest reported that it is done, or the
-    machine was stopped) and `done` whether the guest got to its end. `exits` counts exits by class, `latencies`
-    holds nanoseconds from KVM_RUN's return to the next entry, one a fault. `began` and `finished` are when the
+    machine was stopped) and `done` whether the guest got to its end. `exits` counts exits by class and is this thread's
+    own until then; `entries` counts entries into the guest and may be read at any time. `latencies` holds nanoseconds from KVM_RUN's return to the next entry, one a fault. `began` and `finished` are when the
     thread first entered the guest and when it was done with it (time.perf_counter).
     """
 
@@ -98,6 +98,7 @@ class VcpuThread:
         self.began = self.finished = 0.0
         self.done = False
         self.exits: Counter[type] = Counter()
+        self.entries = 0
         self.latencies = array("Q")
         self._paging = paging
         self._gate = gate
@@ -152,6 +153,7 @@ class VcpuThread:
         gate, vcpu, exits, handle = self._gate, self.vcpu, self.exits, self._paging.handle
         clock, inspect = time.perf_counter_ns, self.inspect
         while gate.enter(vcpu):
+            self.entries += 1
             try:
                 exit: Exit | None = vcpu.run()
             finally:
