@@ -76,9 +76,10 @@ class VcpuThread:
     """Runs one vCPU in a thread of its own.
 
     After the thread has ended, `error` says what went wrong (None: the guest reported that it is done, or the
-    machine was stopped) and `done` whether the guest got to its end. `exits` counts exits by class and is this thread's
-    own until then; `entries` counts entries into the guest and may be read at any time. `latencies` holds nanoseconds from KVM_RUN's return to the next entry, one a fault. `began` and `finished` are when the
-    thread first entered the guest and when it was done with it (time.perf_counter).
+    machine was stopped) and `done` whether the guest got to its end. `exits` counts exits by class and is this
+    thread's own until then; `entries` counts entries into the guest and may be read at any time. `latencies` holds
+    nanoseconds from KVM_RUN's return to the next entry, one a fault. `began` and `finished` are when the thread
+    first entered the guest and when it was done with it (time.perf_counter).
     """
 
     def __init__(

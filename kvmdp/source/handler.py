@@ -30,7 +30,6 @@ from kvmdp.source.base import SourceError, asking, check_range
 from kvmdp.source.session import Session, SessionEndedError
 from kvmdp.thread import JoinableThread
 from kvmdp.wire.endpoint import EndpointError
-from kvmdp.wire.handover import CREDITS, Handover, Role, new_epoch
 from kvmdp.wire.records import (
     UNKNOWN_NUMBER,
     Kind,
@@ -155,7 +154,7 @@ class HandlerSource:
         fault = asking.fault or PageFault(0)
         number = UNKNOWN_NUMBER if fault.number < 0 else fault.number
         with self._changed:
-            while len(self._outstanding) >= CREDITS and self._broken is None:
+            while len(self._outstanding) >= self._first.credits and self._broken is None:
                 self._changed.wait()
             if self._broken is not None:
                 return self._broken
@@ -225,17 +224,15 @@ class HandlerSource:
 
     def _serve(self, session: Session) -> None:
         """Hand RAM over, send what is outstanding, receive answers; returns when the session has ended."""
-        terms = Handover(
-            new_epoch(),
-            Role.HANDLER,
-            CREDITS,
-            sum(size for _, size, _ in self._regions) // _PAGE_SIZE,
-            self._regions,
-        )
+        pages = sum(size for _, size, _ in self._regions) // _PAGE_SIZE
         try:
-            session.hand_over(terms, self._ram, self._bitmap)
-        except OSError:
-            return  # it has gone since it made its offer
+            session.hand_over(pages, self._regions, self._ram, self._bitmap)
+        except SessionEndedError:
+            return
+        except OSError as error:
+            raise _BrokenError(
+                f"RAM could not be handed to process {session.peer.pid}: {error.strerror}"
+            ) from None
         self._send_again(session)
         try:
             while self._broken is None:
