@@ -75,6 +75,9 @@ class FaultRequests:
         self._open: dict[int, _Request] = {}
         self._closed = False
         self._thread = JoinableThread(self._work, name)
+
+    def start(self) -> None:
+        """Begin to resolve."""
         self._thread.start()
 
     @property
