@@ -5,13 +5,13 @@ Under a hybrid trap it makes plain loads on the device view, under any other it 
 
 from __future__ import annotations
 
-import threading
 import time
 from array import array
 
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.fault import PagingError
+from kvmdp.thread import JoinableThread
 
 
 class DeviceThread:
@@ -25,7 +25,7 @@ class DeviceThread:
         self._layout = machine.layout
         self._memory = machine.device_view or machine.memory_for_device(0)
         self._pages = pages
-        self._thread = threading.Thread(target=self._read, name="device")
+        self._thread = JoinableThread(self._read, "device")
 
     def start(self) -> None:
         """Start the thread."""

@@ -6,7 +6,6 @@ Units: seconds, pages of 4 KiB, latencies in nanoseconds.
 from __future__ import annotations
 
 import resource
-import threading
 import time
 from dataclasses import dataclass
 
@@ -32,6 +31,7 @@ from kvmdp.source.base import PageSource
 from kvmdp.source.network import NetworkSource
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.thread import JoinableThread
 
 _TIMEOUT = 300.0
 _FLOOR_EXITS = 2000
@@ -89,8 +89,8 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
         before = resource.getrusage(resource.RUSAGE_SELF)
         faults = machine.pager.counters.claims
         device = DeviceThread(machine, work.device_pages)
-        device.start()
         try:
+            device.start()
             machine.run(_TIMEOUT)
         finally:
             device.join()  # run has stopped the machine, however it ended
@@ -204,8 +204,9 @@ def floor(contender: Contender) -> float | None:
         vcpu = machine.threads[0].vcpu
         seconds: list[float] = []
 
-        def run() -> None:
-            vcpu.attach_thread()
+        errors: list[Exception] = []
+
+        def enter() -> None:
             while isinstance(exit := vcpu.run(), Interrupted):
                 pass
             if isinstance(exit, (BusError, MemoryFault)):
@@ -213,10 +214,23 @@ def floor(contender: Contender) -> float | None:
                 for _ in range(_FLOOR_EXITS):
                     vcpu.run()
                 seconds.append((time.perf_counter() - started) / _FLOOR_EXITS)
-            vcpu.detach_thread()
+
+        def run() -> None:
+            try:
+                vcpu.attach_thread()
+                try:
+                    enter()
+                finally:
+                    vcpu.detach_thread()
+            except Exception as error:
+                errors.append(error)
 
         # In a thread like any vCPU's: the signals it blocks stay blocked for the thread's life.
-        thread = threading.Thread(target=run, name="floor")
-        thread.start()
-        thread.join()
+        thread = JoinableThread(run, "floor")
+        try:
+            thread.start()
+        finally:
+            thread.join()
+        if errors:
+            raise errors[0]
         return seconds[0] if seconds else None

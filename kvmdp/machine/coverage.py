@@ -17,7 +17,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -49,6 +48,7 @@ from kvmdp.paging.trap.userfaultfd import UserfaultfdTrap
 from kvmdp.source.base import read_pages
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.thread import JoinableThread
 
 _MEMORY = 2 << 20
 _PAGES = 8
@@ -376,9 +376,11 @@ def _in_a_thread(work: Callable[[], None]) -> None:
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=guarded, name="device")
-    thread.start()
-    thread.join()
+    thread = JoinableThread(guarded, "device")
+    try:
+        thread.start()
+    finally:
+        thread.join()
     if errors:
         raise errors[0]
 

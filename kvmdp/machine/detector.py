@@ -54,7 +54,7 @@ class LeakDetector:
     def finish(self, machine: Machine) -> None:
         """Look at everything once more; no vCPU runs, but for one that did not stop: what it knows is left out."""
         for thread in machine.threads:
-            if thread.started and not thread.join(0):
+            if not thread.join(0):
                 continue  # KVM_RUN holds it, and would hold us in the vCPU's ioctls too
             vcpu = thread.vcpu
             self._look_at_msrs(machine, vcpu)

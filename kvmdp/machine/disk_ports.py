@@ -19,6 +19,7 @@ from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.machine import Machine
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import CancelledError, FrozenError, Origin, PagingError
+from kvmdp.thread import JoinableThread
 
 _LONGEST_WAIT = 0.1  # of a vCPU in the wait port
 _THAW_SECONDS = 0.01
@@ -87,8 +88,12 @@ class DiskThread:
         self._work = threading.Condition()  # guards what follows
         self._waiting: dict[int, int] = {}
         self._closed = False
-        self._thread = threading.Thread(target=self._main, name="disk")
-        self._thread.start()
+        self._thread = JoinableThread(self._main, "disk")
+        try:
+            self._thread.start()
+        except BaseException:  # an interruption: the thread may run
+            self.close()
+            raise
 
     def _rung(self, vcpu: int, ring: int) -> None:
         with self._work:

@@ -262,11 +262,11 @@ class Machine:
             if deadline is not None and now >= deadline:
                 return
             for thread in self.threads:
-                exits, since = watched[thread]
-                if thread.exits.total() != exits or not self.gate.is_inside(thread.vcpu):
-                    watched[thread] = (thread.exits.total(), now)
+                entries, since = watched[thread]
+                if thread.entries != entries or not self.gate.is_inside(thread.vcpu):
+                    watched[thread] = (thread.entries, now)
                 elif now - since >= _STALL_SECONDS:
-                    watched[thread] = (exits, now)
+                    watched[thread] = (entries, now)
                     thread.suspect_stall()
             if on_tick is not None:
                 on_tick()
@@ -293,7 +293,7 @@ class Machine:
         self.gate.stop()
         self.pager.cancel()
         for thread in self.threads:
-            if thread.started and not thread.join(_JOIN_SECONDS):
+            if not thread.join(_JOIN_SECONDS):
                 raise PagingError(
                     f"vCPU {thread.vcpu.index} did not stop within {_JOIN_SECONDS:.0f} seconds: the source or "
                     "the kernel holds it"

@@ -24,6 +24,7 @@ from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import CancelledError, FrozenError, PagingError
 from kvmdp.paging.remote import RemoteMemory
 from kvmdp.paging.session import DeviceSession
+from kvmdp.thread import JoinableThread
 from kvmdp.wire import handover
 from kvmdp.wire.endpoint import EndpointError, Listener
 
@@ -53,8 +54,12 @@ class RemoteDisk:
         self._session: DeviceSession | None = None
         self._closed = False
         self.ports = DiskPorts(machine, self._rung)
-        self._thread = threading.Thread(target=self._main, name="devices")
-        self._thread.start()
+        self._thread = JoinableThread(self._main, "devices")
+        try:
+            self._thread.start()
+        except BaseException:  # an interruption: the thread may run
+            self.close()
+            raise
 
     def await_device(self, timeout: float) -> None:
         """Return once a device has come. Raises PagingError after `timeout` seconds."""

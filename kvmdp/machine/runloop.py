@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from array import array
 from collections import Counter
@@ -30,6 +29,7 @@ from kvmdp.machine.pv import PvMsrs
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.vcpu import VcpuPaging
+from kvmdp.thread import JoinableThread
 
 EXIT_NAMES: dict[type, str] = {
     MemoryFault: "memory_fault",
@@ -76,9 +76,10 @@ class VcpuThread:
     """Runs one vCPU in a thread of its own.
 
     After the thread has ended, `error` says what went wrong (None: the guest reported that it is done, or the
-    machine was stopped) and `done` whether the guest got to its end. `exits` counts exits by class, `latencies`
-    holds nanoseconds from KVM_RUN's return to the next entry, one a fault. `began` and `finished` are when the
-    thread first entered the guest and when it was done with it (time.perf_counter).
+    machine was stopped) and `done` whether the guest got to its end. `exits` counts exits by class and is this
+    thread's own until then; `entries` counts entries into the guest and may be read at any time. `latencies` holds
+    nanoseconds from KVM_RUN's return to the next entry, one a fault. `began` and `finished` are when the thread
+    first entered the guest and when it was done with it (time.perf_counter).
     """
 
     def __init__(
@@ -95,10 +96,10 @@ class VcpuThread:
         self.vcpu = vcpu
         self.parameters = parameters
         self.error: Exception | None = None
-        self.started = False
         self.began = self.finished = 0.0
         self.done = False
         self.exits: Counter[type] = Counter()
+        self.entries = 0
         self.latencies = array("Q")
         self._paging = paging
         self._gate = gate
@@ -108,18 +109,16 @@ class VcpuThread:
         self.inspect: Callable[[Vcpu], None] | None = None  # called before an exit is dealt with
         self._cpu = cpu
         self._suspected = False  # set by the watchdog: in KVM_RUN for long without an exit
-        self._thread = threading.Thread(target=self._main, name=f"vcpu-{vcpu.index}")
+        self._thread = JoinableThread(self._main, f"vcpu-{vcpu.index}")
         self.stalls = 0  # how often KVM was found to spin on an access without an exit
 
     def start(self) -> None:
         """Start the thread."""
-        self.started = True
         self._thread.start()
 
     def join(self, timeout: float) -> bool:
-        """Wait for the thread's end; False if it still runs after `timeout` seconds."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """Wait for the thread's end; False if it still runs after `timeout` seconds, True if it never ran."""
+        return self._thread.join(timeout)
 
     @property
     def ended(self) -> bool:
@@ -155,6 +154,7 @@ class VcpuThread:
         gate, vcpu, exits, handle = self._gate, self.vcpu, self.exits, self._paging.handle
         clock, inspect = time.perf_counter_ns, self.inspect
         while gate.enter(vcpu):
+            self.entries += 1
             try:
                 exit: Exit | None = vcpu.run()
             finally:

@@ -24,7 +24,7 @@ from kvmdp.paging.fault import Outcome
 # Looked up in the hot path, where an enum member costs an attribute access and a comparison by method.
 _SOURCE, _INFLIGHT, _PRESENT, _BACKED, _ZERO, _EVICTING, _ADMITTING = (bytes([state]) for state in State)
 _CLAIMABLE = frozenset((State.SOURCE, State.BACKED, State.ZERO))
-_IN_RAM = frozenset((State.PRESENT, State.BACKED))
+_DISCARDED = bytes.maketrans(_PRESENT + _BACKED, _ZERO * 2)
 _PRESENT_BYTE = int(State.PRESENT)
 _ADMITTING_BYTE = int(State.ADMITTING)
 _INFLIGHT_BYTE = int(State.INFLIGHT)
@@ -253,10 +253,14 @@ class Ledger:
 
     def discarded(self, first: int, count: int) -> None:
         """The bytes of these pages, whole units, are gone: those that nobody has claimed read as zeros from now on."""
-        for page in range(first, min(first + count, self.pages)):
-            if self.states[page] in _IN_RAM:
-                self.states[page] = State.ZERO
-                self.bitmap.clear_range(page, 1)
+        page, end = first, min(first + count, self.pages)
+        claimed = sorted((each.first, each.first + each.count) for each in self.claims)
+        for low, high in (*claimed, (end, end)):
+            stop = min(low, end)
+            if page < stop:  # nobody's: a bit is set where a page is PRESENT, and nowhere else
+                self.states[page:stop] = self.states[page:stop].translate(_DISCARDED)
+                self.bitmap.clear_range(page, stop - page)
+            page = max(page, high)
         self.departures += 1
 
 

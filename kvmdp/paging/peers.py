@@ -13,8 +13,10 @@ Units: RAM pages, seconds of time.monotonic.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from kvmdp.memory.backing import Backing
@@ -94,22 +96,21 @@ class DeviceServer:
         `on_completed(count)` is called with each COMPLETED; it must not block. Raises EndpointError for another
         user's process, PagingError if a device of an earlier session lives on without one, OSError.
         """
-        with connection, self._serving:
+        with connection, self._serving, contextlib.ExitStack() as stack:
             peer = Peer.of(connection)
-            try:
-                self._reap()
-                notifier, theirs, credits = notifier_pair()
-            except BaseException:
-                peer.close()
-                raise
+            stack.callback(peer.close)
+            self._reap()
+            notifier, theirs, credits = notifier_pair()
+            stack.callback(notifier.close)
             with theirs:
                 session = self._enlist(peer, notifier, credits, on_completed)
+                stack.pop_all()  # the session has them
                 regions = tuple((each.gpa, each.size, each.offset) for each in self._layout.regions)
                 handed = Handover(session.epoch, Role.DEVICE, credits, self._layout.pages, regions)
-                session.start()
                 try:
+                    session.start()
                     hand_over(connection, handed, self._backing.fd, self._pager.bitmap.fd, theirs)
-                except OSError:
+                except BaseException:
                     self._close([session])
                     raise
         return session
@@ -190,7 +191,11 @@ class DeviceServer:
     # The end
 
     def _close(self, sessions: list[DeviceSession]) -> None:
-        stuck = [session for session in sessions if not session.close(_JOIN_SECONDS)]
+        """End sessions, all at once, and join their threads."""
+        deadline = time.monotonic() + _JOIN_SECONDS
+        for session in sessions:
+            session.end()
+        stuck = [session for session in sessions if not session.join(deadline)]
         with self._mutex:
             self._sessions = [each for each in self._sessions if each not in sessions]
         if stuck:

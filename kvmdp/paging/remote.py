@@ -28,6 +28,7 @@ from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError
+from kvmdp.thread import JoinableThread
 from kvmdp.wire.handover import Descriptors, Handover
 from kvmdp.wire.records import RECORD_SIZE, Access, Kind, Origin, Outcome, Record, RecordError, unpack
 
@@ -83,7 +84,7 @@ class RemoteMemory:
         self._owed: list[tuple[int, int, int]] = []  # ACKs that wait for views: (token, first page, end)
         self._frozen = self._cancelled = False
         self._over: str | None = None
-        self._said_bye = False
+        self._said_bye = self._closed = False
         with contextlib.ExitStack() as stack:
             stack.callback(descriptors.close)
             _check_ram(descriptors.ram, handover.memory_bytes)
@@ -98,8 +99,12 @@ class RemoteMemory:
         self._view = self._ram.view
         # What was sent before the hand-over is here by now, and counts before the first access: a FREEZE.
         self._receive(socket.MSG_DONTWAIT)
-        self._receiver = threading.Thread(target=self._receive, name="notifier")
-        self._receiver.start()
+        self._receiver = JoinableThread(self._receive, "notifier")
+        try:
+            self._receiver.start()
+        except BaseException:  # an interruption: the thread may run
+            self.close()
+            raise
 
     # Accesses
 
@@ -315,11 +320,14 @@ class RemoteMemory:
         with self._mutex:
             if self._views:
                 raise ValueError("a view of guest memory is open: close it first")
-            closing = self._over is None
-            if closing:
+            if self._closed:
+                return
+            self._closed = True
+            if self._over is None:
                 self._end("this device has ended the session")
         self._ram.close()  # before BYE, which says that nothing here touches RAM any more
-        if closing:
+        # Whoever ended it: if it was a record that makes no sense, the machine still has to learn that RAM is let go.
+        if not self._said_bye:
             self._send(Record(Kind.BYE))
         with contextlib.suppress(OSError):  # closed already, or by the machine
             self._notifier.shutdown(socket.SHUT_RDWR)

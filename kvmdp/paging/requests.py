@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from kvmdp.paging.claim import Waiter
 from kvmdp.paging.fault import Access, Origin, Outcome, PageFault
 from kvmdp.paging.pager import DemandPager
+from kvmdp.thread import JoinableThread
 
 
 class PeerCounters:
@@ -73,7 +74,10 @@ class FaultRequests:
         self._mutex = threading.Lock()  # guards what follows
         self._open: dict[int, _Request] = {}
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name=name)
+        self._thread = JoinableThread(self._work, name)
+
+    def start(self) -> None:
+        """Begin to resolve."""
         self._thread.start()
 
     @property
@@ -123,8 +127,7 @@ class FaultRequests:
 
     def join(self, timeout: float) -> bool:
         """Wait for the thread's end; False if a fetch holds it for longer than `timeout` seconds."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return self._thread.join(timeout)
 
     def _work(self) -> None:
         while (request := self._todo.get()) is not None:

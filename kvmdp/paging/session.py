@@ -23,6 +23,7 @@ from kvmdp.memory.layout import PAGE_SHIFT, GuestLayout
 from kvmdp.paging.fault import BusyError, Outcome
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.requests import FaultRequests, PeerCounters
+from kvmdp.thread import JoinableThread
 from kvmdp.wire.endpoint import Peer
 from kvmdp.wire.records import RECORD_SIZE, Flag, Kind, Record, RecordError, unpack
 
@@ -82,7 +83,7 @@ class DeviceSession:
         self._faults_taken = self._releases_taken = self._completed = 0
         name = f"device-{peer.pid}"
         self._requests = FaultRequests(pager, counters, self._answer, self._pager_broke, f"{name}-faults")
-        self._thread = threading.Thread(target=self._main, name=name)
+        self._thread = JoinableThread(self._main, name)
 
     def __str__(self) -> str:
         return f"device process {self.peer.pid}"
@@ -90,7 +91,8 @@ class DeviceSession:
     # For other threads of the machine
 
     def start(self) -> None:
-        """Begin to take records."""
+        """Begin to take records. Whatever it raises, the session has to be ended and joined."""
+        self._requests.start()
         self._thread.start()
 
     def ask(self, kind: Kind, gpa: int = 0, size: int = 0, deadline: float | None = None) -> int | None:
@@ -167,18 +169,25 @@ class DeviceSession:
         with self._changed:
             return self._changed.wait_for(lambda: self._gone, _DEATH_SECONDS)
 
-    def close(self, timeout: float) -> bool:
-        """End the session with a BYE and join its threads; False if a fetch holds one for longer than `timeout`."""
+    def end(self) -> None:
+        """End the session with a BYE; does not wait."""
         self.tell(Kind.BYE)
         with self._changed:
             self._closing = True
             self._end(None)
-        self._thread.join()
-        joined = self._requests.join(timeout)
-        if self._notifier.fileno() >= 0:
-            with self._changed:
+
+    def join(self, deadline: float) -> bool:
+        """Join the threads of a session that `end` has ended, and close it; False if a fetch holds one until then."""
+        if not self._thread.join(max(deadline - time.monotonic(), 0)):
+            return False
+        self._requests.close()  # the thread has done so, if it ever ran
+        joined = self._requests.join(max(deadline - time.monotonic(), 0))
+        with self._changed:
+            self._gone = True
+            self._changed.notify_all()
+            if self._notifier.fileno() >= 0:
                 self._notifier.close()
-            self.peer.close()
+                self.peer.close()
         return joined
 
     # Under the mutex

@@ -28,8 +28,8 @@ from collections.abc import Callable, Sequence
 
 from kvmdp.source.base import SourceError, asking, check_range
 from kvmdp.source.session import Session, SessionEndedError
+from kvmdp.thread import JoinableThread
 from kvmdp.wire.endpoint import EndpointError
-from kvmdp.wire.handover import CREDITS, Handover, Role, new_epoch
 from kvmdp.wire.records import (
     UNKNOWN_NUMBER,
     Kind,
@@ -87,7 +87,7 @@ class HandlerSource:
         self._timeout = timeout
         self._report = report
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._supervisor: threading.Thread | None = None
+        self._supervisor: JoinableThread | None = None
         self._ram = self._bitmap = -1  # duplicates: a new handler may be wanted as long as this object is
         self._address = 0  # of RAM's first byte
         self._regions: tuple[tuple[int, int, int], ...] = ()
@@ -122,7 +122,7 @@ class HandlerSource:
         self._address = _address_of(memory)
         self._regions = tuple(regions)
         self._ram, self._bitmap = os.dup(ram), os.dup(bitmap)
-        self._supervisor = threading.Thread(target=self._supervise, name="handler")
+        self._supervisor = JoinableThread(self._supervise, "handler")
         self._supervisor.start()
 
     def extents(self) -> list[tuple[int, int]]:
@@ -154,7 +154,7 @@ class HandlerSource:
         fault = asking.fault or PageFault(0)
         number = UNKNOWN_NUMBER if fault.number < 0 else fault.number
         with self._changed:
-            while len(self._outstanding) >= CREDITS and self._broken is None:
+            while len(self._outstanding) >= self._first.credits and self._broken is None:
                 self._changed.wait()
             if self._broken is not None:
                 return self._broken
@@ -168,7 +168,9 @@ class HandlerSource:
 
     def cancel(self) -> None:
         """The machine is stopping: end every fill that waits, now and for good."""
-        os.eventfd_write(self._wake, 1)
+        with self._changed:  # a descriptor that is closed may be somebody else's by now
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
         self._fail("the machine is stopping")
 
     def close(self) -> None:
@@ -180,10 +182,10 @@ class HandlerSource:
             self._supervisor.join()
             os.close(self._ram)
             os.close(self._bitmap)
-        else:
-            self._first.close()
-        os.close(self._wake)
-        self._wake = -1
+        self._first.close()  # no supervisor may have come to it
+        with self._changed:
+            wake, self._wake = self._wake, -1
+        os.close(wake)
 
     def _fail(self, reason: str) -> None:
         """Let every fill end with `reason`, those to come too, unless there is a reason already."""
@@ -222,17 +224,15 @@ class HandlerSource:
 
     def _serve(self, session: Session) -> None:
         """Hand RAM over, send what is outstanding, receive answers; returns when the session has ended."""
-        terms = Handover(
-            new_epoch(),
-            Role.HANDLER,
-            CREDITS,
-            sum(size for _, size, _ in self._regions) // _PAGE_SIZE,
-            self._regions,
-        )
+        pages = sum(size for _, size, _ in self._regions) // _PAGE_SIZE
         try:
-            session.hand_over(terms, self._ram, self._bitmap)
-        except OSError:
-            return  # it has gone since it made its offer
+            session.hand_over(pages, self._regions, self._ram, self._bitmap)
+        except SessionEndedError:
+            return
+        except OSError as error:
+            raise _BrokenError(
+                f"RAM could not be handed to process {session.peer.pid}: {error.strerror}"
+            ) from None
         self._send_again(session)
         try:
             while self._broken is None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from kvmdp.source.base import PageSource, SourceError
+from kvmdp.thread import JoinableThread
 from kvmdp.wire import handover, offer
 from kvmdp.wire.endpoint import EndpointError, Listener, Peer
 from kvmdp.wire.handover import Descriptors, Handover, HandoverError, Role
@@ -127,10 +128,10 @@ class _Serving:
 
     def run(self) -> None:
         """Serve until the machine ends the session or dies, or does what it must not."""
-        workers = [threading.Thread(target=self._work, name=f"fault-{number}") for number in range(_WORKERS)]
-        for worker in workers:
-            worker.start()
+        workers = [JoinableThread(self._work, f"fault-{number}") for number in range(_WORKERS)]
         try:
+            for worker in workers:
+                worker.start()
             for worker in workers:
                 worker.join()
         finally:  # interrupted: let them finish the fill they are at, and begin no other

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+from collections.abc import Sequence
 
 from kvmdp.wire import notifier, offer
 from kvmdp.wire.endpoint import EndpointError, Peer, connect
-from kvmdp.wire.handover import Handover
+from kvmdp.wire.handover import Handover, Role, new_epoch
 from kvmdp.wire.records import RECORD_SIZE, Kind, Record, unpack
 
 
@@ -22,7 +23,8 @@ class SessionEndedError(Exception):
 
 
 class Session:
-    """A handler that has made its offer. `image_bytes` is what it offers, `peer` the process.
+    """A handler that has made its offer. `image_bytes` is what it offers, `peer` the process; `credits` is how many
+    faults it may have outstanding.
 
     Arguments: the path it listens at; a descriptor that becomes readable when nothing is to be waited for any more;
     how long to wait for the offer. Raises EndpointError if there is none.
@@ -30,14 +32,23 @@ class Session:
 
     def __init__(self, path: str, wake: int, timeout: float) -> None:
         self._wake = wake
-        self._notifier: socket.socket | None = None
-        self._epoch = 0
+        self._began = False
+        self._epoch = new_epoch()
         self._connection = connect(path)
         try:
             self.peer = Peer.of(self._connection)
         except BaseException:
             self._connection.close()
             raise
+        try:
+            self._notifier, self._theirs, self.credits = notifier.notifier_pair()
+        except BaseException as error:
+            self._connection.close()
+            self.peer.close()
+            if isinstance(error, OSError):
+                raise EndpointError(f"cannot make a notifier for {path}: {error.strerror}") from None
+            raise
+        self._notifier.setblocking(False)
         try:
             self.image_bytes = self._receive_offer(path, timeout)
         except BaseException:
@@ -58,13 +69,20 @@ class Session:
                 "kvmdp handler there"
             ) from None
 
-    def hand_over(self, terms: Handover, ram: int, bitmap: int) -> None:
-        """Give the handler RAM, sealed, and a notifier. Raises OSError: it has gone, or RAM cannot be sealed."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._notifier, self._epoch = ours, terms.epoch
-        with theirs:
-            notifier.hand_over(self._connection, terms, ram, bitmap, theirs)
+    def hand_over(self, pages: int, regions: Sequence[tuple[int, int, int]], ram: int, bitmap: int) -> None:
+        """Give the handler RAM, sealed, and a notifier.
+
+        Raises SessionEndedError if it has gone since its offer; OSError if RAM cannot be sealed or sent: then it is
+        not the handler that is to blame.
+        """
+        terms = Handover(self._epoch, Role.HANDLER, self.credits, pages, tuple(regions))
+        self._began = True
+        try:
+            notifier.hand_over(self._connection, terms, ram, bitmap, self._theirs)
+        except (BrokenPipeError, ConnectionResetError):
+            raise SessionEndedError from None
+        finally:
+            self._theirs.close()
         self._connection.close()  # all else goes over the notifier
 
     def send(self, record: Record) -> None:
@@ -73,7 +91,6 @@ class Session:
         A handler that has gone is for `receive` to find, so that one place deals with it. One whose queue is full does
         not read it, for the credits leave room for all that may be outstanding: it will be found not to answer.
         """
-        assert self._notifier is not None
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             self._notifier.send(record.pack(self._epoch))
 
@@ -83,7 +100,6 @@ class Session:
         Raises SessionEndedError, RecordError for what is no record, OSError. What a handler had sent before it died is
         returned first.
         """
-        assert self._notifier is not None
         ready = self._poll(timeout, self._notifier.fileno(), self.peer.pidfd)
         if self._wake in ready or not ready:
             return None
@@ -110,12 +126,12 @@ class Session:
 
     def end(self) -> None:
         """Say that the session ends, if it has begun."""
-        if self._notifier is not None:
+        if self._began:
             self.send(Record(Kind.BYE))
 
     def close(self) -> None:
         """Close the connection, whatever the handler does; a second call does nothing."""
         self._connection.close()
-        if self._notifier is not None:
-            self._notifier.close()
+        self._notifier.close()
+        self._theirs.close()
         self.peer.close()

@@ -256,6 +256,7 @@ def test_a_release_that_comes_just_before_its_fault_is_parked_is_not_forgotten()
         requests = FaultRequests(
             pager, PeerCounters(), lambda *answer: answers.put(answer), broken.append, "faults"
         )
+        requests.start()
         try:
             requests.submit(7, 1, 1, Access.READ, 0)
             assert answers.get(timeout=STUCK) == (7, Outcome.CANCELLED)
@@ -439,7 +440,8 @@ def check_devices(here, children, heard, *, cancelled):
         )
         assert total == added > 0
     for child in children:
-        assert child.session.close(STUCK)
+        child.session.end()
+        assert child.session.join(time.monotonic() + STUCK)
     counters = here.server.counters
     assert counters.requests == counters.replies > 0
     assert here.nobody_waits()

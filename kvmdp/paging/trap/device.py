@@ -116,12 +116,18 @@ class DeviceView:
         """Whether accesses raise PagingError from now on."""
         return self._ended
 
-    def end(self) -> None:
-        """Let accesses go on in private memory, to an end that raises; who sleeps has to be woken after this."""
+    def end(self) -> bool:
+        """Let accesses go on in private memory, to an end that raises; who sleeps has to be woken after this.
+
+        Returns False, and does nothing, if it has been called before.
+        """
         with self._changed:
+            if self._ended:
+                return False
             # First: an access that finds it unset after its copy has copied from and to RAM.
             self._ended = True
         self._view.detach()
+        return True
 
     def close(self) -> None:
         """Wait until nobody is in an access any more, and unmap; only after `end`."""
@@ -148,6 +154,7 @@ class DeviceFaults(UffdView):
             mapping.close()
             raise
         self.view = DeviceView(layout, mapping)
+        self._released = threading.Event()
 
     def arm(self, presence: Presence) -> None:
         """Register the view and start the readers; nothing is mapped from then on but by them."""
@@ -159,16 +166,19 @@ class DeviceFaults(UffdView):
         self._view.drop(first * PAGE_SIZE, count * PAGE_SIZE)
 
     def release(self) -> None:
-        """End the view and wake whoever sleeps on it; a second call does nothing.
+        """End the view and wake whoever sleeps on it; a second call waits until the first has done so.
 
         Not by unregistering: an access woken so would find the hole of an absent page in the memory file and fill it
         with zeros, or store into a page that is being fetched. Not by markers: their SIGBUS would kill this process.
         """
-        if self.view.ended:
-            return
-        self.view.end()
-        for first, count, uffd in self._pieces(0, self._pages):
-            uffd.wake(self._hva(first), count * PAGE_SIZE)
+        try:
+            if not self.view.end():
+                self._released.wait()
+                return
+            for first, count, uffd in self._pieces(0, self._pages):
+                uffd.wake(self._hva(first), count * PAGE_SIZE)
+        finally:
+            self._released.set()
 
     def close(self) -> None:
         """Release, stop the readers, close the descriptors, unmap."""

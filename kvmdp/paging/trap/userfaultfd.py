@@ -129,6 +129,18 @@ class UserfaultfdTrap(UffdTrap):
             # Sleepers go on with pages of zeros, until they leave KVM_RUN; nobody looks at what comes of it.
             self.unregister()
 
+    def _release_sleeper(self, page: int) -> None:
+        """Let go of who sleeps on a page that is not to be had any more, for the machine is stopping.
+
+        A revocation that was under way takes its marker from a page after `release_sleepers` has been there. Who
+        faults then finds the machine cancelled, and nobody else will wake it.
+        """
+        uffd, hva = self._uffd_of(page), self._hva(page)
+        if supported_features() & abi.UFFD_FEATURE_POISON:
+            uffd.poison(hva, PAGE_SIZE)
+        else:
+            uffd.unregister(hva, PAGE_SIZE)
+
     def _reader(self) -> Callable[[int, int], None]:
         latencies = array("Q")
         self.latencies.append(latencies)
@@ -149,7 +161,9 @@ class UserfaultfdTrap(UffdTrap):
         if outcome is Outcome.PRESENT:
             self._map_again(page)
             return True
-        # Parked, or never to be resolved: the source has failed, or the machine is stopping and lets go of all.
+        if outcome is Outcome.CANCELLED:
+            self._release_sleeper(page)
+        # Else parked, or never to be resolved: the source has failed, and whoever sleeps is let go of at the stop.
         return outcome is Outcome.ADMITTED
 
     def _map_again(self, page: int) -> None:
@@ -173,9 +187,12 @@ class UserfaultfdTrap(UffdTrap):
         """Take note that somebody discards a range of the guest view (a balloon): it reads as zeros from now on."""
         assert self._presence is not None
         with self._mutex:
-            if self._own_drops[start, end]:
-                self._own_drops[start, end] -= 1
+            announced = self._own_drops.get((start, end), 0)
+            if announced > 1:
+                self._own_drops[start, end] = announced - 1
+            elif announced:
+                del self._own_drops[start, end]
+            if announced:
                 return
-            del self._own_drops[start, end]
         first = (start - self._view.hva) // PAGE_SIZE
         self._presence.discarded(first, (end - start) // PAGE_SIZE)

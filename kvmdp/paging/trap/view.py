@@ -17,6 +17,7 @@ Units: RAM pages, unless a name says bytes.
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import threading
@@ -33,6 +34,7 @@ from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import Uffd, supported_features
+from kvmdp.thread import JoinableThread
 
 _BATCH = 32  # events taken with one read
 
@@ -61,7 +63,7 @@ class UffdView:
         self._pages = view.length // PAGE_SIZE
         self._shard = -(-self._pages // shards)  # pages a descriptor has
         self._readers_each = readers
-        self._readers: list[threading.Thread] = []
+        self._readers: list[JoinableThread] = []
         self._wakeup = -1
         self._presence: Presence | None = None
         self._this_thread = threading.local()
@@ -84,7 +86,7 @@ class UffdView:
         for shard, uffd in enumerate(self._uffds):
             for number in range(self._readers_each):
                 name = f"uffd-reader-{shard}.{number}"
-                self._readers.append(threading.Thread(target=self._read, args=(uffd,), name=name))
+                self._readers.append(JoinableThread(functools.partial(self._read, uffd), name))
                 self._readers[-1].start()
 
     def disarm(self) -> None:
