@@ -17,13 +17,13 @@ from kvmdp.kvm import Io
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.machine import Machine
+from kvmdp.memory.layout import PAGE_SHIFT
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import CancelledError, FrozenError, Origin, PagingError
 from kvmdp.thread import JoinableThread
 
 _LONGEST_WAIT = 0.1  # of a vCPU in the wait port
 _THAW_SECONDS = 0.01
-_PAGE_SHIFT = 12
 
 
 class DiskPorts:
@@ -60,7 +60,7 @@ class DiskPorts:
         if io.direction == "in":
             io.data[:] = bytes(len(io.data))
             return
-        gpa = int.from_bytes(io.data[: io.size], "little") << _PAGE_SHIFT
+        gpa = int.from_bytes(io.data[: io.size], "little") << PAGE_SHIFT
         with self._notified:
             self._rings[vcpu] = gpa
         self._ring(vcpu, gpa)

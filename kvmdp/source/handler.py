@@ -31,6 +31,7 @@ from kvmdp.source.session import Session, SessionEndedError
 from kvmdp.thread import JoinableThread
 from kvmdp.wire.endpoint import EndpointError
 from kvmdp.wire.records import (
+    PAGE_SIZE,
     UNKNOWN_NUMBER,
     Kind,
     Outcome,
@@ -41,7 +42,6 @@ from kvmdp.wire.records import (
 
 DEFAULT_TIMEOUT: float = 30
 
-_PAGE_SIZE = 4096
 _GRACE_SECONDS = 1.0  # a process that is killed closes its sockets before it counts as dead
 _RETRY_SECONDS = 0.05  # between attempts to find a new handler
 
@@ -224,7 +224,7 @@ class HandlerSource:
 
     def _serve(self, session: Session) -> None:
         """Hand RAM over, send what is outstanding, receive answers; returns when the session has ended."""
-        pages = sum(size for _, size, _ in self._regions) // _PAGE_SIZE
+        pages = sum(size for _, size, _ in self._regions) // PAGE_SIZE
         try:
             session.hand_over(pages, self._regions, self._ram, self._bitmap)
         except SessionEndedError:

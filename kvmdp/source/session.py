@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import select
-import socket
 from collections.abc import Sequence
 
 from kvmdp.wire import notifier, offer

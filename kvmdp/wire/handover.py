@@ -31,7 +31,7 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from kvmdp.wire.records import VERSION
+from kvmdp.wire.records import PAGE_SIZE, VERSION
 
 CREDITS = 64
 
@@ -39,7 +39,6 @@ _MAGIC = b"KVMDPHND"
 _HEADER = struct.Struct("<8sIIIIQII")
 _REGION = struct.Struct("<QQQ")
 _MAX_REGIONS = 64
-_PAGE_SIZE = 4096
 _DESCRIPTORS = 3
 _MAX_DESCRIPTORS = 16  # room for those that should not be there, so that they can be closed
 
@@ -71,7 +70,7 @@ class Handover:
     @property
     def memory_bytes(self) -> int:
         """Bytes of RAM."""
-        return self.pages * _PAGE_SIZE
+        return self.pages * PAGE_SIZE
 
 
 @dataclass(slots=True)
@@ -105,7 +104,7 @@ def send(connection: socket.socket, handover: Handover, descriptors: Descriptors
         handover.role,
         handover.credits,
         handover.pages,
-        _PAGE_SIZE,
+        PAGE_SIZE,
         len(handover.regions),
     )
     message = header + b"".join(_REGION.pack(*region) for region in handover.regions)
@@ -153,7 +152,7 @@ def _parse(message: bytes) -> Handover:
         if gpa % page_size or size % page_size or offset != total or not size:
             raise HandoverError(f"a hand-over whose region at gpa {gpa:#x} is not whole pages in file order")
         total += size
-    if page_size != _PAGE_SIZE or total != pages * _PAGE_SIZE or not credits:
+    if page_size != PAGE_SIZE or total != pages * PAGE_SIZE or not credits:
         raise HandoverError(
             f"a hand-over of {pages} pages of {page_size} bytes, with regions of {total} bytes"
         )

@@ -13,11 +13,10 @@ from __future__ import annotations
 import fcntl
 import socket
 
-from kvmdp.abi.mman import F_ADD_SEALS, F_GET_SEALS, F_SEAL_GROW, F_SEAL_SHRINK
+from kvmdp.abi.mman import F_ADD_SEALS, F_GET_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
 from kvmdp.wire import handover
 from kvmdp.wire.handover import CREDITS, Descriptors, Handover
 
-_F_SEAL_SEAL = 0x0001  # include/uapi/linux/fcntl.h
 _RECORD_COST = 1024  # a record in a queue, as the kernel counts it, rounded up
 _OTHERS = 8  # records that no credit bounds
 _RECORDS_PER_CREDIT = 3
@@ -44,7 +43,7 @@ def seal(fd: int) -> None:
     Without F_SEAL_SEAL a peer could add F_SEAL_FUTURE_WRITE, and no later peer could map RAM. Raises OSError if it is
     no memfd, or may not be sealed.
     """
-    wanted = _F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
+    wanted = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
     if fcntl.fcntl(fd, F_GET_SEALS) & wanted != wanted:
         fcntl.fcntl(fd, F_ADD_SEALS, wanted)
 

@@ -17,11 +17,10 @@ from __future__ import annotations
 import socket
 import struct
 
-from kvmdp.wire.records import VERSION
+from kvmdp.wire.records import PAGE_SIZE, VERSION
 
 _MAGIC = b"KVMDPOFR"
 _LAYOUT = struct.Struct("<8sIIQ")
-_PAGE_SIZE = 4096
 
 
 class OfferError(Exception):
@@ -45,6 +44,8 @@ def receive(connection: socket.socket) -> int:
         raise OfferError("a message that does not begin as an offer does")
     if version != VERSION:
         raise OfferError(f"an offer of version {version}, where version {VERSION} is spoken")
-    if zero or not image_bytes or image_bytes % _PAGE_SIZE:
+    if zero:
+        raise OfferError(f"an offer with {zero:#x} in a field that is reserved, where zero belongs")
+    if not image_bytes or image_bytes % PAGE_SIZE:
         raise OfferError(f"an offer of {image_bytes} bytes, which are not whole pages")
     return int(image_bytes)

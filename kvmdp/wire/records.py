@@ -23,7 +23,7 @@
 | FREEZE | machine to device | no access at all from now on, until THAW; ACK once none is left |
 | ACK | device to machine | INVALIDATE or FREEZE `token` is obeyed |
 | THAW | machine to device | accesses may go on |
-| DOORBELL | machine to device | the guest has rung: there is work in ring `number`, which lies at `gpa` |
+| DOORBELL | machine to device | the guest has rung: work in ring `number`, at `gpa`; answered by one COMPLETED |
 | COMPLETED | device to machine | the device has finished `size` requests in all (a count, not bytes) |
 | BYE | either | the session ends; nothing follows |
 
@@ -48,7 +48,7 @@ VERSION = 1
 RECORD_SIZE = 64
 UNKNOWN_NUMBER = 0xFFFFFFFF
 
-_PAGE_SIZE = 4096
+PAGE_SIZE = 4096
 _LAYOUT = struct.Struct("<HHIQQQIIIII12s")
 _ZERO = bytes(12)
 
@@ -181,6 +181,6 @@ def unpack(message: bytes, epoch: int) -> Record:
         )
     except ValueError as error:
         raise RecordError(f"a record with a field out of its range: {error}") from None
-    if record.kind in (Kind.FAULT, Kind.INVALIDATE) and (gpa % _PAGE_SIZE or size % _PAGE_SIZE or not size):
+    if record.kind in (Kind.FAULT, Kind.INVALIDATE) and (gpa % PAGE_SIZE or size % PAGE_SIZE or not size):
         raise RecordError(f"a {record.kind.name} of {size} bytes at gpa {gpa:#x}, which are not whole pages")
     return record
