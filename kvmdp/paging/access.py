@@ -294,7 +294,8 @@ class GuestMemory:
         if outcome is Outcome.TIMED_OUT:
             raise BusyError(f"{where} was not made present within {self._timeout:g} seconds")
         if outcome is Outcome.CANCELLED:
-            raise CancelledError(
+            # A machine that stops for an error of its own says that one.
+            raise self._pager.error or CancelledError(
                 f"{where} is no longer waited for: the machine stops, or the access was called off"
             )
         raise self._pager.error or PagingError(f"{where} cannot be made present: {outcome.name.lower()}")

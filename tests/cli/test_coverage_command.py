@@ -17,8 +17,11 @@ ACCESSES = [
     "page walk",
     "emulator",
     "sgdt",
+    "kvmclock page",
+    "steal time",
     "device thread",
     "system call",
+    "user touch",
 ]
 SEEN = {"caught by exit", "caught by sleep", "completed by emulation", "missed"}
 

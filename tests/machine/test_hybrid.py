@@ -43,7 +43,7 @@ def test_every_workload_is_exact_and_fetches_each_page_once(trap, name, vcpus):
     result = prove(trap, "memfd", workload)
     assert result.counters.pages_fetched == len(workload.touched)
     assert result.exits.keys() - {"io"}
-    assert len(result.latencies) > 0
+    assert len(result.latencies) > 0 or name == "clock"  # whose pages are asked for by its MSR writes
 
 
 @pytest.mark.parametrize("name", sorted(set(WORKLOADS) - {"vector"}))
