@@ -51,12 +51,15 @@ def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[Device
     if not options.device_timeout > 0:
         raise UsageError(f"--device-timeout {options.device_timeout:g}: give more than 0 seconds")
     if options.device_socket is None:
+        if not asked and not disk_bytes:
+            yield None
+            return
         try:
             with disk_file(options.disk, disk_bytes):
                 pass  # what is wrong with it is said before anything is set up
         except DiskError as error:
             raise UsageError(str(error)) from None
-        yield in_process_disk(disk_bytes, options.disk) if asked or disk_bytes else None
+        yield in_process_disk(disk_bytes, options.disk)
         return
     if not BACKINGS[options.backing].shared:
         raise UsageError(

@@ -166,7 +166,7 @@ class DemandPager(Resolver):
         vCPUs may run meanwhile. The range is widened to whole units; pages that are retained are passed over. Returns
         how many pages were shut off. Raises BusyError if somebody keeps a page for longer than `timeout` seconds (None
         waits): what was taken away before that stays away, the rest is present. PagingError while demand paging is
-        switched off, CancelledError if the machine stops while somebody keeps a page.
+        switched off. When the machine stops nothing more is taken away: it returns then too.
         """
         page, end = self._checked(first, count)
         unit = self.ledger.unit
@@ -178,7 +178,10 @@ class DemandPager(Resolver):
             if wait is not None:
                 wait.wait()  # for an admit that is under way, which does not take long
             elif claim is not None:
-                self._revoke(claim, deadline)
+                try:
+                    self._revoke(claim, deadline)
+                except CancelledError:
+                    break  # as before a claim was had: the pages are as they were
                 revoked += claim.count
         return revoked
 

@@ -38,7 +38,11 @@ def handler(tmp_path_factory):
 
 
 def descriptors_of(pid):
-    return sorted(str(each.readlink()).split(":")[0] for each in Path(f"/proc/{pid}/fd").iterdir())
+    while True:
+        try:
+            return sorted(str(each.readlink()).split(":")[0] for each in Path(f"/proc/{pid}/fd").iterdir())
+        except FileNotFoundError:
+            pass  # one was closed between the two looks: the handler is still winding up a session
 
 
 @pytest.fixture(autouse=True)
