@@ -219,7 +219,7 @@ def test_what_is_no_ring_is_not_touched(bench, ring):
     assert bytes(bench.view) == before
 
 
-def test_random_rings_change_nothing_but_what_they_name(bench):
+def test_random_rings_raise_nothing(bench):
     random = np.random.default_rng(SEED)
     for _ in range(2000):
         bench.view[RING + 8 : RING + 0x20] = (
