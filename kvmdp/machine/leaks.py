@@ -23,6 +23,9 @@ from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.claim import State
 
 _PAGE_FAULT = 14
+# Plain numbers: compared with a member of an enum, numpy looks up attributes of its class, which runs Python, and drops
+# whatever is raised there: a KeyboardInterrupt was lost in it.
+_SOURCE, _ZERO = int(State.SOURCE), int(State.ZERO)
 
 
 class LeakKind(StrEnum):
@@ -88,7 +91,7 @@ def absent_msr_pages(
 def absent(states: bytes) -> Bools:
     """Tell of pages, by their states a byte each, whether no bytes of them can be in RAM."""
     found = np.frombuffer(states, dtype=np.uint8)
-    return np.asarray((found == State.SOURCE) | (found == State.ZERO))
+    return np.asarray((found == _SOURCE) | (found == _ZERO))
 
 
 def runs_with_data(before: bytes, resident: Bools, after: bytes) -> list[tuple[int, int]]:
