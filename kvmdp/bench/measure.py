@@ -26,7 +26,7 @@ from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import SLOT_TRAPS
-from kvmdp.paging.trap.slots import MAX_SLOTS, check_granule, least_granule
+from kvmdp.paging.trap.slots import check_granule, least_granule
 from kvmdp.source.base import PageSource
 from kvmdp.source.network import NetworkSource
 from kvmdp.source.patched import PatchedSource
@@ -159,7 +159,7 @@ def check(contender: Contender) -> None:
         raise ValueError(f"there is no backing {work.backing!r}: choose from {', '.join(BACKINGS)}")
     granule = machine_options(contender).granule
     if granule is not None:
-        check_granule(granule, GuestLayout(work.memory_bytes), MAX_SLOTS)
+        check_granule(granule)
 
 
 def machine_options(contender: Contender) -> MachineOptions:

@@ -18,7 +18,7 @@ from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
-from kvmdp.paging.trap.slots import MAX_SLOTS, check_granule, least_granule
+from kvmdp.paging.trap.slots import check_granule, least_granule
 from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
 from kvmdp.source.base import PageSource
 from kvmdp.source.handler import DEFAULT_TIMEOUT
@@ -238,7 +238,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         layout = GuestLayout(memory)
         # What is fetched together is one memslot: the fewer flips the better.
         granule = granule or max(least_granule(layout), options.fault_around * PAGE_SIZE)
-        check_granule(granule, layout, MAX_SLOTS)
+        check_granule(granule)
     elif granule not in (None, PAGE_SIZE):
         raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
     return MachineOptions(

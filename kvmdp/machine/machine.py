@@ -33,6 +33,7 @@ from kvmdp.paging.trap.device import DeviceView
 from kvmdp.paging.trap.hybrid import HybridTrap
 from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.registry import create_trap, exit_trap_of
+from kvmdp.paging.trap.slot_trap import SlotOptions
 from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 from kvmdp.paging.vcpu import VcpuPaging
 from kvmdp.source.base import PageSource, ram_source
@@ -58,7 +59,8 @@ class MachineOptions:
     userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none. `page_tables` is
     where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present before the guest
     is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see what comes of it.
-    So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`).
+    So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`). `slots` is for the
+    traps that work by memslot.
     """
 
     memory_bytes: int
@@ -72,6 +74,7 @@ class MachineOptions:
     pin: tuple[int, ...] = ()
     page_tables: PageTablePlace = "boot"
     intercept_msrs: bool = True
+    slots: SlotOptions = field(default_factory=SlotOptions)
 
 
 def catches_page_walks(trap: str) -> bool:
@@ -126,7 +129,7 @@ class Machine:
             self._boot = boot
         with self._phase("trap"):
             trap = create_trap(
-                options.trap, self.vm, self.layout, self.backing, options.granule, options.uffd
+                options.trap, self.vm, self.layout, self.backing, options.granule, options.uffd, options.slots
             )
             stack.callback(trap.close)
             self.gate = VcpuGate()

@@ -133,6 +133,27 @@ class DemandPager(Revoker):
             return self._carry_out(claim, PageFault(page))
         return self._sleep(wait, None) or Outcome.PRESENT
 
+    def complete(self, first: int, count: int) -> Outcome:
+        """Make present what nobody is at of a range, and pass over the rest: waits for no claim.
+
+        Returns PRESENT, or FAILED or CANCELLED if that ended it.
+        """
+        page, end = self._checked(first, count)
+        while (run := self.bitmap.next_absent_run(page, end)) is not None:
+            page = run[0]
+            with self.mutex:
+                step = self.ledger.obstacle(page)
+                if step is None and self.error is not None:
+                    step = Outcome.FAILED
+                claim = self.ledger.claim(page, page, min(run[1], _MAX_CLAIM)) if step is None else None
+            if claim is not None:
+                step, page = self._carry_out(claim, PageFault(page)), claim.first + claim.count
+            else:
+                page += 1
+            if step is Outcome.FAILED or step is Outcome.CANCELLED:
+                return step
+        return Outcome.PRESENT
+
     def mark_bitmap_present(self, words: Words) -> Outcome:
         """Make the pages of a sparse bitmap (`kvmdp.memory.bitmap`) present."""
         for first, count in self._runs(words):

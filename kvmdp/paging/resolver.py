@@ -107,8 +107,7 @@ class Resolver:
             step = self.begin(fault)
             if isinstance(step, Claim):
                 done = self._carry_out(step, fault)
-                for work in self.housekeeping:
-                    work()
+                self._keep_house()
                 return done
             if isinstance(step, Outcome):
                 return step
@@ -118,6 +117,11 @@ class Resolver:
             outcome = self._sleep(step, deadline, cancellation)
             if outcome is not None:
                 return outcome
+
+    def _keep_house(self) -> None:
+        """Do what a trap has left to be done with no claim held."""
+        for work in self.housekeeping:
+            work()
 
     def _sleep(
         self, wait: Wait, deadline: float | None, cancellation: Cancellation | None = None

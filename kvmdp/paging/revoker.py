@@ -194,6 +194,7 @@ class Revoker(Resolver):
                     taken += self._take(claim, deadline, kinds, finish)
                 except CancelledError:
                     break  # as before a claim was had: the pages are as they were
+                self._keep_house()
         return taken
 
     def _begin_take(self, page: int, end: int, kinds: bytes) -> tuple[Claim | None, Wait | None, int]:

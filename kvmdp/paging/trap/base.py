@@ -6,7 +6,7 @@ Units: RAM pages, unless a name says bytes.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -35,6 +35,21 @@ class Presence(Protocol):
         """Resolve a fault without ever waiting for a claim.
 
         Returns None if somebody else is at the page: then `waiter` is notified when that has ended.
+        """
+        ...
+
+    @property
+    def housekeeping(self) -> list[Callable[[], None]]:
+        """What is called after a commit by threads that may sleep, with no claim held; for a trap to add to.
+
+        Such a call may stop the vCPUs, but waits for no claim: its thread may hold a view of pages.
+        """
+        ...
+
+    def complete(self, first: int, count: int) -> Outcome:
+        """Make present what nobody is at of a range, and pass over the rest. Waits for no claim.
+
+        PRESENT, or the outcome that ended it (FAILED, CANCELLED).
         """
         ...
 

@@ -12,9 +12,21 @@ from __future__ import annotations
 from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
+from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.trap.base import Presence
-from kvmdp.paging.trap.slots import RamSlots, SlotTrap
+from kvmdp.paging.trap.slot_map import Block, Kind, Piece
+from kvmdp.paging.trap.slot_trap import SlotOptions, SlotTrap
+from kvmdp.paging.trap.slots import REGION_PAGES, RamSlots
+
+
+def require_closed_slots(vm: Vm, trap: str) -> None:
+    """Raise UnsupportedError, in the name of `trap`, where this KVM cannot make closed slots."""
+    if not vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
+        raise UnsupportedError(
+            f"the trap {trap} needs guest_memfd with GUEST_MEMFD_FLAG_MMAP (KVM_CAP_GUEST_MEMFD_FLAGS), "
+            "which this kernel's KVM lacks: use Linux 6.18 or later, or another trap"
+        )
 
 
 class MemoryFaultTrap(SlotTrap):
@@ -28,35 +40,72 @@ class MemoryFaultTrap(SlotTrap):
     name = "memory-fault"
     needs_quiesce = True
 
-    def __init__(self, vm: Vm, slots: RamSlots, backing: Backing) -> None:
-        super().__init__(slots, backing)
-        if not vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
-            raise UnsupportedError(
-                "the trap memory-fault needs guest_memfd with GUEST_MEMFD_FLAG_MMAP (KVM_CAP_GUEST_MEMFD_FLAGS), "
-                "which this kernel's KVM lacks: use Linux 6.18 or later, or another trap"
-            )
+    def __init__(self, vm: Vm, slots: RamSlots, backing: Backing, options: SlotOptions) -> None:
+        super().__init__(slots, backing, options)
+        require_closed_slots(vm, self.name)
 
     def arm(self, presence: Presence) -> None:
-        """Make one slot a granule: closed where it is absent, ordinary where it is present."""
-        self._slots.unmap()
-        absent: set[int] = set()
+        """Open what is present, close what is absent: by granules, or by larger blocks where those are too many."""
+        super().arm(presence)
+        closed: list[Piece] = []
         for first, count in presence.bitmap.absent_runs().tolist():
-            absent.update(self._slots.granules(first, count))
-        self._slots.close_granules(sorted(absent))
-        for first, count in presence.bitmap.present_runs().tolist():
-            for number in self._slots.granules(first, count):
-                self._slots.open(number)
+            closed += self._slots.pieces(first, count, Kind.CLOSED, self._slots.closed_pages)
+        self._slots.close_pieces(closed)
 
     def admit(self, first: int, count: int) -> None:
-        """Replace closed slots by ordinary ones."""
-        for number in self._slots.granules(first, count):
-            self._slots.delete(number)
-            self._slots.open(number)
+        """Replace closed slots by ordinary ones; a slot that has other absent pages too is cut."""
+        end = first + count
+        with self._slots.claimed(first, count):
+            for block in self._slots.overlapping(first, count):
+                if first <= block.first and block.end <= end:
+                    self._slots.flip(block)
+                else:
+                    self._cut(block, max(first, block.first), min(end, block.end))
         self._populate(first, count)
+        self._changed(first, count)
+
+    def _cut(self, block: Block, first: int, end: int) -> None:
+        """Open the pages [first, end) of a closed block and close what is left of it, while no vCPU looks."""
+        if self._options.split == "gap":
+            low, high = first, end
+        else:
+            low = max(first // REGION_PAGES * REGION_PAGES, block.first)
+            high = min(-(-end // REGION_PAGES) * REGION_PAGES, block.end)
+        granule = self.granule // PAGE_SIZE
+        closed = block.without(low, high)
+        closed += self._slots.pieces(low, first - low, Kind.CLOSED, granule)
+        closed += self._slots.pieces(end, high - end, Kind.CLOSED, granule)
+        assert self._presence is not None
+        with self._presence.quiesced():
+            self._slots.delete(block)
+            self._slots.open(first, end - first)
+            self._slots.close_pieces(closed)
 
     def revoke(self, first: int, count: int) -> None:
-        """Replace ordinary slots by closed ones."""
-        numbers = self._slots.granules(first, count)
-        for number in numbers:
-            self._slots.delete(number)
-        self._slots.close_granules(numbers)
+        """Replace ordinary slots by closed ones; a slot that has other present pages too is cut.
+
+        By granules, which are then admitted without a stop of the vCPUs; in regions one slot for all, and for what is
+        closed beside it, so that a region has no more slots than runs of pages.
+        """
+        low, high, size = first, first + count, self.granule // PAGE_SIZE
+        if self._slots.in_regions:
+            size = REGION_PAGES
+            low = first // size * size
+            high = min(-(-high // size) * size, self._backing.size // PAGE_SIZE)
+        with self._slots.claimed(low, high - low):
+            if self._slots.in_regions:
+                first, count = self._with_closed_neighbours(first, count, low, high)
+            self._slots.take_out(first, count)
+            self._slots.close_pieces(self._slots.pieces(first, count, Kind.CLOSED, size))
+        self._changed(first, count)
+
+    def _with_closed_neighbours(self, first: int, count: int, low: int, high: int) -> tuple[int, int]:
+        """Widen a run inside [low, high) by the closed blocks that touch it and lie in there."""
+        end = first + count
+        before = self._slots.overlapping(first - 1, 1) if first > low else []
+        after = self._slots.overlapping(end, 1) if end < high else []
+        if before and before[0].kind is Kind.CLOSED and before[0].first >= low:
+            first = before[0].first
+        if after and after[0].kind is Kind.CLOSED and after[0].end <= high:
+            end = after[0].end
+        return first, end - first

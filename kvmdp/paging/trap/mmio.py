@@ -7,33 +7,37 @@ emulation failure for instructions its emulator does not know. So the access is 
 
 from __future__ import annotations
 
-from kvmdp.paging.trap.base import Presence
-from kvmdp.paging.trap.slots import SlotTrap
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.trap.slot_trap import SlotTrap
 
 
 class MmioTrap(SlotTrap):
-    """Absent granules have no slot; admitting one makes it, revoking one deletes it.
+    """Absent pages have no slot; admitting them makes one a granule, revoking them deletes it.
 
     Revoking needs no quiesce: KVM waits until no vCPU uses a slot before the delete returns, and an access
-    after that exits like any other to an absent page.
+    after that exits like any other to an absent page. Where slots have been merged, the rest of such a slot is present
+    and must not flicker while a vCPU looks: then revoking stops the vCPUs by itself.
     """
 
     name = "mmio"
     needs_quiesce = False
 
-    def arm(self, presence: Presence) -> None:
-        """Make one slot a present granule, none for the absent."""
-        self._slots.unmap()
-        for first, count in presence.bitmap.present_runs().tolist():
-            self.admit(first, count)
-
     def admit(self, first: int, count: int) -> None:
-        """Make the granules' slots."""
-        for number in self._slots.granules(first, count):
-            self._slots.open(number)
+        """Make the granules' slots, or one where RAM has too many granules."""
+        size = None if self._slots.in_regions else self.granule // PAGE_SIZE
+        with self._slots.claimed(first, count):
+            self._open(first, count, size)
         self._populate(first, count)
+        self._changed(first, count)
 
     def revoke(self, first: int, count: int) -> None:
-        """Delete the granules' slots."""
-        for number in self._slots.granules(first, count):
-            self._slots.delete(number)
+        """Take the pages' slots away."""
+        with self._slots.claimed(first, count):
+            blocks = self._slots.overlapping(first, count)
+            if any(block.without(first, first + count) for block in blocks):
+                assert self._presence is not None
+                with self._presence.quiesced():
+                    self._slots.take_out(first, count)
+            else:
+                self._slots.take_out(first, count)
+        self._changed(first, count)

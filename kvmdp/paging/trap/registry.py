@@ -12,10 +12,12 @@ from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.trap.base import Trap
 from kvmdp.paging.trap.device import DeviceFaults
 from kvmdp.paging.trap.hybrid import HybridTrap
+from kvmdp.paging.trap.layered import LayeredTrap
 from kvmdp.paging.trap.marker import MarkerTrap
 from kvmdp.paging.trap.memory_fault import MemoryFaultTrap
 from kvmdp.paging.trap.mmio import MmioTrap
-from kvmdp.paging.trap.slots import MAX_GRANULE, RamSlots, least_granule
+from kvmdp.paging.trap.slot_trap import SlotOptions
+from kvmdp.paging.trap.slots import REGION_PAGES, RamSlots, least_granule
 from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 
 
@@ -28,12 +30,14 @@ class Materials:
     slots: RamSlots
     backing: Backing
     uffd: UffdOptions
+    options: SlotOptions
 
 
 TRAPS: dict[str, Callable[[Materials], Trap]] = {
     "marker": lambda made_of: MarkerTrap(made_of.slots, made_of.backing),
-    "memory-fault": lambda made_of: MemoryFaultTrap(made_of.vm, made_of.slots, made_of.backing),
-    "mmio": lambda made_of: MmioTrap(made_of.slots, made_of.backing),
+    "memory-fault": lambda made_of: MemoryFaultTrap(made_of.vm, made_of.slots, made_of.backing, made_of.options),
+    "mmio": lambda made_of: MmioTrap(made_of.slots, made_of.backing, made_of.options),
+    "layered": lambda made_of: LayeredTrap(made_of.vm, made_of.slots, made_of.backing),
     "userfaultfd": lambda made_of: UserfaultfdTrap(made_of.slots, made_of.backing, made_of.uffd),
 }
 
@@ -68,6 +72,11 @@ def exit_trap_of(name: str) -> str:
 
 def check_backing(name: str, backing: Backing | type[Backing]) -> None:
     """Raise ValueError if the trap `name` cannot work on such RAM."""
+    if name == LayeredTrap.name and not backing.shared:
+        raise ValueError(
+            f"the trap {name} keeps what is shut out in a memory file, which {backing.name} memory has not: "
+            "use the backing memfd"
+        )
     if name in HYBRID_TRAPS and not backing.shared:
         raise ValueError(
             f"the trap {name} maps RAM once more for devices, which cannot be done with {backing.name} memory: "
@@ -82,12 +91,13 @@ def create_trap(
     backing: Backing,
     granule: int | None,
     uffd: UffdOptions,
+    options: SlotOptions,
 ) -> Trap:
     """Make the trap `name`, not yet armed.
 
     `granule` is bytes (a power of two) for the traps that work by memslot; None takes the smallest that keeps
     them within 16,384 slots. `uffd` is for the trap userfaultfd, and but for its mode for the device view of the
-    hybrid ones. Raises ValueError for an unknown name or a granule or a backing the trap cannot have,
+    hybrid ones, `options` for those that work by memslot. Raises ValueError for an unknown name or a granule or a backing the trap cannot have,
     UnsupportedError or KvmError where the kernel lacks what the trap needs.
     """
     if name not in ALL_TRAPS:
@@ -96,11 +106,11 @@ def create_trap(
     if name not in SLOT_TRAPS:
         if granule is not None and granule != PAGE_SIZE:
             raise ValueError(f"the trap {name} always works by 4 KiB pages: leave the granule out")
-        slots = RamSlots(vm, layout, backing.guest, MAX_GRANULE)
+        slots = RamSlots(vm, layout, backing, REGION_PAGES * PAGE_SIZE)
     else:
-        slots = RamSlots(vm, layout, backing.guest, granule or least_granule(layout))
+        slots = RamSlots(vm, layout, backing, granule or least_granule(layout))
     try:
-        return (TRAPS | HYBRID_TRAPS)[name](Materials(vm, layout, slots, backing, uffd))
+        return (TRAPS | HYBRID_TRAPS)[name](Materials(vm, layout, slots, backing, uffd, options))
     except BaseException:
         slots.close()
         raise

@@ -1,20 +1,32 @@
-"""The memslots of guest RAM: one a region while RAM is plain, one a granule where the trap works by memslot.
+"""The memslots of guest RAM: one a region of the layout while RAM is plain, blocks of pages where a trap cuts them up.
 
 A *closed* slot is bound to a guest_memfd whose descriptor has been closed: KVM cannot map it, so every vCPU
 access exits with KVM_EXIT_MEMORY_FAULT. From the binding to the close the slot is live: a vCPU would read zeros
 and its writes would vanish. So closed slots are made only while no vCPU is in KVM_RUN, and no descriptor of
 that guest_memfd may survive anywhere: a copy held by a forked child would keep the slot live.
 
+What may be changed when:
+- absent pages, closed to open: at any time. A vCPU that looks between the delete and the create exits as MMIO.
+- present pages, to a slot of another size: only while no vCPU is in KVM_RUN. KVM's emulator looks for the memslot more
+  than once within one instruction, and a LOCK-prefixed one would lose another vCPU's update.
+- into closed: only while no vCPU is in KVM_RUN.
+
+Changes come from several threads. What spans the ioctls of one is a claim on its blocks (`RamSlots.claimed`), not a
+mutex: the mutex guards the map and the list of claims, for a few statements. Who holds a claim takes no second one and
+waits for nothing but the kernel and the vCPUs' way out of KVM_RUN, where nobody waits for a claim.
+
 Measured on Linux 6.18 (kernel.md names the figures): a slot is kernel memory of 8.5 to 26 KB.
 
-Units: bytes, unless a name says pages; granules are numbered in the order of RAM.
+Units: RAM pages, unless a name says bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from array import array
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 from kvmdp.abi.kvm import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
@@ -28,179 +40,268 @@ from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.size import format_size
+from kvmdp.paging.fault import PagingError
+from kvmdp.paging.trap.slot_map import Block, Kind, Piece, SlotMap, SlotsExhaustedError
 
 MAX_GRANULE_SLOTS = 16384
 MAX_GRANULE = 1 << 30  # a granule must not reach over the hole at 3 GiB
+REGION_PAGES = 512  # 2 MiB: what the host maps as one where it can
 
 _FIRST_RAM_SLOT = 8  # below: the machine's own (boot slot)
-# What RAM can have where it is not known yet what this kernel allows: KVM_CAP_NR_MEMSLOTS on x86 since Linux 5.11.
-MAX_SLOTS = 32764 - _FIRST_RAM_SLOT
 _GUEST_MEMFD_FLAGS = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
+_MAX_DELETES = 32  # slots that one stop of the vCPUs merges: it takes milliseconds at the most
+_PARENTS = (32 * REGION_PAGES, 1024 * REGION_PAGES)  # 64 MiB and 2 GiB: what a merge goes on to, 32 to one each time
+
+Quiesced = Callable[[], AbstractContextManager[None]]
 
 
 def least_granule(layout: GuestLayout) -> int:
-    """Return the smallest power-of-two granule that cuts RAM into at most 16,384 memslots."""
+    """Return the smallest power-of-two granule, in bytes, that cuts RAM into at most 16,384 memslots."""
     granule = PAGE_SIZE
     while -(-layout.memory_bytes // granule) > MAX_GRANULE_SLOTS:
         granule *= 2
     return granule
 
 
-def check_granule(granule: int, layout: GuestLayout, available: int) -> None:
-    """Raise ValueError if `granule` is no granule, or makes more slots of RAM than the `available` ones."""
+def check_granule(granule: int) -> None:
+    """Raise ValueError if `granule` bytes are no granule."""
     if granule < PAGE_SIZE or granule > MAX_GRANULE or granule & (granule - 1):
         raise ValueError(
             f"a granule of {format_size(granule)}: give a power of two from {format_size(PAGE_SIZE)} "
             f"to {format_size(MAX_GRANULE)}"
         )
-    slots = -(-layout.memory_bytes // granule)
-    if slots > available:
-        raise ValueError(
-            f"a granule of {format_size(granule)} cuts {format_size(layout.memory_bytes)} of RAM into {slots} "
-            f"memslots, KVM has {available} for it: give a larger granule"
-        )
 
 
 class RamSlots:
-    """The memslots that put `guest` (the guest view of RAM) into the VM's guest-physical space.
+    """The memslots that put RAM into the VM's guest-physical space.
 
-    `count` is how many there are now. The caller serialises changes to one granule.
+    `granule` is bytes; `count` is how many there are now. Whoever changes blocks has claimed them, but for
+    `map_plain` and `unmap`, which are for a time when nobody else is active.
     """
 
-    def __init__(self, vm: Vm, layout: GuestLayout, guest: Mapping, granule: int) -> None:
-        check_granule(granule, layout, vm.check_extension(KVM_CAP_NR_MEMSLOTS) - _FIRST_RAM_SLOT)
+    def __init__(self, vm: Vm, layout: GuestLayout, backing: Backing, granule: int) -> None:
+        check_granule(granule)
         # Deleting a slot would otherwise throw away the page tables of the whole VM.
         vm.disable_quirks(KVM_X86_QUIRK_SLOT_ZAP_ALL)
         self.granule = granule
-        self._pages = granule // PAGE_SIZE
         self._vm = vm
         self._layout = layout
-        self._guest = guest
-        self._used: set[int] = set()
-        # What the memslot of a closed granule names as its memory. KVM itself reads and writes there (its
+        self._guest = backing.guest
+        # Memory that only a guest_memfd has: its memslots are bound to it, and live.
+        self._guest_memfd: int = getattr(backing, "guest_memfd", -1)
+        self._mutex = threading.Lock()
+        self._changed = threading.Condition(self._mutex)
+        self._map = SlotMap(
+            range(_FIRST_RAM_SLOT, vm.check_extension(KVM_CAP_NR_MEMSLOTS)),
+            [region.offset // PAGE_SIZE for region in layout.regions],
+        )
+        self._claims: list[tuple[int, int]] = []
+        # What the memslot of a closed block names as its memory. KVM itself reads and writes there (its
         # emulator, its paravirtual MSRs), and must fail, not find unfilled memory.
         self._nothing = Mapping.reserved(layout.memory_bytes)
-        # (gpa, size, offset) a granule; the last one of a region may be smaller.
-        self._granules = [
-            (region.gpa + start, min(granule, region.size - start), region.offset + start)
-            for region in layout.regions
-            for start in range(0, region.size, granule)
-        ]
 
     @property
     def count(self) -> int:
         """Memslots that RAM takes now."""
-        return len(self._used)
+        return self._map.count
 
-    def granules(self, first: int, count: int) -> range:
-        """Return the numbers of the granules that hold RAM pages [first, first + count)."""
-        return range(first // self._pages, (first + count - 1) // self._pages + 1)
+    @property
+    def in_regions(self) -> bool:
+        """Whether RAM has too many granules for a slot each: then absent memory is closed by larger blocks."""
+        return -(-self._layout.memory_bytes // self.granule) > MAX_GRANULE_SLOTS
 
-    def map_plain(self) -> None:
-        """Put all of RAM in place, one slot a region; no other slot of RAM may exist."""
-        for number, region in enumerate(self._layout.regions):
-            self._create(number, region.gpa, region.size, region.offset)
+    @property
+    def closed_pages(self) -> int:
+        """Pages of the blocks that absent memory is closed by while nothing of it has been touched.
 
-    def unmap(self) -> None:
-        """Delete every slot of RAM."""
-        for number in sorted(self._used):
-            self.delete(number)
+        A granule where that makes at most 16,384 slots, else the least power of two from 2 MiB that does.
+        """
+        pages = max(self.granule // PAGE_SIZE, REGION_PAGES) if self.in_regions else self.granule // PAGE_SIZE
+        while -(-self._layout.pages // pages) > MAX_GRANULE_SLOTS:
+            pages *= 2
+        return pages
 
-    def open(self, number: int) -> None:
-        """Give a granule that has no slot an ordinary one: the guest sees its memory."""
-        gpa, size, offset = self._granules[number]
-        self._create(number, gpa, size, offset)
+    # Looking
 
-    def delete(self, number: int) -> None:
-        """Take a granule's slot away, whatever its kind; no vCPU is in its memory when this returns."""
-        self._vm.set_user_memory_region(_FIRST_RAM_SLOT + number, 0, 0, 0)
-        self._used.discard(number)
+    def blocks(self) -> list[Block]:
+        """Return all blocks in the order of their pages."""
+        with self._mutex:
+            return self._map.blocks()
 
-    def close_granules(self, numbers: Iterable[int]) -> None:
-        """Give granules that have no slot a closed one. Only while no vCPU is in KVM_RUN.
+    def overlapping(self, first: int, count: int) -> list[Block]:
+        """Return the blocks that hold any of these pages, ascending."""
+        with self._mutex:
+            return self._map.overlapping(first, count)
+
+    def blocks_in(self, first: int, count: int) -> int:
+        """Return how many blocks hold any of these pages."""
+        with self._mutex:
+            return self._map.blocks_in(first, count)
+
+    def pieces(self, first: int, count: int, kind: Kind, size: int | None = None) -> list[Piece]:
+        """Cut a run into pieces where RAM is not contiguous, and at the multiples of `size` pages."""
+        return self._map.pieces(first, count, kind, size)
+
+    # Claims
+
+    @contextlib.contextmanager
+    def claimed(self, first: int, count: int) -> Iterator[None]:
+        """Be the only one to change the blocks that hold these pages, and what lies between them."""
+        with self._changed:
+            while True:
+                claim = low, high = self._map.extent(first, count)
+                if not any(start < high and low < end for start, end in self._claims):
+                    break
+                self._changed.wait()
+            self._claims.append(claim)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._claims.remove(claim)
+                self._changed.notify_all()
+
+    # One block at a time
+
+    def open(self, first: int, count: int) -> None:
+        """Give pages without a slot an ordinary one: the guest sees their memory."""
+        block = self._add(Piece(first, count, Kind.OPEN))
+        try:
+            self._set(block)
+        except BaseException:
+            self._remove(block)
+            raise
+
+    def flip(self, block: Block) -> None:
+        """Replace the slot of a closed block, whose pages are absent, by an ordinary one."""
+        self._vm.set_user_memory_region(block.slot, 0, 0, 0)
+        try:
+            self._set(block)
+        except BaseException:
+            self._remove(block)
+            raise
+        with self._mutex:
+            self._map.flip(block, Kind.OPEN)
+
+    def delete(self, block: Block) -> None:
+        """Take a slot away, whatever its kind; no vCPU is in its memory when this returns."""
+        self._vm.set_user_memory_region(block.slot, 0, 0, 0)
+        self._remove(block)
+
+    def close_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Give pages without a slot closed ones. Only while no vCPU is in KVM_RUN.
 
         Needs KVM_CAP_GUEST_MEMFD_FLAGS with GUEST_MEMFD_FLAG_MMAP.
         """
-        wanted = list(numbers)
-        if not wanted:
+        if not pieces:
             return
-        total = sum(self._granules[number][1] for number in wanted)
-        fd = self._vm.create_guest_memfd(total, _GUEST_MEMFD_FLAGS)
+        fd = self._vm.create_guest_memfd(sum(piece.count for piece in pieces) * PAGE_SIZE, _GUEST_MEMFD_FLAGS)
         try:
             position = 0
-            for number in wanted:
-                gpa, size, offset = self._granules[number]
-                self._vm.set_user_memory_region2(
-                    _FIRST_RAM_SLOT + number,
-                    gpa,
-                    size,
-                    self._nothing.hva + offset,
-                    KVM_MEM_GUEST_MEMFD,
-                    fd,
-                    position,
-                )
-                self._used.add(number)
-                position += size
+            for piece in pieces:
+                block = self._add(piece)
+                try:
+                    self._bind(block, self._nothing.hva, fd, position)
+                except BaseException:
+                    self._remove(block)
+                    raise
+                position += piece.count * PAGE_SIZE
         finally:
             os.close(fd)
 
-    def _create(self, number: int, gpa: int, size: int, offset: int) -> None:
-        self._vm.set_user_memory_region(_FIRST_RAM_SLOT + number, gpa, size, self._guest.hva + offset)
-        self._used.add(number)
+    def _add(self, piece: Piece) -> Block:
+        try:
+            with self._mutex:
+                return self._map.add(piece)
+        except SlotsExhaustedError as error:
+            raise PagingError(f"{error}: give a larger granule") from None
+
+    def _remove(self, block: Block) -> None:
+        with self._mutex:
+            self._map.remove(block)
+
+    def _set(self, block: Block) -> None:
+        """Make the ordinary slot of a block."""
+        if self._guest_memfd >= 0:
+            self._bind(block, self._guest.hva, self._guest_memfd, block.first * PAGE_SIZE)
+            return
+        gpa, offset = self._layout.gpa_of_page(block.first), block.first * PAGE_SIZE
+        self._vm.set_user_memory_region(block.slot, gpa, block.count * PAGE_SIZE, self._guest.hva + offset)
+
+    def _bind(self, block: Block, hva: int, fd: int, position: int) -> None:
+        """Make a slot that is bound to a guest_memfd; `hva` is that of RAM's first byte, `position` is bytes."""
+        gpa, offset, size = self._layout.gpa_of_page(block.first), block.first * PAGE_SIZE, block.count * PAGE_SIZE
+        self._vm.set_user_memory_region2(block.slot, gpa, size, hva + offset, KVM_MEM_GUEST_MEMFD, fd, position)
+
+    # All of RAM
+
+    def map_plain(self) -> None:
+        """Put all of RAM in place, one slot a region of the layout; no other slot of RAM may exist."""
+        for region in self._layout.regions:
+            self.open(region.offset // PAGE_SIZE, region.size // PAGE_SIZE)
+
+    def unmap(self) -> None:
+        """Delete every slot of RAM."""
+        for block in self.blocks():
+            self.delete(block)
+
+    # Cutting and merging
+
+    def take_out(self, first: int, count: int) -> None:
+        """Leave pages without a slot; what else was in their blocks keeps one of the same kind.
+
+        Only while no vCPU is in KVM_RUN, unless the pages are whole blocks.
+        """
+        closed: list[Piece] = []
+        for block in self.overlapping(first, count):
+            self.delete(block)
+            for left in block.without(first, first + count):
+                if left.kind is Kind.OPEN:
+                    self.open(left.first, left.count)
+                else:
+                    closed.append(left)
+        self.close_pieces(closed)
+
+    def merge(self, first: int, count: int, quiesced: Quiesced) -> None:
+        """Put the open blocks that hold these pages together, where they are adjacent; call with no claim held.
+
+        32 to one in each stop of the vCPUs, then those again, so that every stop is short. Their pages stay present
+        and need not be claimed of the pager: while no vCPU looks nothing else sees the slots.
+        """
+        merged = True
+        while merged:
+            merged, page, end = False, first, first + count
+            while page < end:
+                with self._mutex:
+                    group = self._map.group(page, end, _MAX_DELETES)
+                if not group:
+                    break
+                low, page = group[0].first, group[-1].end
+                with self.claimed(low, page - low):
+                    if self.overlapping(low, page - low) != group:
+                        continue  # changed before they were claimed; whoever did that sees to the rest
+                    with quiesced():
+                        for block in group:
+                            self.delete(block)
+                        self.open(low, page - low)
+                merged = True
+
+    def merge_upward(self, first: int, count: int, quiesced: Quiesced) -> None:
+        """Merge these pages' blocks, and go on with all that lies around them, as far as that is open altogether."""
+        self.merge(first, count, quiesced)
+        for pages in _PARENTS:
+            low = first // pages * pages
+            high = min(-(-(first + count) // pages) * pages, self._layout.pages)
+            if not self._is_open(low, high - low):
+                return
+            self.merge(low, high - low, quiesced)
+        if self._is_open(0, self._layout.pages):
+            self.merge(0, self._layout.pages, quiesced)
+
+    def _is_open(self, first: int, count: int) -> bool:
+        with self._mutex:
+            return self._map.is_open(first, count)
 
     def close(self) -> None:
         """Give back the reserved addresses; the slots themselves go with the VM."""
         self._nothing.close()
-
-
-class SlotTrap:
-    """What the traps that work by memslot have in common."""
-
-    latencies: Sequence[array[int]] = ()
-
-    def __init__(self, slots: RamSlots, backing: Backing) -> None:
-        self._slots = slots
-        self._backing = backing
-
-    @property
-    def granule(self) -> int:
-        """Bytes a memslot covers."""
-        return self._slots.granule
-
-    @property
-    def fill_view(self) -> memoryview:
-        """The VMM view: no page of it ever traps."""
-        return self._backing.vmm.view
-
-    @property
-    def memslots(self) -> int:
-        """How many memslots RAM takes now."""
-        return self._slots.count
-
-    def _populate(self, first: int, count: int) -> None:
-        """Enter a run of pages, just admitted, into the guest view's page table.
-
-        KVM maps the neighbours of the page it was asked for along with it, if it finds them there. One page has
-        none, and KVM's own fault enters it for the same price.
-        """
-        if count > 1:
-            self._backing.guest.populate(first * PAGE_SIZE, count * PAGE_SIZE)
-
-    def disarm(self) -> None:
-        """Replace the granules' slots by one a region."""
-        self._slots.unmap()
-        self._slots.map_plain()
-
-    def forget(self, first: int, count: int) -> None:
-        """Free the memory behind absent pages."""
-        self._backing.forget(first * PAGE_SIZE, count * PAGE_SIZE)
-
-    def reassert(self, first: int, count: int) -> None:
-        """Do nothing: a slot does not go away by itself."""
-
-    def release_sleepers(self) -> None:
-        """Do nothing: an access to an absent page is an exit, nobody sleeps."""
-
-    def close(self) -> None:
-        """Give back the slots' reserved addresses."""
-        self._slots.close()
