@@ -59,8 +59,8 @@ class MachineOptions:
     userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none. `page_tables` is
     where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present before the guest
     is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see what comes of it.
-    So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`). `slots` is for the
-    traps that work by memslot.
+    So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`). `slots` is for
+    the traps that work by memslot.
     """
 
     memory_bytes: int

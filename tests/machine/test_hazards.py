@@ -40,15 +40,15 @@ SOURCE = SyntheticSource(MEMORY, SEED)
 
 
 def test_a_vcpu_that_looks_while_a_memslot_is_replaced_gets_its_bytes(monkeypatch):
-    opened = RamSlots.open
+    make = RamSlots._set
 
-    def open_late(slots, number):
+    def make_late(slots, block):
         time.sleep(0.002)  # the granule has no slot: another vCPU's access exits as MMIO
-        opened(slots, number)
+        make(slots, block)
 
     workload = plan("touch", vcpus=2, pages=64, write=True, overlap=True)
     with make_machine("memory-fault", workload=workload) as machine:
-        monkeypatch.setattr(RamSlots, "open", open_late)
+        monkeypatch.setattr(RamSlots, "_set", make_late)
         machine.run(TIMEOUT)
         exits = sum((thread.exits for thread in machine.threads), start=Counter())
         assert exits[Mmio] > 0
@@ -97,15 +97,15 @@ def test_vcpus_that_race_with_an_instruction_kvm_cannot_emulate_all_get_there(tr
 
 
 def test_waiting_for_another_vcpus_page_is_no_livelock(monkeypatch):
-    opened, slow = RamSlots.open, set(range(0, 512, 64))
+    make, slow = RamSlots._set, set(range(0, 512, 64))
 
-    def open_late(slots, number):
-        if number in slow:
+    def make_late(slots, block):
+        if block.first in slow:
             time.sleep(0.05)  # long enough for a vCPU that tries in vain to look like one that never gets on
-        opened(slots, number)
+        make(slots, block)
 
     with program_machine("mmio", SUM_BY_PADDQ, vcpus=2) as machine:
-        monkeypatch.setattr(RamSlots, "open", open_late)
+        monkeypatch.setattr(RamSlots, "_set", make_late)
         machine.run(TIMEOUT)
         check_sums(machine)
 

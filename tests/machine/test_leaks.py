@@ -244,7 +244,7 @@ def test_options_that_make_no_sense_are_refused_and_leave_nothing(options, messa
         ("marker", (MarkerTrap, "arm")),
         ("marker", (RamSlots, "map_plain")),
         ("mmio", (DemandPager, "enable")),
-        ("memory-fault", (RamSlots, "close_granules")),
+        ("memory-fault", (RamSlots, "close_pieces")),
     ],
     ids=["marker", "marker-slots", "mmio", "memory-fault"],
 )

@@ -13,6 +13,7 @@ from typing import Protocol
 from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.paging.claim import Waiter
 from kvmdp.paging.fault import Outcome, PageFault, PagingError
+from kvmdp.paging.trap.picture import Picture
 
 
 class Presence(Protocol):
@@ -128,6 +129,10 @@ class Trap(Protocol):
 
     def reassert(self, first: int, count: int) -> None:
         """Mend what made present pages trap, if this trap knows how that can be; else do nothing."""
+        ...
+
+    def picture(self) -> Picture:
+        """Return what is set up now, to be checked; nobody else is active."""
         ...
 
     def release_sleepers(self) -> None:

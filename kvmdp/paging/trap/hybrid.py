@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from kvmdp.paging.trap.base import Presence, Trap
 from kvmdp.paging.trap.device import DeviceFaults, DeviceView
+from kvmdp.paging.trap.picture import Picture
 
 
 class HybridTrap:
@@ -80,6 +81,10 @@ class HybridTrap:
     def reassert(self, first: int, count: int) -> None:
         """Do what the exit trap does: a reader that finds a page unmapped maps it."""
         self._vcpus.reassert(first, count)
+
+    def picture(self) -> Picture:
+        """What the exit trap has set up."""
+        return self._vcpus.picture()
 
     def release_sleepers(self) -> None:
         """End the device view: whoever sleeps on an absent page wakes to an error."""

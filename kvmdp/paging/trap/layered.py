@@ -12,12 +12,15 @@ Needs what `marker` and `memory-fault` need: Linux 6.18, no privilege beyond /de
 
 from __future__ import annotations
 
+import dataclasses
+
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.marker import MarkerTrap
 from kvmdp.paging.trap.memory_fault import require_closed_slots
+from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Block, Kind, Piece
 from kvmdp.paging.trap.slots import RamSlots
 
@@ -54,7 +57,7 @@ class LayeredTrap(MarkerTrap):
         page = 0
         for first, end in (*((piece.first, piece.end) for piece in closed), (pages, pages)):
             for piece in self._slots.pieces(page, first - page, Kind.OPEN):
-                self._slots.open(piece.first, piece.count)
+                self._slots.open(piece.first, piece.pages)
             page = end
 
     def _mark_absent(self, block: Block) -> None:
@@ -78,9 +81,19 @@ class LayeredTrap(MarkerTrap):
             with self._slots.claimed(first, count):
                 for block in self._slots.overlapping(first, count):
                     if block.kind is Kind.CLOSED:
-                        self._mark(block.first, block.count)
+                        self._mark(block.first, block.pages)
                         self._slots.flip(block)
         super().admit(first, count)
+
+    def collapse(self, first: int, count: int) -> bool:
+        """Put the memslots of present pages together, and with those around them; True if they have one then."""
+        assert self._presence is not None
+        self._slots.merge_upward(first, count, self._presence.quiesced)
+        return self._slots.blocks_in(first, count) == 1
+
+    def picture(self) -> Picture:
+        """What is absent is in closed regions, or under markers in open ones."""
+        return dataclasses.replace(super().picture(), absent=frozenset((Kind.CLOSED, Kind.OPEN)))
 
     def disarm(self) -> None:
         """Make RAM plain memory, one slot a region of the layout."""

@@ -12,12 +12,14 @@ while they were present.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.trap.base import Presence
+from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
 from kvmdp.paging.trap.view import UffdTrap
@@ -56,6 +58,10 @@ class MarkerTrap(UffdTrap):
                 self._view.drop(page * PAGE_SIZE, PAGE_SIZE)
                 if uffd.poison(self._hva(page), PAGE_SIZE):
                     break
+
+    def picture(self) -> Picture:
+        """All of RAM is in open memslots; what is absent is under markers."""
+        return dataclasses.replace(super().picture(), markers=self.granule == PAGE_SIZE)
 
     def release_sleepers(self) -> None:
         """Do nothing: an access to an absent page is an exit, nobody sleeps."""

@@ -39,6 +39,7 @@ class MemoryFaultTrap(SlotTrap):
 
     name = "memory-fault"
     needs_quiesce = True
+    absent = frozenset((Kind.CLOSED,))
 
     def __init__(self, vm: Vm, slots: RamSlots, backing: Backing, options: SlotOptions) -> None:
         super().__init__(slots, backing, options)

@@ -21,6 +21,7 @@ class MmioTrap(SlotTrap):
 
     name = "mmio"
     needs_quiesce = False
+    absent = frozenset((None,))
 
     def admit(self, first: int, count: int) -> None:
         """Make the granules' slots, or one where RAM has too many granules."""

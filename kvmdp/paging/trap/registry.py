@@ -35,7 +35,9 @@ class Materials:
 
 TRAPS: dict[str, Callable[[Materials], Trap]] = {
     "marker": lambda made_of: MarkerTrap(made_of.slots, made_of.backing),
-    "memory-fault": lambda made_of: MemoryFaultTrap(made_of.vm, made_of.slots, made_of.backing, made_of.options),
+    "memory-fault": lambda made_of: MemoryFaultTrap(
+        made_of.vm, made_of.slots, made_of.backing, made_of.options
+    ),
     "mmio": lambda made_of: MmioTrap(made_of.slots, made_of.backing, made_of.options),
     "layered": lambda made_of: LayeredTrap(made_of.vm, made_of.slots, made_of.backing),
     "userfaultfd": lambda made_of: UserfaultfdTrap(made_of.slots, made_of.backing, made_of.uffd),
@@ -97,8 +99,8 @@ def create_trap(
 
     `granule` is bytes (a power of two) for the traps that work by memslot; None takes the smallest that keeps
     them within 16,384 slots. `uffd` is for the trap userfaultfd, and but for its mode for the device view of the
-    hybrid ones, `options` for those that work by memslot. Raises ValueError for an unknown name or a granule or a backing the trap cannot have,
-    UnsupportedError or KvmError where the kernel lacks what the trap needs.
+    hybrid ones, `options` for those that work by memslot. Raises ValueError for an unknown name or a granule or a
+    backing the trap cannot have, UnsupportedError or KvmError where the kernel lacks what the trap needs.
     """
     if name not in ALL_TRAPS:
         raise ValueError(f"there is no trap {name!r}: choose from {', '.join(ALL_TRAPS)}")

@@ -22,30 +22,30 @@ class Kind(enum.Enum):
 
 
 class Piece(NamedTuple):
-    """Pages [first, first + count) that are, or are to become, one block."""
+    """`pages` pages from `first` on that are, or are to become, one block."""
 
     first: int
-    count: int
+    pages: int
     kind: Kind
 
     @property
     def end(self) -> int:
         """The page behind the last."""
-        return self.first + self.count
+        return self.first + self.pages
 
 
 class Block(NamedTuple):
     """A memslot: its pages, its kind, its id in KVM."""
 
     first: int
-    count: int
+    pages: int
     kind: Kind
     slot: int
 
     @property
     def end(self) -> int:
         """The page behind the last."""
-        return self.first + self.count
+        return self.first + self.pages
 
     def without(self, first: int, end: int) -> list[Piece]:
         """Return what is left of it, before and behind, once the pages [first, end) are cut out."""
@@ -87,7 +87,7 @@ class SlotMap:
         if index < 0:
             return None
         block = self._blocks[self._firsts[index]]
-        return block if page < block.first + block.count else None
+        return block if page < block.first + block.pages else None
 
     def overlapping(self, first: int, count: int) -> list[Block]:
         """Return the blocks that hold any of the pages [first, first + count), ascending."""
@@ -102,7 +102,7 @@ class SlotMap:
         low, high = self.at(first), self.at(first + count - 1)
         return (
             first if low is None else low.first,
-            first + count if high is None else high.first + high.count,
+            first + count if high is None else high.first + high.pages,
         )
 
     def blocks_in(self, first: int, count: int) -> int:
@@ -117,7 +117,7 @@ class SlotMap:
             block = self.at(page)
             if block is None or block.kind is not Kind.OPEN:
                 return False
-            page = block.first + block.count
+            page = block.first + block.pages
         return True
 
     def group(self, page: int, end: int, most: int) -> list[Block]:
@@ -127,7 +127,12 @@ class SlotMap:
         """
         found: list[Block] = []
         for block in self.overlapping(page, end - page):
-            if block.kind is Kind.OPEN and found and found[-1].end == block.first and not self._border(block.first):
+            if (
+                block.kind is Kind.OPEN
+                and found
+                and found[-1].end == block.first
+                and not self._border(block.first)
+            ):
                 found.append(block)
                 if len(found) == most:
                     break
@@ -157,13 +162,15 @@ class SlotMap:
 
     def add(self, piece: Piece) -> Block:
         """Note a block where there is none. Raises ValueError for an overlap, SlotsExhaustedError."""
-        if piece.count < 1 or self.blocks_in(piece.first, piece.count):
+        if piece.pages < 1 or self.blocks_in(piece.first, piece.pages):
             raise ValueError(f"pages {piece.first} to {piece.end - 1} have a slot already, or are none")
         if bisect_left(self._borders, piece.end) != bisect_right(self._borders, piece.first):
-            raise ValueError(f"pages {piece.first} to {piece.end - 1} are not contiguous in guest-physical space")
+            raise ValueError(
+                f"pages {piece.first} to {piece.end - 1} are not contiguous in guest-physical space"
+            )
         if not self._free:
             raise SlotsExhaustedError(f"all {self.count} memslots that KVM has for RAM are in use")
-        block = Block(piece.first, piece.count, piece.kind, self._free.pop())
+        block = Block(piece.first, piece.pages, piece.kind, self._free.pop())
         insort(self._firsts, block.first)
         self._blocks[block.first] = block
         return block

@@ -14,12 +14,13 @@ from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
 from kvmdp.paging.trap.base import Presence
-from kvmdp.paging.trap.regions import DEFAULT_SLOT_MEMORY, SLOT_BYTES, Regions
+from kvmdp.paging.trap.partial_regions import DEFAULT_SLOT_MEMORY, SLOT_BYTES, PartialRegions
+from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Kind
 from kvmdp.paging.trap.slots import REGION_PAGES, RamSlots
 
 Split = Literal["gap", "region"]
-LEAST_SLOT_MEMORY = 4 * REGION_PAGES * SLOT_BYTES  # room for a few regions in pieces
+LEAST_SLOT_MEMORY = 2 * REGION_PAGES * SLOT_BYTES  # room for a few regions in pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +50,14 @@ class SlotTrap:
     """
 
     latencies: Sequence[array[int]] = ()
+    absent: frozenset[Kind | None]  # what absent pages lie in; None is no memslot
 
     def __init__(self, slots: RamSlots, backing: Backing, options: SlotOptions) -> None:
         self._slots = slots
         self._backing = backing
         self._options = options
         self._presence: Presence | None = None
-        self._regions: Regions | None = None  # where RAM is in regions, while armed
+        self._partial: PartialRegions | None = None  # where RAM is in regions, while armed
 
     @property
     def granule(self) -> int:
@@ -79,18 +81,20 @@ class SlotTrap:
         for first, count in presence.bitmap.present_runs().tolist():
             self._open(first, count)
         if self._slots.in_regions:
-            self._regions = Regions(self._slots, presence, self._backing.size // PAGE_SIZE, self._options.memory)
-            presence.housekeeping.append(self._regions.housekeep)
+            self._partial = PartialRegions(
+                self._slots, presence, self._backing.size // PAGE_SIZE, self._options.memory
+            )
+            presence.housekeeping.append(self._partial.housekeep)
 
     def _open(self, first: int, count: int, size: int | None = None) -> None:
         """Open a run that has no slots, as one or cut at the multiples of `size` pages."""
         for piece in self._slots.pieces(first, count, Kind.OPEN, size):
-            self._slots.open(piece.first, piece.count)
+            self._slots.open(piece.first, piece.pages)
 
     def _changed(self, first: int, count: int) -> None:
         """Take note of other memslots around these pages."""
-        if self._regions is not None:
-            self._regions.changed(first, count)
+        if self._partial is not None:
+            self._partial.changed(first, count)
 
     def _populate(self, first: int, count: int) -> None:
         """Enter a run of pages, just admitted, into the guest view's page table.
@@ -101,31 +105,32 @@ class SlotTrap:
         if count > 1:
             self._backing.guest.populate(first * PAGE_SIZE, count * PAGE_SIZE)
 
-    @property
-    def collapse_needs_quiesce(self) -> bool:
-        """Not for all of it: it stops the vCPUs by itself, for one step at a time."""
-        return False
-
     def collapse(self, first: int, count: int) -> bool:
-        """Put the memslots of present pages together, and with those around them; True if that made them fewer."""
+        """Put the memslots of present pages together, and with those around them; True if they have one then.
+
+        The pages stay present: while the slots are replaced, some at a time, no vCPU is in KVM_RUN.
+        """
         assert self._presence is not None
-        before = self._slots.count
         self._slots.merge_upward(first, count, self._presence.quiesced)
         self._changed(first, count)
-        return self._slots.count < before
+        return self._slots.blocks_in(first, count) == 1
 
     def disarm(self) -> None:
         """Replace the blocks by one a region of the layout."""
-        if self._regions is not None:
+        if self._partial is not None:
             assert self._presence is not None
-            self._presence.housekeeping.remove(self._regions.housekeep)
-            self._regions = None
+            self._presence.housekeeping.remove(self._partial.housekeep)
+            self._partial = None
         self._slots.unmap()
         self._slots.map_plain()
 
     def forget(self, first: int, count: int) -> None:
         """Free the memory behind absent pages."""
         self._backing.forget(first * PAGE_SIZE, count * PAGE_SIZE)
+
+    def picture(self) -> Picture:
+        """The memslots; no page table is involved."""
+        return Picture(self._slots.blocks(), self.absent)
 
     def reassert(self, first: int, count: int) -> None:
         """Do nothing: a slot does not go away by itself."""

@@ -50,7 +50,10 @@ REGION_PAGES = 512  # 2 MiB: what the host maps as one where it can
 _FIRST_RAM_SLOT = 8  # below: the machine's own (boot slot)
 _GUEST_MEMFD_FLAGS = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
 _MAX_DELETES = 32  # slots that one stop of the vCPUs merges: it takes milliseconds at the most
-_PARENTS = (32 * REGION_PAGES, 1024 * REGION_PAGES)  # 64 MiB and 2 GiB: what a merge goes on to, 32 to one each time
+_PARENTS = (
+    32 * REGION_PAGES,
+    1024 * REGION_PAGES,
+)  # 64 MiB and 2 GiB: what a merge goes on to, 32 to one each time
 
 Quiesced = Callable[[], AbstractContextManager[None]]
 
@@ -195,7 +198,7 @@ class RamSlots:
         """
         if not pieces:
             return
-        fd = self._vm.create_guest_memfd(sum(piece.count for piece in pieces) * PAGE_SIZE, _GUEST_MEMFD_FLAGS)
+        fd = self._vm.create_guest_memfd(sum(piece.pages for piece in pieces) * PAGE_SIZE, _GUEST_MEMFD_FLAGS)
         try:
             position = 0
             for piece in pieces:
@@ -205,7 +208,7 @@ class RamSlots:
                 except BaseException:
                     self._remove(block)
                     raise
-                position += piece.count * PAGE_SIZE
+                position += piece.pages * PAGE_SIZE
         finally:
             os.close(fd)
 
@@ -226,12 +229,18 @@ class RamSlots:
             self._bind(block, self._guest.hva, self._guest_memfd, block.first * PAGE_SIZE)
             return
         gpa, offset = self._layout.gpa_of_page(block.first), block.first * PAGE_SIZE
-        self._vm.set_user_memory_region(block.slot, gpa, block.count * PAGE_SIZE, self._guest.hva + offset)
+        self._vm.set_user_memory_region(block.slot, gpa, block.pages * PAGE_SIZE, self._guest.hva + offset)
 
     def _bind(self, block: Block, hva: int, fd: int, position: int) -> None:
         """Make a slot that is bound to a guest_memfd; `hva` is that of RAM's first byte, `position` is bytes."""
-        gpa, offset, size = self._layout.gpa_of_page(block.first), block.first * PAGE_SIZE, block.count * PAGE_SIZE
-        self._vm.set_user_memory_region2(block.slot, gpa, size, hva + offset, KVM_MEM_GUEST_MEMFD, fd, position)
+        gpa, offset, size = (
+            self._layout.gpa_of_page(block.first),
+            block.first * PAGE_SIZE,
+            block.pages * PAGE_SIZE,
+        )
+        self._vm.set_user_memory_region2(
+            block.slot, gpa, size, hva + offset, KVM_MEM_GUEST_MEMFD, fd, position
+        )
 
     # All of RAM
 
@@ -257,7 +266,7 @@ class RamSlots:
             self.delete(block)
             for left in block.without(first, first + count):
                 if left.kind is Kind.OPEN:
-                    self.open(left.first, left.count)
+                    self.open(left.first, left.pages)
                 else:
                     closed.append(left)
         self.close_pieces(closed)

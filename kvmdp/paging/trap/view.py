@@ -32,6 +32,8 @@ from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.base import Presence
+from kvmdp.paging.trap.picture import Picture
+from kvmdp.paging.trap.slot_map import Kind
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import Uffd, supported_features
 from kvmdp.thread import JoinableThread
@@ -291,6 +293,10 @@ class UffdTrap(UffdView):
             self._staging.drop(first * PAGE_SIZE, count * PAGE_SIZE)
         else:
             self._backing.forget(first * PAGE_SIZE, count * PAGE_SIZE)
+
+    def picture(self) -> Picture:
+        """All of RAM is in open memslots; what is absent is not mapped."""
+        return Picture(self._slots.blocks(), frozenset((Kind.OPEN,)), self._view)
 
     def poison_absent(self) -> None:
         """Put markers on all that is absent: an access there is an exit."""

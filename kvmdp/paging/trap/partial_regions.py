@@ -5,8 +5,8 @@ comes it is merged, with its neighbours as far as they are full too. When all pa
 memory than they may, the fullest are completed: what they lack is fetched, and they are merged.
 
 That is not done where the page becomes present, but by `housekeep`, with no claim held: it stops the vCPUs and may
-fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`Presence.complete`), because whoever
-calls it may hold a pin on which the owner of a claim waits.
+fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`Presence.complete`), because
+whoever calls it may hold a pin on which the owner of a claim waits.
 
 Units: RAM pages; memory in bytes.
 """
@@ -23,7 +23,7 @@ SLOT_BYTES = 26 << 10  # kernel memory of a memslot, the most that was measured
 DEFAULT_SLOT_MEMORY = 256 << 20
 
 
-class Regions:
+class PartialRegions:
     """Keeps count of the partial regions of `slots`, whose memslots may take `memory` bytes of the kernel's."""
 
     def __init__(self, slots: RamSlots, presence: Presence, pages: int, memory: int) -> None:
@@ -64,7 +64,9 @@ class Regions:
 
     def housekeep(self) -> None:
         """Merge the regions that are full, and complete some if too much is in pieces."""
-        if not self._full and self._taken <= self._most:  # the usual case; a stale look is made good by the next
+        if (
+            not self._full and self._taken <= self._most
+        ):  # the usual case; a stale look is made good by the next
             return
         with self._mutex:
             if self._kept:

@@ -1,0 +1,23 @@
+"""What a trap has set up, for whoever checks it against the states of the pages (`kvmdp.paging.invariants`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmdp.memory.mapping import Mapping
+from kvmdp.paging.trap.slot_map import Block, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The memslots of RAM, and what absent pages are to be in.
+
+    `absent` are the kinds of memslots that an absent page may lie in, None standing for no memslot. `view`, where the
+    trap works by page table too, is the guest view: an absent page in an open memslot is not mapped there, and with
+    `markers` it has one.
+    """
+
+    blocks: list[Block]
+    absent: frozenset[Kind | None]
+    view: Mapping | None = None
+    markers: bool = False
