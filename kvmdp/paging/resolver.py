@@ -62,7 +62,8 @@ class Resolver:
 
     `accesses` is the gate of those that no vCPU makes, `vcpu_accesses` of what is done on a vCPU's account: never shut.
     `mutex` guards the ledger, `error` and the gates; the rest is as the pager has it. `housekeeping` is called after
-    each fault that was resolved by a thread that may sleep, with no claim held and no pin.
+    each fault that was resolved by a thread that may sleep, and after pages were taken away, with no claim held and no
+    pin; `reminders` are called after each other fault: they must not wait for anybody.
     """
 
     def __init__(self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy) -> None:
@@ -91,6 +92,8 @@ class Resolver:
         self._fill_view = trap.fill_view
         self.sink: Sink | None = None
         self.housekeeping: list[Callable[[], None]] = []
+        self.reminders: list[Callable[[], None]] = []
+        self._this_thread = threading.local()
 
     # A fault
 
@@ -119,9 +122,15 @@ class Resolver:
                 return outcome
 
     def _keep_house(self) -> None:
-        """Do what a trap has left to be done with no claim held."""
-        for work in self.housekeeping:
-            work()
+        """Do what is left to be done with no claim held; not again where that takes pages away itself."""
+        if getattr(self._this_thread, "keeps_house", False) or not self.housekeeping:
+            return
+        self._this_thread.keeps_house = True
+        try:
+            for work in self.housekeeping:
+                work()
+        finally:
+            self._this_thread.keeps_house = False
 
     def _sleep(
         self, wait: Wait, deadline: float | None, cancellation: Cancellation | None = None
@@ -145,7 +154,10 @@ class Resolver:
         """
         step = self.begin(fault, waiter)
         if isinstance(step, Claim):
-            return self._carry_out(step, fault)
+            done = self._carry_out(step, fault)
+            for remind in self.reminders:
+                remind()
+            return done
         return None if isinstance(step, Waiter) else step
 
     def begin(self, fault: PageFault, waiter: Waiter | None = None) -> Claim | Waiter | Outcome:
