@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from kvmdp.cli.disk_options import add_disk_options
 from kvmdp.kvm import Kvm
@@ -19,6 +20,8 @@ from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.resident import check_limit
 from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
+from kvmdp.paging.trap.partial_regions import DEFAULT_SLOT_MEMORY
+from kvmdp.paging.trap.slot_trap import SlotOptions, Split
 from kvmdp.paging.trap.slots import check_granule, least_granule
 from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
 from kvmdp.source.base import PageSource
@@ -93,6 +96,20 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         "--resident-limit",
         metavar="SIZE",
         help="evict pages when more than SIZE of RAM are in memory (default: no limit)",
+    )
+    option(
+        "--split",
+        default="gap",
+        choices=get_args(Split),
+        help="how memory-fault cuts a region of RAM that has too many granules for a memslot each, when a page of it is "
+        "touched: around the page, or into granules (default: gap)",
+    )
+    option(
+        "--slot-memory",
+        default=format_size(DEFAULT_SLOT_MEMORY),
+        metavar="SIZE",
+        help="kernel memory that the memslots of such regions may take before the fullest are completed and merged "
+        f"(default: {format_size(DEFAULT_SLOT_MEMORY)})",
     )
     option(
         "--page-tables",
@@ -238,7 +255,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         raise ValueError("--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out")
     check_backing(options.trap, BACKINGS[options.backing])
     check_mode(mode, BACKINGS[options.backing])
-    trap = choose_trap(options.backing) if options.trap == "auto" else options.trap
+    trap = choose_trap(options.backing, memory) if options.trap == "auto" else options.trap
     granule = None if options.granule is None else parse_size(options.granule)
     if trap in SLOT_TRAPS:
         layout = GuestLayout(memory)
@@ -260,6 +277,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         vcpus=options.vcpus,
         granule=granule,
         fault_around=options.fault_around,
+        slots=SlotOptions(options.split, parse_size(options.slot_memory)),
         uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1, mode),
         page_tables=options.page_tables,
         program=b"" if options.guest is None else read_program(options.guest),
