@@ -9,9 +9,11 @@ from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import read_program, vector_flags
 from kvmdp.machine.experiment import usable_memory
 from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.poison import check_poison
 from kvmdp.machine.probe import choose_trap, working_traps
 from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions
+from kvmdp.machine.workloads.poison import Poison
 from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
@@ -164,6 +166,13 @@ def _add_work_options(group: argparse._ArgumentGroup) -> None:
         help="touch: accesses a vCPU makes (default: one for each of its pages)",
     )
     option(
+        "--poison",
+        type=int,
+        default=0,
+        metavar="N",
+        help="poison, programs: N pages that give a machine check, chosen by the seed (default: 0)",
+    )
+    option(
         "--iterations", type=int, default=1, metavar="N", help="atomic: passes over the pages (default: 1)"
     )
     option(
@@ -210,6 +219,7 @@ def plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workload
         operation=options.operation,
         vector=vector,
         pv=pv,
+        poison=options.poison,
     )
 
 
@@ -227,6 +237,11 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         )
     if options.guest is None and options.workload not in WORKLOADS:
         raise ValueError(f"there is no workload {options.workload!r}: choose from {', '.join(WORKLOADS)}")
+    if options.poison and options.guest is None and options.workload != Poison.name:
+        raise ValueError(
+            f"--poison is for the workload poison and for programs of your own: {options.workload} does not survive a "
+            "machine check; give --workload poison, or leave it out"
+        )
     mode = None if options.uffd_mode is None else parse_mode(options.uffd_mode)
     if mode is not None and options.trap != "userfaultfd":
         raise ValueError("--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out")
@@ -241,6 +256,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         check_granule(granule, layout, MAX_SLOTS)
     elif granule not in (None, PAGE_SIZE):
         raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
+    check_poison(options.poison, granule or PAGE_SIZE)
     return MachineOptions(
         memory_bytes=memory,
         trap=trap,

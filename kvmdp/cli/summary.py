@@ -38,6 +38,12 @@ def results(result: RunResult) -> dict[str, Any]:
         "expected_checksum": None if expected is None else f"{expected:#018x}",
         "pages_checked": result.pages_checked,
         "wrong_pages": [f"{gpa:#x}" for gpa in result.wrong_pages],
+        "poison": {
+            "pages": [f"{gpa:#x}" for gpa in result.poison.pages],
+            "expected": None if result.poison.expected is None else [f"{gpa:#x}" for gpa in result.poison.expected],
+            "machine_checks": result.poison.machine_checks,
+            "addresses": [f"{gpa:#x}" for gpa in result.poison.addresses],
+        },
     }
 
 
@@ -75,6 +81,8 @@ def print_summary(document: dict[str, Any]) -> None:
         print(
             f"stalls     {document['stalls']} times KVM spun on an access without an exit; the watchdog resolved it"
         )
+    if document["poison"]["pages"] or document["poison"]["machine_checks"]:
+        _print_poison(document["poison"])
     if document["expected_checksum"] is None:
         why = "of a program" if document["workload"] == "program" else "without --image to compare with"
         print(f"checksum   guest {document['guest_checksum']} (nothing is expected {why})")
@@ -83,6 +91,17 @@ def print_summary(document: dict[str, Any]) -> None:
     print(f"checksum   guest {document['guest_checksum']}, host {document['expected_checksum']}: {same}")
     wrong = f"WRONG at gpa {', '.join(document['wrong_pages'])}" if document["wrong_pages"] else "all exact"
     print(f"bytes      {document['pages_checked']} present pages compared with the source: {wrong}")
+
+
+def _print_poison(poison: dict[str, Any]) -> None:
+    expected, addresses = poison["expected"], poison["addresses"]
+    if expected is None:
+        verdict = f"at gpa {', '.join(addresses)} (nothing is expected of a program)" if addresses else "none taken"
+    elif addresses == expected and poison["machine_checks"] == len(expected):
+        verdict = f"one for each of them that the guest touched, at gpa {', '.join(addresses) or 'none'}"
+    else:
+        verdict = f"WRONG: at gpa {', '.join(addresses) or 'none'}, expected {', '.join(expected) or 'none'}"
+    print(f"poison     {len(poison['pages'])} pages, {poison['machine_checks']} machine checks: {verdict}")
 
 
 def leak_records(leaks: list[Leak]) -> list[dict[str, Any]]:
