@@ -15,7 +15,7 @@ from kvmdp.memory.size import format_size
 def results(result: RunResult) -> dict[str, Any]:
     """Return the part of the JSON document that the run decides."""
     counters = result.counters
-    expected = result.expected_checksum
+    expected, poison = result.expected_checksum, result.poison
     return {
         "ok": result.ok,
         "granule": result.granule,
@@ -37,14 +37,18 @@ def results(result: RunResult) -> dict[str, Any]:
         "guest_checksum": f"{result.guest_checksum:#018x}",
         "expected_checksum": None if expected is None else f"{expected:#018x}",
         "pages_checked": result.pages_checked,
-        "wrong_pages": [f"{gpa:#x}" for gpa in result.wrong_pages],
+        "wrong_pages": _gpas(result.wrong_pages),
         "poison": {
-            "pages": [f"{gpa:#x}" for gpa in result.poison.pages],
-            "expected": None if result.poison.expected is None else [f"{gpa:#x}" for gpa in result.poison.expected],
-            "machine_checks": result.poison.machine_checks,
-            "addresses": [f"{gpa:#x}" for gpa in result.poison.addresses],
+            "pages": _gpas(poison.pages),
+            "expected": None if poison.expected is None else _gpas(poison.expected),
+            "machine_checks": poison.machine_checks,
+            "addresses": _gpas(poison.addresses),
         },
     }
+
+
+def _gpas(numbers: list[int]) -> list[str]:
+    return [f"{gpa:#x}" for gpa in numbers]
 
 
 def _latency(result: RunResult) -> dict[str, float | None]:
