@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvmdp import __version__
 from kvmdp.cli.disk_options import disk_device
 from kvmdp.cli.output import (
@@ -34,6 +36,7 @@ from kvmdp.machine.workloads import (
     make_workload,
     program_blocks,
 )
+from kvmdp.machine.workloads.poison import choose_pages
 from kvmdp.memory.backing import BACKINGS, MemfdBacking
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
@@ -218,6 +221,10 @@ def _execute(
     try:
         if options.guest is not None:
             blocks = program_blocks(work)
+            try:
+                poisoned = choose_pages(work, np.arange(work.memory_bytes // PAGE_SIZE))
+            except ValueError as error:
+                raise UsageError(str(error)) from None
             with disk_device(options, 0) as device:
                 return run_program(
                     machine,
@@ -228,6 +235,7 @@ def _execute(
                     on_start=on_start,
                     detector=detector,
                     device=device,
+                    poisoned=poisoned,
                 )
         try:
             workload = make_workload(options.workload, work)

@@ -9,9 +9,11 @@ from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import read_program, vector_flags
 from kvmdp.machine.experiment import usable_memory
 from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.poison import check_poison
 from kvmdp.machine.probe import choose_trap, working_traps
 from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions
+from kvmdp.machine.workloads.poison import Poison
 from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
@@ -170,6 +172,13 @@ def _add_work_options(group: argparse._ArgumentGroup) -> None:
         help="touch: accesses a vCPU makes (default: one for each of its pages)",
     )
     option(
+        "--poison",
+        type=int,
+        default=0,
+        metavar="N",
+        help="poison, programs: N pages that give a machine check, chosen by the seed (default: 0)",
+    )
+    option(
         "--iterations", type=int, default=1, metavar="N", help="atomic: passes over the pages (default: 1)"
     )
     option(
@@ -216,6 +225,7 @@ def plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workload
         operation=options.operation,
         vector=vector,
         pv=pv,
+        poison=options.poison,
     )
 
 
@@ -233,6 +243,11 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         )
     if options.guest is None and options.workload not in WORKLOADS:
         raise ValueError(f"there is no workload {options.workload!r}: choose from {', '.join(WORKLOADS)}")
+    if options.poison and options.guest is None and options.workload != Poison.name:
+        raise ValueError(
+            f"--poison is for the workload poison and for programs of your own: {options.workload} does not survive a "
+            "machine check; give --workload poison, or leave it out"
+        )
     mode = None if options.uffd_mode is None else parse_mode(options.uffd_mode)
     if mode is not None and options.trap != "userfaultfd":
         raise ValueError("--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out")
@@ -247,11 +262,15 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         check_granule(granule)
     elif granule not in (None, PAGE_SIZE):
         raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
+<<<<<<< HEAD
+    check_poison(options.poison, granule or PAGE_SIZE)
+=======
     limit = None if options.resident_limit is None else parse_size(options.resident_limit)
     if limit is not None:
         retained = memory - usable_memory(memory, options.page_tables)
         pages_a_fault = max(options.fault_around, (granule or PAGE_SIZE) // PAGE_SIZE)
         check_limit(limit // PAGE_SIZE, options.vcpus, pages_a_fault, retained // PAGE_SIZE)
+>>>>>>> main
     return MachineOptions(
         memory_bytes=memory,
         resident_limit=limit,

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
-from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SYNC_REGS
+from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_MCE, KVM_CAP_SYNC_REGS
 from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS
 from kvmdp.kvm import Kvm, Vcpu, Vm
+from kvmdp.kvm.machine_check import guest_mcg_cap
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
 from kvmdp.machine.hostinfo import uses_nested_paging, vmalloc_used
@@ -98,7 +99,8 @@ class Machine:
     before the guest runs. `set_parameters` comes before `run`. `setup_seconds` says what each phase
     took, `slot_bytes` what kernel memory (vmalloc) arming took; the rest of the machine's state is in `pager`,
     `memory` and `threads`. Under a hybrid trap `device_view` is where threads of this process read and write RAM
-    by plain loads and stores until the machine stops; else it is None.
+    by plain loads and stores until the machine stops; else it is None. `has_machine_checks` says whether this KVM lets
+    a guest know of poisoned memory.
 
     Raises ValueError for options that make no sense, KvmError or UnsupportedError where the host lacks what they
     need.
@@ -158,12 +160,16 @@ class Machine:
             )
             cpuid = guest_cpuid(kvm, self.pv.features)
             vector = vector_flags(kvm)
+            mcg_cap = guest_mcg_cap(kvm.mce_capabilities()) if kvm.check_extension(KVM_CAP_MCE) else None
+            self.has_machine_checks = mcg_cap is not None
             self.ports = Ports()
             Loopback(self.ports, options.vcpus)
             self.threads: list[VcpuThread] = []
             for index in range(options.vcpus):
                 vcpu = stack.enter_context(self.vm.create_vcpu(index))
                 set_boot_state(vcpu, cpuid, vector, self.page_tables)
+                if mcg_cap is not None:
+                    vcpu.setup_mce(mcg_cap)
                 if kvm.check_extension(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS:
                     vcpu.sync_registers()
                 self.threads.append(self._thread_of(vcpu))

@@ -32,12 +32,16 @@ from kvmdp.abi.mman import MADV_REMOVE
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import Waiter
-from kvmdp.paging.fault import Origin, Outcome, PageFault
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
 from kvmdp.paging.trap.view import UffdTrap
 
 _UNKNOWN = -1  # userfaultfd does not say which vCPU it was
+NO_POISON = (
+    "the trap userfaultfd cannot make a poisoned page a machine check here: this kernel's userfaultfd lacks poison markers "
+    "(UFFDIO_POISON, Linux 6.6): use a newer kernel, or another trap"
+)
 
 UffdMode = Literal["missing", "minor"]
 
@@ -163,8 +167,21 @@ class UserfaultfdTrap(UffdTrap):
             return True
         if outcome is Outcome.CANCELLED:
             self._release_sleeper(page)
+        elif outcome is Outcome.POISONED:
+            self._poison(page)
         # Else parked, or never to be resolved: the source has failed, and whoever sleeps is let go of at the stop.
         return outcome is Outcome.ADMITTED
+
+    def _poison(self, page: int) -> None:
+        """Have who sleeps on a poisoned page leave KVM_RUN with a SIGBUS: only its own thread can inject.
+
+        If the page has been healed since, and mapped, it stays so, and the sleeper is woken.
+        """
+        assert self._presence is not None
+        if supported_features() & abi.UFFD_FEATURE_POISON:
+            self._uffd_of(page).poison(self._hva(page), PAGE_SIZE)
+        else:
+            self._presence.abort(PagingError(NO_POISON))
 
     def _map_again(self, page: int) -> None:
         """Map a present page that had gone from the page table, pinned so that no revocation ends meanwhile."""
