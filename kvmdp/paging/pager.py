@@ -323,6 +323,16 @@ class DemandPager(Resolver):
         if self.enabled:
             self.trap.release_sleepers()
 
+    def resume(self) -> None:
+        """Undo `cancel`: an access to an absent page is a fault again. No vCPU may run.
+
+        A source in another process that has been told to give up stays so: what it has not filled cannot be had.
+        """
+        with self.mutex:
+            self.ledger.cancelled = False
+        if self.enabled:
+            self.trap.hold_sleepers()
+
     def close(self) -> None:
         """Give the bitmap back; nobody may use the pager any more."""
         self.bitmap.close()

@@ -101,6 +101,9 @@ class FakeTrap:
     def reassert(self, first, count):
         self.calls.append(("reassert", first, count))
 
+    def hold_sleepers(self):
+        pass
+
     def release_sleepers(self):
         pass
 

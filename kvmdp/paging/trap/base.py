@@ -107,6 +107,10 @@ class Trap(Protocol):
         """Wake every vCPU that sleeps in the kernel on an absent page: the machine is stopping."""
         ...
 
+    def hold_sleepers(self) -> None:
+        """Undo `release_sleepers`, with every vCPU out of KVM_RUN: the machine runs again."""
+        ...
+
     def close(self) -> None:
         """Stop what serves the trap and give back what it holds; memslots go with the VM."""
         ...

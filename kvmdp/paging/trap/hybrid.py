@@ -81,6 +81,10 @@ class HybridTrap:
         """End the device view: whoever sleeps on an absent page wakes to an error."""
         self._devices.release()
 
+    def hold_sleepers(self) -> None:
+        """Do nothing but for the exit trap: a device view that has ended stays so."""
+        self._vcpus.hold_sleepers()
+
     def close(self) -> None:
         """End the device view, wait until no device is in an access, give everything back."""
         self._devices.close()

@@ -60,6 +60,9 @@ class MarkerTrap(UffdTrap):
     def release_sleepers(self) -> None:
         """Do nothing: an access to an absent page is an exit, nobody sleeps."""
 
+    def hold_sleepers(self) -> None:
+        """Do nothing, as `release_sleepers`."""
+
     def reassert(self, first: int, count: int) -> None:
         """Admit pages again that are present and have trapped: the reader put a marker where none belongs.
 

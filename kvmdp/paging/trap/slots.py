@@ -197,6 +197,9 @@ class SlotTrap:
     def release_sleepers(self) -> None:
         """Do nothing: an access to an absent page is an exit, nobody sleeps."""
 
+    def hold_sleepers(self) -> None:
+        """Do nothing, as `release_sleepers`."""
+
     def close(self) -> None:
         """Give back the slots' reserved addresses."""
         self._slots.close()

@@ -80,8 +80,7 @@ class UffdView:
     def arm(self, presence: Presence) -> None:
         """Register the view and start the readers."""
         self._presence = presence
-        for first, count, uffd in self._pieces(0, self._pages):
-            uffd.register(self._hva(first), count * PAGE_SIZE, self._mode)
+        self.register()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for shard, uffd in enumerate(self._uffds):
             for number in range(self._readers_each):
@@ -93,6 +92,11 @@ class UffdView:
         """Stop the readers and unregister the view."""
         self._stop_readers()
         self.unregister()
+
+    def register(self) -> None:
+        """Have faults on the view go to userfaultfd."""
+        for first, count, uffd in self._pieces(0, self._pages):
+            uffd.register(self._hva(first), count * PAGE_SIZE, self._mode)
 
     def unregister(self) -> None:
         """Make the view plain memory, which wakes whoever sleeps on it."""
