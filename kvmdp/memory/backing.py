@@ -19,6 +19,7 @@ from kvmdp.abi.mman import (
     MADV_DONTDUMP,
     MADV_DONTFORK,
     MADV_NOHUGEPAGE,
+    MADV_REMOVE,
 )
 from kvmdp.memory.mapping import Mapping
 
@@ -43,6 +44,13 @@ class Backing:
         guest.advise(MADV_DONTDUMP)
         # A huge page that the kernel puts together by itself would make absent pages present.
         guest.advise(MADV_NOHUGEPAGE)
+
+    def forget(self, offset: int, length: int) -> None:
+        """Give up the bytes of a range that no view has mapped for anybody's use, and free their memory."""
+        if self.shared:
+            self.vmm.advise(MADV_REMOVE, offset, length)
+        else:
+            self.vmm.drop(offset, length)
 
     def close(self) -> None:
         """Unmap all views; a second call does nothing."""

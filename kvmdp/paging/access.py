@@ -17,7 +17,16 @@ import numpy.typing as npt
 
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE, GuestLayout
-from kvmdp.paging.fault import Access, BusyError, CancelledError, Origin, Outcome, PageFault, PagingError
+from kvmdp.paging.fault import (
+    Access,
+    BusyError,
+    CancelledError,
+    Origin,
+    Outcome,
+    PageFault,
+    PagingError,
+    PoisonedError,
+)
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.resolver import Cancellation
 
@@ -298,6 +307,8 @@ class GuestMemory:
             raise self._pager.error or CancelledError(
                 f"{where} is no longer waited for: the machine stops, or the access was called off"
             )
+        if outcome is Outcome.POISONED:
+            raise PoisonedError(f"{where} is poisoned: what was in it is lost")
         raise self._pager.error or PagingError(f"{where} cannot be made present: {outcome.name.lower()}")
 
 

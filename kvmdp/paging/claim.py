@@ -20,6 +20,8 @@ class State(enum.IntEnum):
     ZERO = 4  # a hole of the source: reads as zeros
     EVICTING = 5  # in RAM, being taken away by the owner of a claim
     ADMITTING = 6  # in RAM and its bit set, but the trap is still being told
+    SINK = 7  # evicted: in the sink
+    POISON = 8  # unusable, until somebody gives it new bytes
 
 
 class Wake(enum.Enum):
@@ -82,7 +84,10 @@ class Counters:
         "claims",
         "pages_admitted",
         "pages_backed",
+        "pages_discarded",
+        "pages_evicted",
         "pages_fetched",
+        "pages_refetched",
         "pages_revoked",
         "pages_zeroed",
         "retries",
@@ -96,5 +101,8 @@ class Counters:
         self.pages_fetched = 0  # read from the source
         self.pages_zeroed = 0  # holes of the source
         self.pages_backed = 0  # admitted again without a fetch
+        self.pages_refetched = 0  # read from the sink
+        self.pages_evicted = 0  # written to the sink, or back to the source
+        self.pages_discarded = 0  # their bytes thrown away, wherever they were
         self.pages_admitted = 0
         self.pages_revoked = 0

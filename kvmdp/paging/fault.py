@@ -13,6 +13,7 @@ __all__ = [
     "Outcome",
     "PageFault",
     "PagingError",
+    "PoisonedError",
     "UnsupportedError",
 ]
 
@@ -31,6 +32,10 @@ class FrozenError(PagingError):
 
 class CancelledError(PagingError):
     """The wait for a page was called off: the machine is stopping, or somebody withdrew the access."""
+
+
+class PoisonedError(PagingError):
+    """The page is poisoned: what was in it is lost. Nothing was touched."""
 
 
 class UnsupportedError(Exception):

@@ -22,12 +22,17 @@ from kvmdp.paging.claim import Claim, Counters, State, Waiter, Wake
 from kvmdp.paging.fault import Outcome
 
 # Looked up in the hot path, where an enum member costs an attribute access and a comparison by method.
-_SOURCE, _INFLIGHT, _PRESENT, _BACKED, _ZERO, _EVICTING, _ADMITTING = (bytes([state]) for state in State)
-_CLAIMABLE = frozenset((State.SOURCE, State.BACKED, State.ZERO))
+_SOURCE, _INFLIGHT, _PRESENT, _BACKED, _ZERO, _EVICTING, _ADMITTING, _SINK, _POISON = (
+    bytes([state]) for state in State
+)
+_CLAIMABLE = frozenset((State.SOURCE, State.BACKED, State.ZERO, State.SINK))
 _DISCARDED = bytes.maketrans(_PRESENT + _BACKED, _ZERO * 2)
 _PRESENT_BYTE = int(State.PRESENT)
 _ADMITTING_BYTE = int(State.ADMITTING)
 _INFLIGHT_BYTE = int(State.INFLIGHT)
+_POISON_BYTE = int(State.POISON)
+_LOOKED_AT = 1 << 16  # pages that are looked at in one step for what can be taken
+_PASS_OVER, _TAKE, _REVOKE, _WAIT = b".APW"
 
 
 class Ledger:
@@ -54,6 +59,7 @@ class Ledger:
         self.counters = Counters()
         self.claims: list[Claim] = []  # as many as threads that resolve: a list beats any tree
         self.cancelled = False
+        self.resident = 0  # pages whose bytes are in RAM, but for those that are being filled
         # Grows after pages have left PRESENT and before their bytes are touched (`kvmdp.paging.access` reads it).
         self.departures = 0
         self._bounds = tuple(bounds)
@@ -71,6 +77,8 @@ class Ledger:
             return self._claim_on(page)
         if self.cancelled:
             return Outcome.CANCELLED
+        if state == _POISON_BYTE:
+            return Outcome.POISONED
         return None if state in _CLAIMABLE else self._claim_on(page)
 
     def _claim_on(self, page: int) -> Claim:
@@ -124,9 +132,12 @@ class Ledger:
         fetched = before.count(_SOURCE)
         counters.pages_admitted += count
         counters.pages_fetched += fetched
+        self.resident += count
         if fetched != count:
             counters.pages_zeroed += before.count(_ZERO)
+            counters.pages_refetched += before.count(_SINK)
             counters.pages_backed += before.count(_BACKED)
+            self.resident -= _in_ram(before)
         self.states[claim.first : claim.first + count] = _PRESENT * count
         return self._take_off(claim, Wake.COMMITTED)
 
@@ -134,6 +145,7 @@ class Ledger:
         """End a claim in any other way: its pages are in `states`, a byte each. Returns whom to notify."""
         first, count = claim.first, claim.count
         self.states[first : first + count] = states
+        self.resident += _in_ram(states) - _in_ram(claim.before)
         if states == _PRESENT * count:
             self.bitmap.set_range(first, count)
         else:
@@ -240,6 +252,45 @@ class Ledger:
         self.claims.append(claim)
         return claim, None, last
 
+    def begin_take(
+        self, page: int, end: int, most: int, kinds: bytes
+    ) -> tuple[Claim | None, Claim | None, int]:
+        """Claim the next run of [page, end) that can be taken away, present or absent; `kinds` says what that is.
+
+        `kinds` is of `takeable`. Returns what `begin_revoke` does. The run of a claim is present (as its `before` says)
+        or absent as a whole, and then EVICTING all the same: whoever faults waits. Widened to whole units where it is
+        absent, so some of its pages may be of a state that was not asked for: to be left as they were.
+        """
+        found = self.states[page : min(end, page + _LOOKED_AT)].translate(kinds)
+        rest = found.lstrip(b".")
+        first = page + len(found) - len(rest)
+        if self.cancelled:
+            return None, None, end
+        if not rest:
+            return None, None, first
+        if rest[0] == _WAIT:
+            return None, self._claim_on(first), first
+        if rest[0] == _REVOKE:
+            return self.begin_revoke(first, end, most)
+        low, high = self.bounds_of(first)
+        count = min(len(rest) - len(rest.lstrip(b"A")), max(most, self.unit))
+        first, last = self._whole_units(first, min(first + count, high))
+        first, last = max(first, low), min(last, high)
+        claim = Claim(first, last - first, bytes(self.states[first:last]))
+        self.states[first:last] = _EVICTING * (last - first)
+        self.claims.append(claim)
+        return claim, None, last
+
+    def begin_heal(self, page: int) -> Claim | None:
+        """Claim the unit of a poisoned page, to be given new bytes; None if it is not poisoned."""
+        if self.states[page] != _POISON_BYTE:
+            return None
+        first, last = self._whole_units(page, page + 1)
+        claim = Claim(first, last - first, bytes(self.states[first:last]))
+        self.states[first:last] = _INFLIGHT * (last - first)
+        self.claims.append(claim)
+        return claim
+
     def begin_reassert(self, page: int) -> Claim | None:
         """Claim the unit of a present page, which stays present, so that its trap can be told once more."""
         if self.states[page] != _PRESENT_BYTE:
@@ -258,10 +309,27 @@ class Ledger:
         for low, high in (*claimed, (end, end)):
             stop = min(low, end)
             if page < stop:  # nobody's: a bit is set where a page is PRESENT, and nowhere else
+                self.resident -= _in_ram(self.states[page:stop])
                 self.states[page:stop] = self.states[page:stop].translate(_DISCARDED)
                 self.bitmap.clear_range(page, stop - page)
             page = max(page, high)
         self.departures += 1
+
+
+def takeable(*absent: State) -> bytes:
+    """Return the table for `Ledger.begin_take`: present pages are taken, and absent ones in these states."""
+    table = bytearray((_PASS_OVER,)) * 256
+    for state in (State.INFLIGHT, State.EVICTING, State.ADMITTING):
+        table[state] = _WAIT
+    for state in absent:
+        table[state] = _TAKE
+    table[State.PRESENT] = _REVOKE
+    return bytes(table)
+
+
+def _in_ram(states: bytes | bytearray) -> int:
+    """Return how many of the states are of pages whose bytes are in RAM."""
+    return states.count(_PRESENT) + states.count(_BACKED)
 
 
 def _wake(claim: Claim, reason: Wake) -> list[Waiter]:

@@ -1,56 +1,32 @@
-"""The pager: the one way in which a page becomes present (`kvmdp.paging.resolver`) or stops being so.
+"""The pager: the one way in which a page becomes present (`kvmdp.paging.resolver`) or stops being so (`revoker`).
 
-Order of a revocation: state and bit, peers and pins drained, then `trap.revoke` (with every vCPU out of KVM_RUN where
-the trap needs that), then the new state, then wake.
+Here is what concerns all of RAM: switching demand paging on and off, freezing accesses, marking, stopping.
 
 Units: RAM pages, seconds.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from typing import Protocol
 
 import numpy as np
 
 from kvmdp.memory.bitmap import Words, runs_of
 from kvmdp.memory.layout import GuestLayout
-from kvmdp.paging.claim import Claim, State, Wait
-from kvmdp.paging.fault import BusyError, CancelledError, Outcome, PageFault, PagingError
+from kvmdp.paging.claim import State, Wait
+from kvmdp.paging.fault import Outcome, PageFault, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.policy import FaultPolicy
-from kvmdp.paging.resolver import Resolver
+from kvmdp.paging.revoker import Peers, Revoker
 from kvmdp.paging.trap.base import Trap
 from kvmdp.source.base import PageSource, ram_source
 
+__all__ = ["DemandPager", "Peers"]
+
 _MAX_CLAIM = 512  # pages claimed at once when a range is made present: 2 MiB
-_REVOKE_BATCH = 512  # pages revoked at once: bounds how long vCPUs are kept out of KVM_RUN
 
 
-class Peers(Protocol):
-    """Those in other processes who access RAM by themselves wherever its bit is set."""
-
-    def invalidate(self, first: int, count: int, deadline: float | None) -> None:
-        """Return when no peer accesses these pages any more; their bits are cleared.
-
-        `deadline` is of time.monotonic. Raises BusyError if a peer does not let go.
-        """
-        ...
-
-    def freeze(self, deadline: float | None) -> None:
-        """Return when no peer accesses RAM any more, or will before `thaw`; who comes meanwhile is told too.
-
-        Raises BusyError if a peer does not let go; `thaw` follows.
-        """
-        ...
-
-    def thaw(self) -> None:
-        """Let the peers go on."""
-        ...
-
-
-class DemandPager(Resolver):
+class DemandPager(Revoker):
     """Decides what happens to an access to an absent page.
 
     Arguments: where RAM lies; the trap, not yet armed; the source; the policy; the gate the vCPUs pass.
@@ -66,10 +42,7 @@ class DemandPager(Resolver):
     def __init__(
         self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: VcpuGate
     ) -> None:
-        super().__init__(layout, trap, source, policy)
-        self.gate = gate
-        self.enabled = False
-        self.peers: Peers | None = None
+        super().__init__(layout, trap, source, policy, gate)
 
     # Pages that stay
 
@@ -160,81 +133,6 @@ class DemandPager(Resolver):
             return self._carry_out(claim, PageFault(page))
         return self._sleep(wait, None) or Outcome.PRESENT
 
-    def mark_nonpresent(self, first: int, count: int, timeout: float | None = None) -> int:
-        """Shut the guest out of a range: its bytes stay in RAM, the next access traps and costs no fetch.
-
-        vCPUs may run meanwhile. The range is widened to whole units; pages that are retained are passed over. Returns
-        how many pages were shut off. Raises BusyError if somebody keeps a page for longer than `timeout` seconds (None
-        waits): what was taken away before that stays away, the rest is present. PagingError while demand paging is
-        switched off. When the machine stops nothing more is taken away: it returns then too.
-        """
-        page, end = self._checked(first, count)
-        unit = self.ledger.unit
-        page, end = page // unit * unit, min(-(-end // unit) * unit, self.layout.pages)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        revoked = 0
-        while page < end:
-            claim, wait, page = self._begin_revoke(page, end)
-            if wait is not None:
-                wait.wait()  # for an admit that is under way, which does not take long
-            elif claim is not None:
-                try:
-                    self._revoke(claim, deadline)
-                except CancelledError:
-                    break  # as before a claim was had: the pages are as they were
-                revoked += claim.count
-        return revoked
-
-    def _begin_revoke(self, page: int, end: int) -> tuple[Claim | None, Wait | None, int]:
-        """Claim the next present run of [page, end) for revocation; returns it, or what is in the way."""
-        with self.mutex:
-            if not self.enabled:
-                raise PagingError(
-                    "pages cannot be marked while demand paging is switched off: enable it first"
-                )
-            claim, in_the_way, page = self.ledger.begin_revoke(page, end, _REVOKE_BATCH)
-            wait = None
-            if in_the_way is not None:
-                wait = Wait()
-                self.ledger.queue(in_the_way, wait)
-            return claim, wait, page
-
-    def _revoke(self, claim: Claim, deadline: float | None) -> None:
-        try:
-            self._drain(claim, deadline)
-        except BaseException:
-            self._end(claim, State.PRESENT)  # as before: neither bytes nor trap have been touched
-            raise
-        quiesced = self.gate.quiesced() if self.trap.needs_quiesce else contextlib.nullcontext()
-        try:
-            with quiesced:
-                self.trap.revoke(claim.first, claim.count)
-        except BaseException as error:
-            self._end(claim, State.BACKED, PagingError(f"pages could not be revoked: {error}"))
-            raise
-        with self.mutex:
-            self.counters.pages_revoked += claim.count
-        self._end(claim, State.BACKED)
-
-    def _drain(self, claim: Claim, deadline: float | None) -> None:
-        """Wait until nobody in user space is at the pages; nobody can begin to be any more.
-
-        Raises BusyError, CancelledError.
-        """
-        if self.peers is not None:
-            self.peers.invalidate(claim.first, claim.count, deadline)
-        with self.mutex:
-            while self.ledger.pinned(claim):
-                if self.ledger.cancelled:
-                    raise CancelledError("the machine is stopping: pages in use are not taken away any more")
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    gpa = self.layout.gpa_of_page(claim.first)
-                    raise BusyError(
-                        f"the {claim.count} pages from gpa {gpa:#x} are in use: a view of them is open"
-                    )
-                self._unpinned.wait(left)
-
     def mark_bitmap_present(self, words: Words) -> Outcome:
         """Make the pages of a sparse bitmap (`kvmdp.memory.bitmap`) present."""
         for first, count in self._runs(words):
@@ -254,13 +152,6 @@ class DemandPager(Resolver):
                 f"not {words.dtype}{list(words.shape)}"
             )
         return [(int(first), int(count)) for first, count in runs_of(words, self.layout.pages)]
-
-    def _checked(self, first: int, count: int) -> tuple[int, int]:
-        if count < 1 or first < 0 or first + count > self.layout.pages:
-            raise IndexError(
-                f"pages {first} to {first + count - 1} are not all in the {self.layout.pages} of RAM"
-            )
-        return first, first + count
 
     # Switching on and off, stopping
 
@@ -334,5 +225,7 @@ class DemandPager(Resolver):
             self.trap.hold_sleepers()
 
     def close(self) -> None:
-        """Give the bitmap back; nobody may use the pager any more."""
+        """Give bitmap and sink back; nobody may use the pager any more."""
         self.bitmap.close()
+        if self.sink is not None:
+            self.sink.close()

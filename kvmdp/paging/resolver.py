@@ -21,6 +21,7 @@ from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake
 from kvmdp.paging.fault import Outcome, PageFault, PagingError
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.policy import FaultPolicy
+from kvmdp.paging.sink import Sink
 from kvmdp.paging.trap.base import Trap
 from kvmdp.source.base import PageSource, SourceError, asking
 
@@ -60,7 +61,8 @@ class Resolver:
     """The half of `DemandPager` that makes pages present.
 
     `accesses` is the gate of those that no vCPU makes, `vcpu_accesses` of what is done on a vCPU's account: never shut.
-    `mutex` guards the ledger, `error` and the gates; the rest is as the pager has it.
+    `mutex` guards the ledger, `error` and the gates; the rest is as the pager has it. `housekeeping` is called after
+    each fault that was resolved by a thread that may sleep, with no claim held and no pin.
     """
 
     def __init__(self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy) -> None:
@@ -87,6 +89,8 @@ class Resolver:
         self._source = source
         self._policy = policy
         self._fill_view = trap.fill_view
+        self.sink: Sink | None = None
+        self.housekeeping: list[Callable[[], None]] = []
 
     # A fault
 
@@ -102,7 +106,10 @@ class Resolver:
         while True:
             step = self.begin(fault)
             if isinstance(step, Claim):
-                return self._carry_out(step, fault)
+                done = self._carry_out(step, fault)
+                for work in self.housekeeping:
+                    work()
+                return done
             if isinstance(step, Outcome):
                 return step
             assert isinstance(step, Wait)
@@ -211,6 +218,9 @@ class Resolver:
                 self._fetch(offset, destination)
             elif state == State.ZERO:
                 destination[:] = bytes(length)
+            elif state == State.SINK:
+                assert self.sink is not None
+                self.sink.fill(offset, destination)
             start = end
 
     def _fetch(self, offset: int, destination: memoryview) -> None:

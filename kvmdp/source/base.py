@@ -92,6 +92,15 @@ class PageSource(Protocol):
 
 
 @runtime_checkable
+class WritableSource(PageSource, Protocol):
+    """A source that takes pages back, whose later `fill` gives what was stored last."""
+
+    def store(self, offset: int, content: memoryview) -> None:
+        """Keep whole pages from `offset` on, inside `size`, holes too. Raises SourceError."""
+        ...
+
+
+@runtime_checkable
 class RamSource(PageSource, Protocol):
     """A source whose pages another process writes straight into RAM: it fills nothing else, and is told of it first."""
 

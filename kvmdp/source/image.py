@@ -39,9 +39,11 @@ class ImageSource:
     at any offset; OSError if the kernel fails.
     """
 
+    _flags = os.O_RDONLY
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
-        self._fd = _open(self.name)
+        self._fd = _open(self.name, self._flags)
         try:
             self._file_size = os.lseek(self._fd, 0, os.SEEK_END)
             if not self._file_size:
@@ -90,15 +92,33 @@ class ImageSource:
             self._fd = -1
 
 
-def _open(path: str) -> int:
-    """Open the image for reading; `ImageError` unless it is a regular file or a block device."""
+class WritableImageSource(ImageSource):
+    """An image that takes pages back; its file never becomes longer. A `WritableSource`."""
+
+    _flags = os.O_RDWR
+
+    def store(self, offset: int, content: memoryview) -> None:
+        """Write whole pages from `offset` on, of the last one what the file has. Raises `SourceError`."""
+        check_range(self, offset, content.nbytes)
+        wanted = min(content.nbytes, self._file_size - offset)
+        done = 0
+        while done < wanted:
+            try:
+                done += os.pwritev(self._fd, [content[done:wanted]], offset + done)
+            except OSError as error:
+                raise SourceError(self.name, offset, content.nbytes, str(error)) from error
+
+
+def _open(path: str, flags: int) -> int:
+    """Open the image; `ImageError` unless it is a regular file or a block device."""
     try:
         # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError:
         raise ImageError(f"image {path!r} does not exist: check the path") from None
     except PermissionError:
-        raise ImageError(f"image {path!r} is not readable for this user: change its mode") from None
+        wanted = "readable" if flags == os.O_RDONLY else "readable and writable"
+        raise ImageError(f"image {path!r} is not {wanted} for this user: change its mode") from None
     except OSError as error:
         # ENXIO is what open(2) says of a socket.
         absent = "is a socket, or its device is absent"

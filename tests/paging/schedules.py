@@ -15,7 +15,7 @@ from kvmdp.paging.claim import State, Waiter, Wake
 from kvmdp.paging.fault import Outcome
 from kvmdp.paging.ledger import Ledger
 
-SOURCE, INFLIGHT, PRESENT, BACKED, ZERO, EVICTING, ADMITTING = State
+SOURCE, INFLIGHT, PRESENT, BACKED, ZERO, EVICTING, ADMITTING, SINK, POISON = State
 CLAIMABLE = (SOURCE, BACKED, ZERO)
 HAS_BIT = bytes(state in (PRESENT, ADMITTING) for state in range(256))
 IS_CLAIMED = bytes(state in (INFLIGHT, EVICTING, ADMITTING) for state in range(256))

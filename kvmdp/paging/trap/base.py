@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kvmdp.memory.bitmap import PresentBitmapView
@@ -39,6 +40,10 @@ class Presence(Protocol):
 
     def discarded(self, first: int, count: int) -> None:
         """Take note that the bytes of these pages have gone, or are going: they read as zeros from now on."""
+        ...
+
+    def quiesced(self) -> AbstractContextManager[None]:
+        """Keep every vCPU out of KVM_RUN for the time of the block."""
         ...
 
     def abort(self, error: PagingError) -> None:
@@ -97,6 +102,13 @@ class Trap(Protocol):
 
     def revoke(self, first: int, count: int) -> None:
         """Shut the guest out of present pages and keep their bytes, so that `admit` brings them back."""
+        ...
+
+    def forget(self, first: int, count: int) -> None:
+        """Give up the bytes of pages that are revoked, and the memory behind them where it can be freed.
+
+        What is read there afterwards is undefined. Nobody is at the pages: they are claimed.
+        """
         ...
 
     def reassert(self, first: int, count: int) -> None:

@@ -73,6 +73,10 @@ class HybridTrap:
         self._devices.drop(first, count)
         self._vcpus.revoke(first, count)
 
+    def forget(self, first: int, count: int) -> None:
+        """Free the memory behind pages that neither side has mapped."""
+        self._vcpus.forget(first, count)
+
     def reassert(self, first: int, count: int) -> None:
         """Do what the exit trap does: a reader that finds a page unmapped maps it."""
         self._vcpus.reassert(first, count)

@@ -191,6 +191,10 @@ class SlotTrap:
         self._slots.unmap()
         self._slots.map_plain()
 
+    def forget(self, first: int, count: int) -> None:
+        """Free the memory behind absent pages."""
+        self._backing.forget(first * PAGE_SIZE, count * PAGE_SIZE)
+
     def reassert(self, first: int, count: int) -> None:
         """Do nothing: a slot does not go away by itself."""
 

@@ -289,6 +289,13 @@ class UffdTrap(UffdView):
             start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
             self._staging.view[start:end] = self._backing.vmm.view[start:end]
 
+    def forget(self, first: int, count: int) -> None:
+        """Free the memory behind absent pages, in the staging area or the memory file; markers stay."""
+        if self._staging is not None:
+            self._staging.drop(first * PAGE_SIZE, count * PAGE_SIZE)
+        else:
+            self._backing.forget(first * PAGE_SIZE, count * PAGE_SIZE)
+
     def poison_absent(self) -> None:
         """Put markers on all that is absent: an access there is an exit."""
         assert self._presence is not None

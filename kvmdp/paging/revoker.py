@@ -1,0 +1,327 @@
+"""How a page stops being present: shut off, evicted, discarded or poisoned; and how a poisoned one is healed.
+
+Order: state EVICTING and bit, peers and pins drained, then `trap.revoke` (with every vCPU out of KVM_RUN where the trap
+needs that), then the bytes saved or dropped, then the new state, then wake. Nobody can write to a page after
+`trap.revoke`, and whoever faults on it waits for the claim: so no write between save and removal is lost.
+
+Units: RAM pages, seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.paging.claim import Claim, State, Wait
+from kvmdp.paging.fault import BusyError, CancelledError, PagingError
+from kvmdp.paging.gate import VcpuGate
+from kvmdp.paging.ledger import takeable
+from kvmdp.paging.policy import FaultPolicy
+from kvmdp.paging.resolver import Resolver
+from kvmdp.paging.sink import FileSink
+from kvmdp.paging.trap.base import Trap
+from kvmdp.source.base import PageSource, SourceError, WritableSource
+
+_REVOKE_BATCH = 512  # pages revoked at once: bounds how long vCPUs are kept out of KVM_RUN
+
+_IN_RAM = (int(State.PRESENT), int(State.BACKED))
+_PRESENT = int(State.PRESENT)
+_SHUT_OFF = takeable()
+_EVICTABLE = takeable(State.BACKED)
+_DISCARDABLE = takeable(State.BACKED, State.SOURCE, State.SINK)
+_POISONABLE = takeable(State.BACKED, State.SOURCE, State.SINK, State.ZERO)
+
+
+class Peers(Protocol):
+    """Those in other processes who access RAM by themselves wherever its bit is set."""
+
+    def invalidate(self, first: int, count: int, deadline: float | None) -> None:
+        """Return when no peer accesses these pages any more; their bits are cleared.
+
+        `deadline` is of time.monotonic. Raises BusyError if a peer does not let go.
+        """
+        ...
+
+    def freeze(self, deadline: float | None) -> None:
+        """Return when no peer accesses RAM any more, or will before `thaw`; who comes meanwhile is told too.
+
+        Raises BusyError if a peer does not let go; `thaw` follows.
+        """
+        ...
+
+    def thaw(self) -> None:
+        """Let the peers go on."""
+        ...
+
+
+class Revoker(Resolver):
+    """The half of `DemandPager` that takes pages away."""
+
+    def __init__(
+        self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: VcpuGate
+    ) -> None:
+        super().__init__(layout, trap, source, policy)
+        self.gate = gate
+        self.enabled = False
+        self.peers: Peers | None = None
+
+    def quiesced(self) -> AbstractContextManager[None]:
+        """Keep every vCPU out of KVM_RUN for the time of the block. Raises PagingError if one does not come out."""
+        return self.gate.quiesced()
+
+    # Taking away. All may be called while vCPUs and devices run.
+
+    def mark_nonpresent(self, first: int, count: int, timeout: float | None = None) -> int:
+        """Shut the guest out of a range: its bytes stay in RAM, the next access traps and costs no fetch.
+
+        The range is widened to whole units; pages that are retained are passed over. Returns how many pages were shut
+        off. Raises BusyError if somebody keeps a page for longer than `timeout` seconds (None waits): what was taken
+        away before that stays away, the rest is present. PagingError while demand paging is switched off. When the
+        machine stops nothing more is taken away: it returns then too.
+        """
+        return self._take_away(first, count, timeout, _SHUT_OFF, self._keep)
+
+    def evict(self, first: int, count: int, timeout: float | None = None) -> int:
+        """Move the bytes of a range out of RAM: the next access brings back exactly those.
+
+        They go to `sink`, which is a FileSink if nobody has set another before the first eviction. Pages whose bytes
+        are not in RAM are left alone. Returns how many pages were evicted; widened, passed over and raising as
+        `mark_nonpresent`, and raises PagingError if the sink takes no more: those pages stay in RAM.
+        """
+        self._have_sink()
+        return self._take_away(first, count, timeout, _EVICTABLE, self._store)
+
+    def write_back(self, first: int, count: int, timeout: float | None = None) -> int:
+        """Evict a range into the source it came from; as `evict`.
+
+        Raises PagingError if the source takes no pages (`kvmdp.source.base.WritableSource`).
+        """
+        if not isinstance(self._source, WritableSource):
+            raise PagingError(
+                f"{self._source.name} takes no pages back: evict them to a sink, or open the image for writing"
+            )
+        return self._take_away(first, count, timeout, _EVICTABLE, self._give_back)
+
+    def discard(self, first: int, count: int, timeout: float | None = None) -> int:
+        """Throw the bytes of a range away, wherever they are: the next access finds zeros, as after a balloon.
+
+        Returns how many pages had other bytes before, or might have; widened, passed over and raising as
+        `mark_nonpresent`.
+        """
+        return self._take_away(first, count, timeout, _DISCARDABLE, self._drop)
+
+    def poison(self, page: int, timeout: float | None = None) -> tuple[int, int]:
+        """Make a page, and its unit, unusable: its bytes are lost, the next access is a machine check.
+
+        Returns the unit, (first, count). Raises PagingError if it is poisoned already or retained, BusyError as
+        `mark_nonpresent`.
+        """
+        self._checked(page, 1)
+        unit = self.ledger.unit
+        first = page // unit * unit
+        count = min(unit, self.layout.pages - first)
+        taken = self._take_away(first, count, timeout, _POISONABLE, self._spoil)
+        if taken != count and not self.ledger.cancelled:
+            why = "poisoned already" if self.ledger.states[page] == State.POISON else "in use by KVM itself"
+            raise PagingError(
+                f"the page at gpa {self.layout.gpa_of_page(page):#x} cannot be poisoned: it is {why}"
+            )
+        return first, count
+
+    def unpoison(self, page: int, content: bytes) -> None:
+        """Give a poisoned page, with its unit, new bytes, and admit it.
+
+        `content` is as long as the unit. Raises PagingError if the page is not poisoned.
+        """
+        self._checked(page, 1)
+        with self.mutex:
+            claim = self.ledger.begin_heal(page)
+        gpa = self.layout.gpa_of_page(page)
+        if claim is None:
+            raise PagingError(f"the page at gpa {gpa:#x} is not poisoned: there is nothing to heal")
+        offset, length = claim.first * PAGE_SIZE, claim.count * PAGE_SIZE
+        if len(content) != length:
+            self._end(claim, claim.before)
+            raise ValueError(
+                f"{len(content)} bytes for gpa {gpa:#x}, where {length} are poisoned: give all of them"
+            )
+        self._fill_view[offset : offset + length] = content
+        self.commit(claim)
+
+    def _have_sink(self) -> None:
+        with self.mutex:
+            missing = self.sink is None
+        if not missing:
+            return
+        sink = FileSink()
+        with self.mutex:
+            if self.sink is None:
+                self.sink = sink
+                return
+        sink.close()  # another thread was faster
+
+    def _take_away(
+        self,
+        first: int,
+        count: int,
+        timeout: float | None,
+        kinds: bytes,
+        finish: Callable[[int, int, int], State],
+    ) -> int:
+        """Take the pages of a range away that `kinds` names; returns how many.
+
+        `finish` is told of each run of them that was in one state, (first, count, state), and says what they are now.
+        """
+        page, end = self._checked(first, count)
+        unit = self.ledger.unit
+        page, end = page // unit * unit, min(-(-end // unit) * unit, self.layout.pages)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        taken = 0
+        while page < end:
+            claim, wait, page = self._begin_take(page, end, kinds)
+            if wait is not None:
+                if self._sleep(wait, deadline) is not None:
+                    gpa = self.layout.gpa_of_page(page)
+                    raise BusyError(
+                        f"the page at gpa {gpa:#x} is being fetched or taken away by somebody else"
+                    )
+            elif claim is not None:
+                try:
+                    taken += self._take(claim, deadline, kinds, finish)
+                except CancelledError:
+                    break  # as before a claim was had: the pages are as they were
+        return taken
+
+    def _begin_take(self, page: int, end: int, kinds: bytes) -> tuple[Claim | None, Wait | None, int]:
+        """Claim the next run of [page, end) that `kinds` names; returns it, or what is in the way."""
+        with self.mutex:
+            if not self.enabled:
+                raise PagingError(
+                    "pages cannot be marked while demand paging is switched off: enable it first"
+                )
+            claim, in_the_way, page = self.ledger.begin_take(page, end, _REVOKE_BATCH, kinds)
+            wait = None
+            if in_the_way is not None:
+                wait = Wait()
+                self.ledger.queue(in_the_way, wait)
+            return claim, wait, page
+
+    def _take(
+        self,
+        claim: Claim,
+        deadline: float | None,
+        kinds: bytes,
+        finish: Callable[[int, int, int], State],
+    ) -> int:
+        states = bytearray(claim.before)
+        if claim.before[0] == _PRESENT:
+            self._revoke(claim, deadline)
+            states = bytearray((State.BACKED,)) * claim.count  # what they are until they are finished
+        taken = 0
+        try:
+            for start, count in _runs_to_take(claim.before, kinds):
+                done = finish(claim.first + start, count, claim.before[start])
+                states[start : start + count] = bytes((done,)) * count
+                taken += count
+        except (OSError, SourceError) as error:
+            gpa = self.layout.gpa_of_page(claim.first)
+            raise PagingError(
+                f"pages from gpa {gpa:#x} on stay in RAM, they cannot be saved: {error}"
+            ) from error
+        finally:
+            self._end(claim, bytes(states))
+        return taken
+
+    def _revoke(self, claim: Claim, deadline: float | None) -> None:
+        """Shut everybody out of present pages. If that fails the claim has ended."""
+        try:
+            self._drain(claim, deadline)
+        except BaseException:
+            self._end(claim, State.PRESENT)  # as before: neither bytes nor trap have been touched
+            raise
+        quiesced = self.gate.quiesced() if self.trap.needs_quiesce else contextlib.nullcontext()
+        try:
+            with quiesced:
+                self.trap.revoke(claim.first, claim.count)
+        except BaseException as error:
+            self._end(claim, State.BACKED, PagingError(f"pages could not be revoked: {error}"))
+            raise
+        with self.mutex:
+            self.counters.pages_revoked += claim.count
+
+    def _drain(self, claim: Claim, deadline: float | None) -> None:
+        """Wait until nobody in user space is at the pages; nobody can begin to be any more.
+
+        Raises BusyError, CancelledError.
+        """
+        if self.peers is not None:
+            self.peers.invalidate(claim.first, claim.count, deadline)
+        with self.mutex:
+            while self.ledger.pinned(claim):
+                if self.ledger.cancelled:
+                    raise CancelledError("the machine is stopping: pages in use are not taken away any more")
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    gpa = self.layout.gpa_of_page(claim.first)
+                    raise BusyError(
+                        f"the {claim.count} pages from gpa {gpa:#x} are in use: a view of them is open"
+                    )
+                self._unpinned.wait(left)
+
+    # What becomes of the bytes of pages that nobody can touch
+
+    def _keep(self, _first: int, _count: int, _state: int) -> State:
+        return State.BACKED
+
+    def _store(self, first: int, count: int, _state: int) -> State:
+        assert self.sink is not None
+        offset, length = first * PAGE_SIZE, count * PAGE_SIZE
+        self.sink.store(offset, self._fill_view[offset : offset + length])
+        return self._evicted(first, count, State.SINK)
+
+    def _give_back(self, first: int, count: int, _state: int) -> State:
+        assert isinstance(self._source, WritableSource)
+        offset, length = first * PAGE_SIZE, count * PAGE_SIZE
+        self._source.store(offset, self._fill_view[offset : offset + length])
+        return self._evicted(first, count, State.SOURCE)
+
+    def _evicted(self, first: int, count: int, state: State) -> State:
+        self.trap.forget(first, count)
+        with self.mutex:
+            self.counters.pages_evicted += count
+        return state
+
+    def _drop(self, first: int, count: int, state: int) -> State:
+        return self._thrown_away(first, count, state, State.ZERO)
+
+    def _spoil(self, first: int, count: int, state: int) -> State:
+        return self._thrown_away(first, count, state, State.POISON)
+
+    def _thrown_away(self, first: int, count: int, before: int, state: State) -> State:
+        if before in _IN_RAM:
+            self.trap.forget(first, count)
+        with self.mutex:
+            self.counters.pages_discarded += count
+        return state
+
+    def _checked(self, first: int, count: int) -> tuple[int, int]:
+        if count < 1 or first < 0 or first + count > self.layout.pages:
+            raise IndexError(
+                f"pages {first} to {first + count - 1} are not all in the {self.layout.pages} of RAM"
+            )
+        return first, first + count
+
+
+def _runs_to_take(before: bytes, kinds: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (start, count) of each run of pages in one state, of those that `kinds` names."""
+    start = 0
+    while start < len(before):
+        state = before[start]
+        count = len(before) - start - len(before[start:].lstrip(before[start : start + 1]))
+        if kinds[state] in b"AP":
+            yield start, count
+        start += count

@@ -1,0 +1,64 @@
+"""Where the bytes of evicted pages go, and come back from: a file of RAM's size that takes no more than what is in it.
+
+Units: bytes; offsets are into RAM, in the order of the RAM file, whole pages.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+from kvmdp.source.base import SourceError
+
+
+class Sink(Protocol):
+    """Keeps pages. Called from several threads at once, for different pages."""
+
+    def store(self, offset: int, content: memoryview) -> None:
+        """Keep the pages from `offset` on. Raises OSError; then nothing may be relied on of what was there."""
+        ...
+
+    def fill(self, offset: int, destination: memoryview) -> None:
+        """Write over every byte of `destination` what was stored there last. Raises SourceError."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; a second call does nothing."""
+        ...
+
+
+class FileSink:
+    """A `Sink` in an unlinked temporary file in `folder` (default: the system's), which goes with the process.
+
+    Raises OSError if there can be none.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self._fd, path = tempfile.mkstemp(prefix="kvmdp-evicted-", dir=folder)
+        Path(path).unlink()
+
+    def store(self, offset: int, content: memoryview) -> None:
+        """Write the pages."""
+        done = 0
+        while done < len(content):
+            done += os.pwrite(self._fd, content[done:], offset + done)
+
+    def fill(self, offset: int, destination: memoryview) -> None:
+        """Read the pages."""
+        length, done = len(destination), 0
+        while done < length:
+            try:
+                count = os.preadv(self._fd, [destination[done:]], offset + done)
+            except OSError as error:
+                raise SourceError("the sink", offset, length, str(error)) from error
+            if not count:
+                raise SourceError("the sink", offset, length, "its file has become shorter")
+            done += count
+
+    def close(self) -> None:
+        """Close the file, which frees it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

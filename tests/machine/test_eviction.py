@@ -1,0 +1,197 @@
+"""Pages that go away: evicted ones come back as they were, discarded ones as zeros, poisoned ones not at all."""
+
+import contextlib
+import os
+import random
+
+import numpy as np
+import pytest
+from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, make_machine, meanwhile, plan
+
+from kvmdp.machine.workloads import combined_checksum
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.claim import State
+from kvmdp.paging.fault import BusyError, PagingError, PoisonedError
+from kvmdp.source.base import read_pages
+from kvmdp.source.image import WritableImageSource
+from kvmdp.source.synthetic import SyntheticSource
+
+pytestmark = pytest.mark.kvm
+
+ALL_TRAPS = (*TRAPS, pytest.param("userfaultfd", marks=pytest.mark.userfaultfd))
+every_trap = pytest.mark.parametrize("trap", ALL_TRAPS)
+every_backing = pytest.mark.parametrize("backing", BACKINGS)
+IMAGE = read_pages(SyntheticSource(MEMORY, SEED), np.arange(MEMORY // PAGE_SIZE)).tobytes()
+ZEROS = bytes(PAGE_SIZE)
+
+
+def page_of_image(page):
+    return IMAGE[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+
+
+@every_trap
+@every_backing
+def test_evicted_pages_come_back_as_they_were(trap, backing):
+    with make_machine(trap, backing) as machine:
+        machine.memory.write(5 * PAGE_SIZE + 100, b"written")
+        machine.memory.read(0, 8 * PAGE_SIZE)
+        resident = machine.pager.ledger.resident
+        assert machine.pager.evict(4, 8) == 4
+        assert machine.pager.ledger.resident == resident - 4
+        assert not machine.pager.bitmap.test(5)
+        assert machine.memory.read(5 * PAGE_SIZE + 100, 7) == b"written"
+        assert machine.memory.read(6 * PAGE_SIZE, PAGE_SIZE) == page_of_image(6)
+        counters = machine.pager.counters
+        assert (counters.pages_evicted, counters.pages_refetched, counters.pages_fetched) == (4, 2, 8)
+
+
+@every_trap
+def test_pages_that_are_only_shut_off_can_be_evicted(trap):
+    with make_machine(trap) as machine:
+        machine.memory.write(3 * PAGE_SIZE, b"kept")
+        machine.pager.mark_nonpresent(3, 1)
+        assert machine.pager.evict(3, 1) == 1
+        assert machine.memory.read(3 * PAGE_SIZE, 4) == b"kept"
+
+
+@every_trap
+@every_backing
+def test_discarded_pages_read_as_zeros_whatever_they_were(trap, backing):
+    with make_machine(trap, backing) as machine:
+        for page in (0, 1, 2):
+            machine.memory.read(page * PAGE_SIZE, 8)
+        machine.pager.mark_nonpresent(1, 1)
+        machine.pager.evict(2, 1)
+        assert machine.pager.discard(0, 4) == 4
+        assert machine.memory.read(0, 4 * PAGE_SIZE) == bytes(4 * PAGE_SIZE)
+        assert machine.memory.read(4 * PAGE_SIZE, PAGE_SIZE) == page_of_image(4)
+        assert machine.pager.discard(3, 1) == 1
+        assert machine.pager.discard(3, 1) == 0
+
+
+@pytest.mark.parametrize("trap", ["memory-fault", "marker"])
+def test_the_memory_of_evicted_pages_is_freed(trap):
+    with make_machine(trap) as machine:
+        machine.memory.read(0, 64 * PAGE_SIZE)
+        before = memory_of_file(machine)
+        machine.pager.evict(0, 32)
+        machine.pager.discard(32, 16)
+        assert memory_of_file(machine) == before - 48 * PAGE_SIZE
+
+
+def memory_of_file(machine):
+    return os.fstat(machine.backing.fd).st_blocks * 512
+
+
+@every_trap
+def test_pages_go_back_to_an_image_that_takes_them(trap, tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(IMAGE)
+    with (
+        contextlib.closing(WritableImageSource(path)) as source,
+        make_machine(trap, source=source) as machine,
+    ):
+        machine.memory.write(7 * PAGE_SIZE, b"back")
+        assert machine.pager.write_back(7, 1) == 1
+        assert path.read_bytes() == IMAGE[: 7 * PAGE_SIZE] + b"back" + IMAGE[7 * PAGE_SIZE + 4 :]
+        assert machine.pager.ledger.states[7] == State.SOURCE
+        assert machine.memory.read(7 * PAGE_SIZE, 4) == b"back"
+
+
+def test_a_source_that_takes_no_pages_says_so():
+    with make_machine("mmio") as machine, pytest.raises(PagingError, match="takes no pages back"):
+        machine.pager.write_back(0, 1)
+
+
+@every_trap
+@every_backing
+def test_poison(trap, backing):
+    with make_machine(trap, backing) as machine:
+        machine.memory.read(0, 2 * PAGE_SIZE)
+        assert machine.pager.poison(1) == (1, 1)
+        assert machine.pager.poison(9) == (9, 1)
+        for page in (1, 9):
+            with pytest.raises(PoisonedError, match=f"{page * PAGE_SIZE:#x} is poisoned"):
+                machine.memory.read(page * PAGE_SIZE, 8)
+        with pytest.raises(PagingError, match="poisoned already"):
+            machine.pager.poison(1)
+        assert machine.memory.read(2 * PAGE_SIZE, 8) == page_of_image(2)[:8]
+        machine.pager.unpoison(1, b"new!" * 1024)
+        assert machine.memory.read(PAGE_SIZE, PAGE_SIZE) == b"new!" * 1024
+        with pytest.raises(PagingError, match="not poisoned"):
+            machine.pager.unpoison(1, ZEROS)
+
+
+def test_what_cannot_be_taken_away():
+    with make_machine("marker") as machine:
+        with pytest.raises(IndexError):
+            machine.pager.evict(MEMORY // PAGE_SIZE - 1, 2)
+        with machine.memory.view(0, 8):
+            for take in (machine.pager.evict, machine.pager.discard):
+                with pytest.raises(BusyError):
+                    take(0, 1, timeout=0.05)
+            with pytest.raises(BusyError):
+                machine.pager.poison(0, timeout=0.05)
+        assert machine.memory.read(0, PAGE_SIZE) == page_of_image(0)
+
+
+class FullSink:
+    """Takes nothing."""
+
+    def store(self, offset, content):
+        raise OSError(28, "No space left on device")
+
+    def close(self):
+        pass
+
+
+@every_trap
+@every_backing
+def test_a_sink_that_is_full_loses_nothing(trap, backing):
+    with make_machine(trap, backing) as machine:
+        machine.pager.sink = FullSink()
+        machine.memory.write(0, b"kept")
+        with pytest.raises(PagingError, match="stay in RAM"):
+            machine.pager.evict(0, 1)
+        assert machine.pager.error is None
+        assert machine.memory.read(0, 4) == b"kept"
+
+
+@every_trap
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_evicted_under_fire(trap, backing):
+    workload = plan("atomic", vcpus=2, pages=64, iterations=20)
+    draw = random.Random(SEED)
+    with make_machine(trap, backing, workload=workload) as machine:
+        pager = machine.pager
+
+        def take(_number):
+            first = draw.randrange(64)
+            draw.choice([pager.evict, pager.evict, pager.mark_nonpresent])(first, draw.randint(1, 64 - first))
+
+        with meanwhile(take):
+            machine.run(TIMEOUT)
+        image = SyntheticSource(MEMORY, SEED)
+        expected = combined_checksum(workload.expected_checksums(lambda pages: read_pages(image, pages)))
+        assert combined_checksum(thread.parameters.checksum for thread in machine.threads) == expected
+        # After the stop nothing becomes present any more: what is away is looked up where it is.
+        wanted = workload.expected_pages(lambda pages: read_pages(image, pages), np.arange(64))
+        assert (contents(machine, range(64)) == wanted).all()
+
+
+def contents(machine, pages):
+    """Return the bytes of pages wherever they are, without making them present: uint64[n, 512]."""
+    rows = np.empty((len(pages), PAGE_SIZE // 8), dtype=np.uint64)
+    for row, page in zip(rows, pages, strict=True):
+        part = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
+        state = machine.pager.ledger.states[page]
+        if state == State.PRESENT:
+            row[:] = np.frombuffer(machine.backing.vmm.view[part], dtype=np.uint64)
+        elif state == State.BACKED:
+            row[:] = np.frombuffer(machine.pager.trap.fill_view[part], dtype=np.uint64)
+        else:
+            assert state == State.SINK
+            buffer = bytearray(PAGE_SIZE)
+            machine.pager.sink.fill(page * PAGE_SIZE, memoryview(buffer))
+            row[:] = np.frombuffer(buffer, dtype=np.uint64)
+    return rows
