@@ -28,6 +28,7 @@ from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.size import format_size
+from kvmdp.paging.trap.collapse import can_collapse, put_together
 
 MAX_GRANULE_SLOTS = 16384
 MAX_GRANULE = 1 << 30  # a granule must not reach over the hole at 3 GiB
@@ -194,6 +195,15 @@ class SlotTrap:
     def forget(self, first: int, count: int) -> None:
         """Free the memory behind absent pages."""
         self._backing.forget(first * PAGE_SIZE, count * PAGE_SIZE)
+
+    @property
+    def collapses(self) -> bool:
+        """Whether the guest view can have huge pages."""
+        return can_collapse(self._backing.guest)
+
+    def collapse(self, first: int, count: int) -> bool:
+        """Put pages together in the guest view, which is plain memory: it is not what traps."""
+        return put_together(self._backing.guest, first, count)
 
     def reassert(self, first: int, count: int) -> None:
         """Do nothing: a slot does not go away by itself."""

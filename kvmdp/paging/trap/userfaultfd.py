@@ -103,6 +103,7 @@ class UserfaultfdTrap(UffdTrap):
         From the drop on an access sleeps; its event is parked, because the page is claimed, and woken when the
         claim ends.
         """
+        self._regions.reopen(first, count)
         self._stage(first, count)
         if self._staging is None or not self._backing.shared:
             self._drop(first, count)
@@ -113,7 +114,7 @@ class UserfaultfdTrap(UffdTrap):
 
     def reassert(self, first: int, count: int) -> None:
         """Map present pages that something took out of the page table."""
-        if self._staging is None:
+        if self._staging is None and not self._regions.is_plain(first):
             self.admit(first, count)
 
     def release_sleepers(self) -> None:
@@ -200,7 +201,8 @@ class UserfaultfdTrap(UffdTrap):
             return
         try:
             if self._staging is None:
-                uffd.continue_(hva, PAGE_SIZE)
+                with self._regions.stale_events():
+                    uffd.continue_(hva, PAGE_SIZE)
             elif self._backing.shared:
                 # It was a hole: a page that the memory file holds is mapped without an event.
                 self._fill_hole(hva)
