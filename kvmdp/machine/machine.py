@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Literal
 
 from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_MCE, KVM_CAP_SYNC_REGS
-from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS
-from kvmdp.kvm import Kvm, Vcpu, Vm
+from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs, kvm_vcpu_events
+from kvmdp.kvm import Interrupted, Kvm, Vcpu, Vm
 from kvmdp.kvm.machine_check import guest_mcg_cap
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
@@ -165,6 +165,7 @@ class Machine:
             self.ports = Ports()
             Loopback(self.ports, options.vcpus)
             self.threads: list[VcpuThread] = []
+            self._at_boot: list[tuple[kvm_sregs, kvm_vcpu_events, kvm_regs]] = []
             for index in range(options.vcpus):
                 vcpu = stack.enter_context(self.vm.create_vcpu(index))
                 set_boot_state(vcpu, cpuid, vector, self.page_tables)
@@ -172,6 +173,7 @@ class Machine:
                     vcpu.setup_mce(mcg_cap)
                 if kvm.check_extension(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS:
                     vcpu.sync_registers()
+                self._at_boot.append((vcpu.sregs, vcpu.events, kvm_regs.from_buffer_copy(vcpu.regs)))
                 self.threads.append(self._thread_of(vcpu))
 
     def _secure_page_tables(self) -> None:
@@ -321,6 +323,36 @@ class Machine:
                     f"vCPU {thread.vcpu.index} did not stop within {_JOIN_SECONDS:.0f} seconds: the source or "
                     "the kernel holds it"
                 )
+
+    def restart(self, blocks: Sequence[guest.ParameterBlock]) -> None:
+        """Make the vCPUs ready for another `run`, from the guest's entry, with RAM as it is; after one that went well.
+
+        `threads` are new, so are their counts of exits; what the pager counts goes on. vCPUs are as at boot but for
+        XCR0 and what the guest left in FPU and vector registers. A device view that the stop has ended stays so. Raises
+        ValueError if the guest has not come to its end, or is running.
+        """
+        if not all(thread.done and thread.join(0) for thread in self.threads) or self.pager.error is not None:
+            raise ValueError("a machine is restarted when all its vCPUs are done, not after a failure")
+        self._boot.load()  # with a task register that is not busy
+        vcpus = [thread.vcpu for thread in self.threads]
+        for vcpu in vcpus:
+            self._reset(vcpu)
+        self.threads = [self._thread_of(vcpu) for vcpu in vcpus]
+        self.set_parameters(blocks)
+        self.pager.resume()
+        self.gate.reopen()
+
+    def _reset(self, vcpu: Vcpu) -> None:
+        """Put a vCPU, whose last exit was its report, back to the guest's entry."""
+        # KVM finishes what it has begun, or it would do so when the vCPU is entered, over the registers set here.
+        vcpu.immediate_exit = True
+        if type(exit := vcpu.run()) is not Interrupted:
+            raise GuestError(f"vCPU {vcpu.index}: its report does not end: {exit}")
+        self.pv.switch_off(vcpu)
+        sregs, events, regs = self._at_boot[vcpu.index]
+        vcpu.set_sregs(sregs)
+        vcpu.set_events(events)
+        vcpu.set_regs(regs)
 
     def close(self) -> None:
         """Give everything back; a second call does nothing. No vCPU may be running."""

@@ -23,10 +23,29 @@ from kvmdp.abi.mman import (
     PROT_READ,
     PROT_WRITE,
 )
+from kvmdp.memory.layout import PAGE_SIZE
+
+HUGE_PAGE = 2 << 20  # bytes that one entry of the second level of page tables can map
+
+
+def _reserve_aligned(length: int) -> int:
+    """Return the address of `length` bytes, reserved, at which a huge page can be mapped.
+
+    The kernel aligns by itself only where it would put huge pages by itself.
+    """
+    whole = length + HUGE_PAGE
+    hva = libc.mmap(whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+    aligned = -(-hva // HUGE_PAGE) * HUGE_PAGE
+    if aligned > hva:
+        libc.munmap(hva, aligned - hva)
+    end = -(-(aligned + length) // PAGE_SIZE) * PAGE_SIZE
+    if hva + whole > end:
+        libc.munmap(end, hva + whole - end)
+    return aligned
 
 
 class Mapping:
-    """`length` bytes of this process's address space.
+    """`length` bytes of this process's address space; 2 MiB or more of usable memory begin at a multiple of 2 MiB.
 
     Attributes: `hva`, the address; `length`, bytes; `view`, a writable memoryview of the bytes. Whoever slices
     `view` or makes an array on it gives that up before `close`: what is left would point into nothing.
@@ -34,7 +53,16 @@ class Mapping:
 
     def __init__(self, length: int, *, prot: int, flags: int, fd: int = -1, offset: int = 0) -> None:
         self.length = length
-        self.hva = libc.mmap(length, prot, flags | MAP_NORESERVE, fd, offset)
+        flags |= MAP_NORESERVE
+        if length < HUGE_PAGE or prot == PROT_NONE:
+            self.hva = libc.mmap(length, prot, flags, fd, offset)
+        else:
+            hva = _reserve_aligned(length)
+            try:
+                self.hva = libc.mmap(length, prot, flags | MAP_FIXED, fd, offset, hva)
+            except BaseException:
+                libc.munmap(hva, length)
+                raise
         self.view = memoryview((ctypes.c_char * length).from_address(self.hva)).cast("B")
 
     @classmethod

@@ -105,21 +105,20 @@ class UserfaultfdTrap(UffdTrap):
 
         What has been staged leaves the memory file too: it is dropped from private memory, punched out of shared.
         From the drop on an access sleeps; its event is parked, because the page is claimed, and woken when the
-        claim ends. Each drop sleeps until a reader has taken the event that announces it, and may be over before
-        the reader looks at it: so it is left word that this drop loses nothing.
+        claim ends.
         """
+        self._regions.reopen(first, count)
         self._stage(first, count)
+        if self._staging is None or not self._backing.shared:
+            self._drop(first, count)
+            return
         for start, number, _ in self._pieces(first, count):
-            with self._mutex:
-                self._own_drops[self._hva(start), self._hva(start + number)] += 1
-            if self._staging is not None and self._backing.shared:
-                self._view.advise(MADV_REMOVE, start * PAGE_SIZE, number * PAGE_SIZE)
-            else:
-                self._view.drop(start * PAGE_SIZE, number * PAGE_SIZE)
+            self._announce(start, number)
+            self._view.advise(MADV_REMOVE, start * PAGE_SIZE, number * PAGE_SIZE)
 
     def reassert(self, first: int, count: int) -> None:
         """Map present pages that something took out of the page table."""
-        if self._staging is None:
+        if self._staging is None and not self._regions.is_plain(first):
             self.admit(first, count)
 
     def release_sleepers(self) -> None:
@@ -132,6 +131,33 @@ class UserfaultfdTrap(UffdTrap):
         else:
             # Sleepers go on with pages of zeros, until they leave KVM_RUN; nobody looks at what comes of it.
             self.unregister()
+
+    def hold_sleepers(self) -> None:
+        """Take the markers from absent pages, so that an access sleeps again; or register again, where there are none.
+
+        A reader may set one behind this, for a fault from before the stop: then the access is an exit, which is as
+        good a fault. No bytes are lost: absent pages have none in the guest view.
+        """
+        assert self._presence is not None
+        if not supported_features() & abi.UFFD_FEATURE_POISON:
+            self.register()
+            return
+        for first, count in self._presence.bitmap.absent_runs().tolist():
+            self._drop(first, count)
+
+    def _drop(self, first: int, count: int) -> None:
+        """Unmap pages, leaving word for the reader that is told of it that this loses nothing.
+
+        A drop sleeps until a reader has taken the event that announces it, and may be over before the reader looks
+        at it.
+        """
+        for start, number, _ in self._pieces(first, count):
+            self._announce(start, number)
+            self._view.drop(start * PAGE_SIZE, number * PAGE_SIZE)
+
+    def _announce(self, first: int, count: int) -> None:
+        with self._mutex:
+            self._own_drops[self._hva(first), self._hva(first + count)] += 1
 
     def _release_sleeper(self, page: int) -> None:
         """Let go of who sleeps on a page that is not to be had any more, for the machine is stopping.
@@ -192,7 +218,8 @@ class UserfaultfdTrap(UffdTrap):
             return
         try:
             if self._staging is None:
-                uffd.continue_(hva, PAGE_SIZE)
+                with self._regions.stale_events():
+                    uffd.continue_(hva, PAGE_SIZE)
             elif self._backing.shared:
                 # It was a hole: a page that the memory file holds is mapped without an event.
                 self._fill_hole(hva)

@@ -32,6 +32,7 @@ from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.base import Presence
+from kvmdp.paging.trap.collapse import REGION, Regions, can_collapse
 from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Kind
 from kvmdp.paging.trap.slots import RamSlots
@@ -82,8 +83,7 @@ class UffdView:
     def arm(self, presence: Presence) -> None:
         """Register the view and start the readers."""
         self._presence = presence
-        for first, count, uffd in self._pieces(0, self._pages):
-            uffd.register(self._hva(first), count * PAGE_SIZE, self._mode)
+        self.register()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for shard, uffd in enumerate(self._uffds):
             for number in range(self._readers_each):
@@ -95,6 +95,11 @@ class UffdView:
         """Stop the readers and unregister the view."""
         self._stop_readers()
         self.unregister()
+
+    def register(self) -> None:
+        """Have faults on the view go to userfaultfd."""
+        for first, count, uffd in self._pieces(0, self._pages):
+            uffd.register(self._hva(first), count * PAGE_SIZE, self._mode)
 
     def unregister(self) -> None:
         """Make the view plain memory, which wakes whoever sleeps on it."""
@@ -241,6 +246,7 @@ class UffdTrap(UffdView):
         )
         self._slots = slots
         self._backing = backing
+        self._regions = Regions(backing.guest, self._register, self._unregister, shared=backing.shared)
         self._staging: Mapping | None = None
         if not minor:
             try:
@@ -270,6 +276,41 @@ class UffdTrap(UffdView):
         if not self._slots.count:
             self._slots.map_plain()
         super().arm(presence)
+        self._regions.registered()
+
+    def _register(self, first: int, count: int) -> None:
+        for start, number, uffd in self._pieces(first, count):
+            uffd.register(self._hva(start), number * PAGE_SIZE, self._mode)
+
+    def _unregister(self, first: int, count: int) -> None:
+        for start, number, uffd in self._pieces(first, count):
+            uffd.unregister(self._hva(start), number * PAGE_SIZE)
+
+    def _pieces(self, first: int, count: int) -> list[tuple[int, int, Uffd]]:
+        """Split a run of pages by the descriptors that have them, and by regions where these may differ."""
+        pieces = super()._pieces(first, count)
+        if not self._regions.used or first // REGION == (first + count - 1) // REGION:
+            return pieces
+        return [
+            (max(start, page), min(start + number, page + REGION) - max(start, page), uffd)
+            for start, number, uffd in pieces
+            for page in range(start // REGION * REGION, start + number, REGION)
+        ]
+
+    @property
+    def collapses(self) -> bool:
+        """Whether small pages can be put together: not where an absent page has to be a hole of the memory file.
+
+        For a hole cannot be punched for certain into a huge page.
+        """
+        return can_collapse(self._backing.guest) and not (self._staging and self._backing.shared)
+
+    def collapse(self, first: int, count: int) -> bool:
+        """Put the pages of whole regions together into huge ones; see `kvmdp.paging.trap.collapse`.
+
+        Plain memory from then on: who discards pages of it behind the pager's back is not noticed.
+        """
+        return self._regions.collapse(first, count)
 
     def admit(self, first: int, count: int) -> None:
         """Map pages whose content is in place, over nothing or over markers, and wake who sleeps on them."""
