@@ -21,7 +21,7 @@ from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.hostinfo import page_table_memory, vmalloc_used
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.paging.policy import FaultAround

@@ -11,7 +11,7 @@ from kvmdp.machine.disk import DiskError, disk_file
 from kvmdp.machine.experiment import DeviceFactory, in_process_disk
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.remote_disk import RemoteDisk
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.wire.endpoint import EndpointError, Listener
 
 __all__ = ["add_disk_options", "disk_device"]

@@ -10,7 +10,7 @@ from kvmdp.cli.output import EXIT_LACKING, EXIT_OK, check_json_target, write_jso
 from kvmdp.kvm import Kvm, KvmError
 from kvmdp.machine.hostinfo import host_facts, huge_page_pools
 from kvmdp.machine.probe import ACCESSES, Proof, capabilities, proofs, userfaultfd_facts
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.size import format_size
 from kvmdp.paging.trap.registry import EXIT_TRAPS, TRAPS
 

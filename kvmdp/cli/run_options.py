@@ -12,7 +12,7 @@ from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.probe import choose_trap, working_traps
 from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import UnsupportedError

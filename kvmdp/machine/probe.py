@@ -18,7 +18,7 @@ from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.runloop import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.paging.fault import PagingError, UnsupportedError
 from kvmdp.paging.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS
 from kvmdp.paging.trap.uffd import Uffd, supported_features

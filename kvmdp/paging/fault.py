@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvmdp.memory.unsupported import UnsupportedError
 from kvmdp.wire.records import Access, Origin, Outcome, PageFault
 
 __all__ = [
@@ -31,7 +32,3 @@ class FrozenError(PagingError):
 
 class CancelledError(PagingError):
     """The wait for a page was called off: the machine is stopping, or somebody withdrew the access."""
-
-
-class UnsupportedError(Exception):
-    """This host lacks what is wanted: the message says what, and what would provide it."""
