@@ -61,7 +61,7 @@ def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[Device
             raise UsageError(str(error)) from None
         yield in_process_disk(disk_bytes, options.disk)
         return
-    if not BACKINGS[options.backing].shared:
+    if not BACKINGS[options.backing].sealed:
         raise UsageError(
             f"{options.backing} memory cannot be handed to a device process: use --backing memfd"
         )

@@ -18,8 +18,9 @@ import fcntl
 import os
 import stat
 import tempfile
+from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 from kvmdp.abi import libc
 from kvmdp.abi.mman import (
@@ -176,7 +177,7 @@ class FileBacking(Backing):
     would be a SIGBUS. Nobody is handed it, for a file cannot be sealed, and who cuts it short ends all that have it
     mapped.
 
-    Raises ValueError if `path` cannot be used, UnsupportedError if the disk is too small.
+    Raises UnsupportedError if the disk is too small, OSError; `check_file` says what else is wrong with a path.
     """
 
     name = "file"
@@ -186,46 +187,60 @@ class FileBacking(Backing):
 
     def __init__(self, size: int, path: str | None = None, *, thp: bool = False) -> None:
         with contextlib.ExitStack() as stack:
-            # Not `fd`, which may be handed over.
-            self._file = stack.enter_context(_open_file(path))
+            self._file = _open_file(path)  # not `fd`, which may be handed over
+            stack.callback(os.close, self._file)
             try:
-                os.posix_fallocate(self._file.fileno(), 0, size)
+                os.posix_fallocate(self._file, 0, size)
             except OSError as error:
-                if path is not None:
-                    os.truncate(path, 0)
+                os.ftruncate(self._file, 0)
                 raise UnsupportedError(
                     f"{path or tempfile.gettempdir()} has no room for {format_size(size)} of RAM ({error.strerror}): "
                     "free some, or name a file on another disk with --backing-file"
                 ) from None
-            super().__init__(size, *map_twice(self._file.fileno(), size, stack), thp=thp)
+            super().__init__(size, *map_twice(self._file, size, stack), thp=thp)
             stack.pop_all()
 
     def forget(self, offset: int, length: int) -> None:
         """Drop the bytes and keep the disk's space, if the file system can; else free that too, or nothing."""
         for mode in (FALLOC_FL_ZERO_RANGE, FALLOC_FL_PUNCH_HOLE):
             try:
-                return libc.fallocate(self._file.fileno(), mode | FALLOC_FL_KEEP_SIZE, offset, length)
+                libc.fallocate(self._file, mode | FALLOC_FL_KEEP_SIZE, offset, length)
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     raise
+            else:
+                return
 
     def close(self) -> None:
         """Unmap and close the file; a second call does nothing."""
         super().close()
-        self._file.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
-def _open_file(path: str | None) -> IO[bytes]:
-    if path is None:
-        return tempfile.TemporaryFile(prefix="kvmdp-ram-")
+def _open_file(path: str | None) -> int:
+    if path is not None:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd, name = tempfile.mkstemp(prefix="kvmdp-ram-")
+    Path(name).unlink()
+    return fd
+
+
+def check_file(path: str) -> None:
+    """Raise ValueError if RAM cannot be in a file at `path`: it has to be new or empty."""
+    where, file = f"--backing-file {path}", Path(path)
     try:
-        file = open(path, "a+b")
+        status = file.stat()
+    except FileNotFoundError:
+        if not file.parent.is_dir():
+            raise ValueError(f"{where}: there is no directory {file.parent}") from None
+        return
     except OSError as error:
-        raise ValueError(f"--backing-file {path}: {error.strerror}; give a new file's name") from None
-    status = os.fstat(file.fileno())
-    if stat.S_ISREG(status.st_mode) and not status.st_size:
-        return file
-    file.close()
-    raise ValueError(
-        f"--backing-file {path}: there is something in it, which RAM would overwrite; give a new file's name"
-    )
+        raise ValueError(f"{where}: {error.strerror}; give a new file's name") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{where}: that is no regular file; give a new file's name")
+    if status.st_size:
+        raise ValueError(
+            f"{where}: there is something in it, which RAM would overwrite; give a new file's name"
+        )

@@ -5,9 +5,9 @@ Units: bytes.
 
 from __future__ import annotations
 
-from kvmdp.memory.backing import AnonymousBacking, Backing, FileBacking, MemfdBacking
+from kvmdp.memory.backing import AnonymousBacking, Backing, FileBacking, MemfdBacking, check_file
 from kvmdp.memory.guest_memfd import GuestMemfdBacking, MemoryMaker
-from kvmdp.memory.hugepages import give_back_what_is_left
+from kvmdp.memory.hugepages import check_pages, give_back_what_is_left
 from kvmdp.memory.hugetlb import (
     Hugetlb1gBacking,
     Hugetlb2mBacking,
@@ -24,10 +24,14 @@ _HUGETLB: tuple[type[HugetlbBacking], ...] = (
     PrivateHugetlb1gBacking,
 )
 
-BACKINGS: dict[str, type[Backing]] = {
-    kind.name: kind
-    for kind in (MemfdBacking, AnonymousBacking, *_HUGETLB, GuestMemfdBacking, FileBacking)
-}
+_KINDS: tuple[type[Backing], ...] = (
+    MemfdBacking,
+    AnonymousBacking,
+    *_HUGETLB,
+    GuestMemfdBacking,
+    FileBacking,
+)
+BACKINGS = {kind.name: kind for kind in _KINDS}
 
 
 def check_backing_options(
@@ -45,12 +49,23 @@ def check_backing_options(
     if thp and not kind.transparent:
         able = ", ".join(each.name for each in BACKINGS.values() if each.transparent)
         raise ValueError(f"{name} memory has no transparent huge pages: leave --thp out, or use {able}")
-    if path is not None and kind is not FileBacking:
-        raise ValueError(f"--backing-file is for the backing file: give --backing {FileBacking.name} with it")
+    if path is not None:
+        if kind is not FileBacking:
+            raise ValueError(
+                f"--backing-file is for the backing file: give --backing {FileBacking.name} with it"
+            )
+        check_file(path)
     if reserve and not issubclass(kind, HugetlbBacking):
         raise ValueError(
             f"{name} memory needs no reservation: leave --reserve-hugepages out, or use {_HUGETLB[0].name}"
         )
+
+
+def check_huge_pages(name: str, size: int) -> None:
+    """Raise UnsupportedError if this backing takes huge pages and there are too few of them now."""
+    kind = BACKINGS[name]
+    if issubclass(kind, HugetlbBacking):
+        check_pages(kind.page_size, size // kind.page_size)
 
 
 def create_backing(

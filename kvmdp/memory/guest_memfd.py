@@ -43,8 +43,8 @@ class GuestMemfdBacking(Backing):
         flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
         if flags & ~vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS):
             raise UnsupportedError(
-                "the backing guest-memfd needs a guest_memfd that can be mapped (KVM_CAP_GUEST_MEMFD_FLAGS), which this "
-                "kernel's KVM lacks: use Linux 6.18 or later, or the backing memfd"
+                "the backing guest-memfd needs a guest_memfd that can be mapped (KVM_CAP_GUEST_MEMFD_FLAGS), which "
+                "this kernel's KVM lacks: use Linux 6.18 or later, or the backing memfd"
             )
         with contextlib.ExitStack() as stack:
             fd = vm.create_guest_memfd(size, flags)

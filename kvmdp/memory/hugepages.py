@@ -29,7 +29,10 @@ from typing import Self
 from kvmdp.memory.size import format_size
 from kvmdp.memory.unsupported import UnsupportedError
 
-_OVERCOMMITTED = 2 << 20  # the largest size of which the kernel makes pages on demand: larger ones are gigantic
+_OVERCOMMITTED = (
+    2 << 20
+)  # the largest size of which the kernel makes pages on demand: larger ones are gigantic
+_Entry = dict[str, int | str | bool]
 _serial = itertools.count()
 
 
@@ -42,8 +45,8 @@ def check_pool(page_size: int) -> None:
     """Raise UnsupportedError if this kernel has no huge pages of that size."""
     if not pool_path(page_size).is_dir():
         raise UnsupportedError(
-            f"this host has no huge pages of {format_size(page_size)}: use a kernel with CONFIG_HUGETLBFS, and for 1G a "
-            "CPU with pdpe1gb, or another backing"
+            f"this host has no huge pages of {format_size(page_size)}: use a kernel with CONFIG_HUGETLBFS, and for 1G "
+            "a CPU with pdpe1gb, or another backing"
         )
 
 
@@ -54,6 +57,14 @@ def _read(page_size: int, name: str) -> int:
 def free_pages(page_size: int) -> int:
     """Return how many pages of the pool are free and set aside for nobody."""
     return _read(page_size, "free_hugepages") - _read(page_size, "resv_hugepages")
+
+
+def check_pages(page_size: int, count: int) -> None:
+    """Raise UnsupportedError if `count` pages cannot be had now without a reservation; who maps them finds out."""
+    check_pool(page_size)
+    room = _read(page_size, "nr_overcommit_hugepages") - _read(page_size, "surplus_hugepages")
+    if free_pages(page_size) + max(room, 0) < count:
+        raise too_few(page_size, count, reserved=False)
 
 
 def can_overcommit(page_size: int) -> bool:
@@ -73,7 +84,9 @@ def how_to_reserve(page_size: int, count: int) -> str:
 def too_few(page_size: int, count: int, *, reserved: bool) -> UnsupportedError:
     """Return the error of pages that could not be mapped; `reserved` says that the pool had been enlarged for it."""
     size = format_size(page_size)
-    wanted = f"RAM takes {count} huge page{'s' if count > 1 else ''} of {size}, {free_pages(page_size)} are free"
+    wanted = (
+        f"RAM takes {count} huge page{'s' if count > 1 else ''} of {size}, {free_pages(page_size)} are free"
+    )
     if reserved:
         return UnsupportedError(
             f"{wanted}, and memory is too full or too fragmented to make the rest: free some, or reserve them after "
@@ -126,7 +139,13 @@ class Reservation:
             # be of a run that has freed a page for a moment.
             missing += max(_read(size, "surplus_hugepages") - before, 0)
         record = folder / f"{os.getpid()}-{_start_time(os.getpid())}-{next(_serial)}.json"
-        entry = {"page_size": size, "number": number, "before": before, "added": missing, "settled": False}
+        entry: _Entry = {
+            "page_size": size,
+            "number": number,
+            "before": before,
+            "added": missing,
+            "settled": False,
+        }
         _write_record(record, entry)
         self._record = record
         try:
@@ -158,7 +177,7 @@ def _write_pool(page_size: int, name: str, value: int) -> None:
     (pool_path(page_size) / name).write_text(str(value))
 
 
-def _write_record(record: Path, entry: dict[str, int | str | bool]) -> None:
+def _write_record(record: Path, entry: _Entry) -> None:
     """Write it whole or not at all: who is killed meanwhile leaves the one before."""
     draft = record.with_suffix(".new")
     draft.write_text(json.dumps(entry))

@@ -107,9 +107,7 @@ def create_trap(
             raise ValueError(f"the trap {name} always works by pages: leave the granule out")
         slots = RamSlots(vm, layout, backing.guest, MAX_GRANULE, backing.guest_memfd)
     else:
-        slots = RamSlots(
-            vm, layout, backing.guest, granule or least_granule(layout), backing.guest_memfd
-        )
+        slots = RamSlots(vm, layout, backing.guest, granule or least_granule(layout), backing.guest_memfd)
     try:
         return (TRAPS | HYBRID_TRAPS)[name](Materials(vm, layout, slots, backing, uffd))
     except BaseException:
