@@ -54,6 +54,12 @@ def _read(page_size: int, name: str) -> int:
     return int((pool_path(page_size) / name).read_text())
 
 
+def _limit(page_size: int, name: str) -> int:
+    """Return what a number of the pool was set to: `nr_hugepages` as it is read has pages made on demand in it."""
+    surplus = _read(page_size, "surplus_hugepages") if name == "nr_hugepages" else 0
+    return _read(page_size, name) - surplus
+
+
 def free_pages(page_size: int) -> int:
     """Return how many pages of the pool are free and set aside for nobody."""
     return _read(page_size, "free_hugepages") - _read(page_size, "resv_hugepages")
@@ -76,7 +82,7 @@ def can_overcommit(page_size: int) -> bool:
 
 def how_to_reserve(page_size: int, count: int) -> str:
     """Return the command that makes `count` more pages than are free now part of the pool."""
-    total = _read(page_size, "nr_hugepages") + max(count - free_pages(page_size), 0)
+    total = _limit(page_size, "nr_hugepages") + max(count - free_pages(page_size), 0)
     sudo = "" if os.geteuid() == 0 else "sudo "
     return f"echo {total} | {sudo}tee {pool_path(page_size) / 'nr_hugepages'}"
 
@@ -128,16 +134,18 @@ class Reservation:
         return self
 
     def _add(self, folder: Path) -> None:
-        """Raise the pool's number by what is missing."""
+        """Raise the pool's number."""
         size, number = self._page_size, self._number
-        missing = self._count - free_pages(size)
-        if missing <= 0:
-            return
-        before = _read(size, number)
+        before = _limit(size, number)
         if size <= _OVERCOMMITTED:
-            # The limit counts pages made on demand, others' too. Room that is left under it is not counted on: it may
-            # be of a run that has freed a page for a moment.
-            missing += max(_read(size, "surplus_hugepages") - before, 0)
+            # By all of them, whatever is free now or could be made: that may be of a run that is just ending, or has
+            # freed a page for a moment. A limit that is too high takes nothing from anybody. It may be below what there
+            # is already, if somebody has lowered it.
+            missing = self._count + max(_read(size, "surplus_hugepages") - before, 0)
+        else:
+            missing = self._count - free_pages(size)
+            if missing <= 0:
+                return
         record = folder / f"{os.getpid()}-{_start_time(os.getpid())}-{next(_serial)}.json"
         entry: _Entry = {
             "page_size": size,
@@ -150,7 +158,7 @@ class Reservation:
         self._record = record
         try:
             _write_pool(size, number, before + missing)
-            got = _read(size, number) - before
+            got = _limit(size, number) - before
             _write_record(record, entry | {"added": max(got, 0), "settled": True})
             if got < missing:
                 raise too_few(size, self._count, reserved=True)
@@ -189,7 +197,7 @@ def _give_back(record: Path) -> None:
     record.with_suffix(".new").unlink(missing_ok=True)
     entry = json.loads(record.read_text())
     size, number, added = entry["page_size"], entry["number"], entry["added"]
-    now = _read(size, number)
+    now = _limit(size, number)
     if not entry["settled"]:
         # It was killed in the middle, and nobody has held the lock since: what it did is what differs.
         added = min(added, max(now - entry["before"], 0))
