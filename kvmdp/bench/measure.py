@@ -21,7 +21,7 @@ from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.hostinfo import page_table_memory, vmalloc_used
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import check_backing_options
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.paging.policy import FaultAround
@@ -155,8 +155,7 @@ def check(contender: Contender) -> None:
         GuestLayout(work.memory_bytes)
     plan(work)
     FaultAround(work.fault_around)
-    if work.backing not in BACKINGS:
-        raise ValueError(f"there is no backing {work.backing!r}: choose from {', '.join(BACKINGS)}")
+    check_backing_options(work.backing, work.memory_bytes)
     granule = machine_options(contender).granule
     if granule is not None:
         check_granule(granule, GuestLayout(work.memory_bytes), MAX_SLOTS)

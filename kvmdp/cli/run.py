@@ -34,7 +34,8 @@ from kvmdp.machine.workloads import (
     make_workload,
     program_blocks,
 )
-from kvmdp.memory.backing import BACKINGS, MemfdBacking
+from kvmdp.memory.backing import MemfdBacking
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import PagingError, UnsupportedError
@@ -122,10 +123,10 @@ def _sources(
     """Return where pages come from, and what they are compared with if that is something else."""
     if options.handler is None:
         return stack.enter_context(_source(options)), None
-    if not BACKINGS.get(options.backing, MemfdBacking).shared:
+    if not BACKINGS.get(options.backing, MemfdBacking).sealed:
         raise ValueError(
-            f"--handler with --backing {options.backing}: memory of one process alone cannot be handed to a handler "
-            "in another; use --backing memfd"
+            f"--handler with --backing {options.backing}: such memory cannot be handed to a handler in another "
+            "process; use --backing memfd"
         )
     if (options.uffd_mode or "").lower() == "missing":
         raise ValueError(
@@ -260,6 +261,8 @@ def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str,
         "vcpus": machine.vcpus,
         "memory_bytes": machine.memory_bytes,
         "page_size": PAGE_SIZE,
+        "host_page_size": BACKINGS[machine.backing].page_size,
+        "thp": machine.thp,
         "fault_around": machine.fault_around,
         "page_tables": machine.page_tables,
         "latency_s": parse_latency(options.latency),

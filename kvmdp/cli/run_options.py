@@ -12,7 +12,7 @@ from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.probe import choose_trap, working_traps
 from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import UnsupportedError
@@ -77,6 +77,22 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         default="memfd",
         metavar="KIND",
         help=f"what RAM is made of: {', '.join(BACKINGS)} (default: memfd)",
+    )
+    option(
+        "--backing-file",
+        metavar="PATH",
+        help="file: where RAM is to be, a new file (default: a temporary one)",
+    )
+    option(
+        "--thp",
+        default="off",
+        choices=("on", "off"),
+        help="memfd, anonymous, file: let the kernel put pages together into transparent huge pages (default: off)",
+    )
+    option(
+        "--reserve-hugepages",
+        action="store_true",
+        help="hugetlb: reserve the huge pages that are missing, give them back at the end; as root (default: no)",
     )
     option("--vcpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 16 (default: 1)")
     option(
@@ -218,8 +234,10 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
     FaultAround(options.fault_around)
     if not 1 <= options.readers <= 99:
         raise ValueError(f"--readers {options.readers}: give 1 to 99")
-    if options.backing not in BACKINGS:
-        raise ValueError(f"there is no backing {options.backing!r}: choose from {', '.join(BACKINGS)}")
+    thp = options.thp == "on"
+    check_backing_options(
+        options.backing, memory, thp=thp, path=options.backing_file, reserve=options.reserve_hugepages
+    )
     if options.trap != "auto" and options.trap not in ALL_TRAPS:
         proven = ", ".join(working_traps(options.backing)) or "none"
         raise ValueError(
@@ -232,6 +250,8 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         raise ValueError("--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out")
     check_backing(options.trap, BACKINGS[options.backing])
     check_mode(mode, BACKINGS[options.backing])
+    if not options.reserve_hugepages:
+        check_huge_pages(options.backing, memory)
     trap = choose_trap(options.backing) if options.trap == "auto" else options.trap
     granule = None if options.granule is None else parse_size(options.granule)
     if trap in SLOT_TRAPS:
@@ -251,4 +271,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1, mode),
         page_tables=options.page_tables,
         program=b"" if options.guest is None else read_program(options.guest),
+        thp=thp,
+        backing_file=options.backing_file,
+        reserve_hugepages=options.reserve_hugepages,
     )

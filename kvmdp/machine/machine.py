@@ -21,7 +21,7 @@ from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.machine.pv import PvMsrs
 from kvmdp.machine.runloop import GuestError, VcpuThread
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import create_backing
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import Origin, Outcome, PagingError
@@ -59,6 +59,7 @@ class MachineOptions:
     where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present before the guest
     is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see what comes of it.
     So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`).
+    `thp`, `backing_file` and `reserve_hugepages` are the options of backings (`kvmdp.memory.backings`).
     """
 
     memory_bytes: int
@@ -72,6 +73,9 @@ class MachineOptions:
     pin: tuple[int, ...] = ()
     page_tables: PageTablePlace = "boot"
     intercept_msrs: bool = True
+    thp: bool = False
+    backing_file: str | None = None
+    reserve_hugepages: bool = False
 
 
 def catches_page_walks(trap: str) -> bool:
@@ -114,10 +118,21 @@ class Machine:
             patches = self.page_tables.patches
             self.source = PatchedSource(source, patches) if patches else source
             policy = FaultAround(options.fault_around)
-            self.backing = stack.enter_context(BACKINGS[options.backing](options.memory_bytes))
-        with self._phase("vm"):
+            # Unmapped after the VM has gone: KVM would have to take it out of the guest first.
+            memory = stack.enter_context(contextlib.ExitStack())
             kvm = stack.enter_context(Kvm())
             self.vm: Vm = stack.enter_context(kvm.create_vm())
+            self.backing = memory.enter_context(
+                create_backing(
+                    options.backing,
+                    options.memory_bytes,
+                    self.vm,
+                    thp=options.thp,
+                    path=options.backing_file,
+                    reserve=options.reserve_hugepages,
+                )
+            )
+        with self._phase("vm"):
             if self.vm.check_extension(KVM_CAP_EXIT_ON_EMULATION_FAILURE):
                 self.vm.enable_cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
             boot = BootSlot(self.page_tables, stock_image(), options.program)

@@ -50,11 +50,11 @@ class MarkerTrap(UffdTrap):
         written after the drop that counted.
         """
         self._stage(first, count)
-        for page in range(first, first + count):
+        for page in range(first, first + count, self._unit):
             uffd = self._uffd_of(page)
             while True:
-                self._view.drop(page * PAGE_SIZE, PAGE_SIZE)
-                if uffd.poison(self._hva(page), PAGE_SIZE):
+                self._view.drop(page * PAGE_SIZE, self._unit_bytes)
+                if uffd.poison(self._hva(page), self._unit_bytes):
                     break
 
     def release_sleepers(self) -> None:
@@ -79,15 +79,15 @@ class MarkerTrap(UffdTrap):
         at the page's state and the call, and the guest would be let into a page it was shut out of.
         """
         assert self._presence is not None
-        page = (address - self._view.hva) // PAGE_SIZE
+        page = self._page_of(address)
         uffd, hva = self._uffd_of(page), self._hva(page)
         if not self._presence.hold(page):
-            uffd.poison(hva, PAGE_SIZE)
+            uffd.poison(hva, self._unit_bytes)
             return
         try:
             if self._staging is None:
-                uffd.continue_(hva, PAGE_SIZE)
+                uffd.continue_(hva, self._unit_bytes)
             else:
-                uffd.wake(hva, PAGE_SIZE)
+                uffd.wake(hva, self._unit_bytes)
         finally:
             self._presence.release(page)

@@ -64,10 +64,13 @@ def check_granule(granule: int, layout: GuestLayout, available: int) -> None:
 class RamSlots:
     """The memslots that put `guest` (the guest view of RAM) into the VM's guest-physical space.
 
+    Bound to `guest_memfd`, if RAM is in one: KVM then maps by that, and only its own accesses use the guest view.
     `count` is how many there are now. The caller serialises changes to one granule.
     """
 
-    def __init__(self, vm: Vm, layout: GuestLayout, guest: Mapping, granule: int) -> None:
+    def __init__(
+        self, vm: Vm, layout: GuestLayout, guest: Mapping, granule: int, guest_memfd: int = -1
+    ) -> None:
         check_granule(granule, layout, vm.check_extension(KVM_CAP_NR_MEMSLOTS) - _FIRST_RAM_SLOT)
         # Deleting a slot would otherwise throw away the page tables of the whole VM.
         vm.disable_quirks(KVM_X86_QUIRK_SLOT_ZAP_ALL)
@@ -76,6 +79,7 @@ class RamSlots:
         self._vm = vm
         self._layout = layout
         self._guest = guest
+        self._guest_memfd = guest_memfd
         self._used: set[int] = set()
         # What the memslot of a closed granule names as its memory. KVM itself reads and writes there (its
         # emulator, its paravirtual MSRs), and must fail, not find unfilled memory.
@@ -145,7 +149,13 @@ class RamSlots:
             os.close(fd)
 
     def _create(self, number: int, gpa: int, size: int, offset: int) -> None:
-        self._vm.set_user_memory_region(_FIRST_RAM_SLOT + number, gpa, size, self._guest.hva + offset)
+        slot, hva = _FIRST_RAM_SLOT + number, self._guest.hva + offset
+        if self._guest_memfd < 0:
+            self._vm.set_user_memory_region(slot, gpa, size, hva)
+        else:
+            self._vm.set_user_memory_region2(
+                slot, gpa, size, hva, KVM_MEM_GUEST_MEMFD, self._guest_memfd, offset
+            )
         self._used.add(number)
 
     def close(self) -> None:

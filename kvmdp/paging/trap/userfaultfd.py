@@ -137,16 +137,16 @@ class UserfaultfdTrap(UffdTrap):
         """
         uffd, hva = self._uffd_of(page), self._hva(page)
         if supported_features() & abi.UFFD_FEATURE_POISON:
-            uffd.poison(hva, PAGE_SIZE)
+            uffd.poison(hva, self._unit_bytes)
         else:
-            uffd.unregister(hva, PAGE_SIZE)
+            uffd.unregister(hva, self._unit_bytes)
 
     def _reader(self) -> Callable[[int, int], None]:
         latencies = array("Q")
         self.latencies.append(latencies)
 
         def serve(address: int, read: int) -> None:
-            if self._serve((address - self._view.hva) // PAGE_SIZE):
+            if self._serve(self._page_of(address)):
                 latencies.append(time.perf_counter_ns() - read)
 
         return serve
@@ -156,7 +156,7 @@ class UserfaultfdTrap(UffdTrap):
         assert self._presence is not None
         uffd, hva = self._uffd_of(page), self._hva(page)
         outcome = self._presence.resolve_or_park(
-            PageFault(page, Origin.VCPU, _UNKNOWN), Waiter(lambda: uffd.wake(hva, PAGE_SIZE))
+            PageFault(page, Origin.VCPU, _UNKNOWN), Waiter(lambda: uffd.wake(hva, self._unit_bytes))
         )
         if outcome is Outcome.PRESENT:
             self._map_again(page)
@@ -171,15 +171,15 @@ class UserfaultfdTrap(UffdTrap):
         assert self._presence is not None
         uffd, hva = self._uffd_of(page), self._hva(page)
         if not self._presence.hold(page):
-            uffd.wake(hva, PAGE_SIZE)  # claimed since: it faults again, and finds the claim
+            uffd.wake(hva, self._unit_bytes)  # claimed since: it faults again, and finds the claim
             return
         try:
             if self._staging is None:
-                uffd.continue_(hva, PAGE_SIZE)
+                uffd.continue_(hva, self._unit_bytes)
             elif self._backing.shared:
                 # It was a hole: a page that the memory file holds is mapped without an event.
                 self._fill_hole(hva)
-            uffd.wake(hva, PAGE_SIZE)
+            uffd.wake(hva, self._unit_bytes)
         finally:
             self._presence.release(page)
 

@@ -42,7 +42,8 @@ _BATCH = 32  # events taken with one read
 class UffdView:
     """A mapping of all of RAM whose faults on absent pages go to userfaultfd.
 
-    `vmm` is the VMM view. `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it
+    `vmm` is the VMM view, `page_size` the bytes that can be mapped at the least: what is admitted, dropped or woken is
+    whole units of that. `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it
     says what an event means. `features` are of `UFFD_FEATURE_*`, `mode` is of `UFFDIO_REGISTER_MODE_*`.
     """
 
@@ -54,6 +55,7 @@ class UffdView:
         mode: int,
         *,
         kernel_faults: bool,
+        page_size: int = PAGE_SIZE,
         readers: int = 1,
         shards: int = 1,
     ) -> None:
@@ -61,7 +63,9 @@ class UffdView:
         self._vmm = vmm
         self._mode = mode
         self._pages = view.length // PAGE_SIZE
-        self._shard = -(-self._pages // shards)  # pages a descriptor has
+        self._unit = page_size // PAGE_SIZE  # pages
+        self._unit_bytes = page_size
+        self._shard = -(-self._pages // (shards * self._unit)) * self._unit  # pages a descriptor has
         self._readers_each = readers
         self._readers: list[JoinableThread] = []
         self._wakeup = -1
@@ -70,7 +74,7 @@ class UffdView:
         self._uffds: list[Uffd] = []
         try:
             for _ in range(-(-self._pages // self._shard)):
-                self._uffds.append(Uffd(features, kernel_faults=kernel_faults))
+                self._uffds.append(Uffd(features, kernel_faults=kernel_faults, page_size=page_size))
                 self._uffds[-1].on_again = self._make_way
                 self._uffds[-1].on_hole = self._fill_hole
         except BaseException:
@@ -101,6 +105,11 @@ class UffdView:
 
     def _hva(self, page: int) -> int:
         return self._view.hva + page * PAGE_SIZE
+
+    def _page_of(self, hva: int) -> int:
+        """Return the first page of the unit that an address is in."""
+        page = (hva - self._view.hva) // PAGE_SIZE
+        return page - page % self._unit
 
     def _fill_hole(self, hva: int) -> None:
         """Put a page of zeros where the memory file has none, though the page at `hva` is present.
@@ -206,7 +215,6 @@ class UffdTrap(UffdView):
     in a staging area. `features` are what the trap needs beyond those of its memory.
     """
 
-    granule = PAGE_SIZE
     latencies: Sequence[array[int]] = ()
 
     def __init__(
@@ -221,10 +229,13 @@ class UffdTrap(UffdView):
         shards: int = 1,
     ) -> None:
         mode = abi.UFFDIO_REGISTER_MODE_MISSING
-        if backing.shared:
+        huge = backing.page_size > PAGE_SIZE
+        if huge:
+            features |= abi.UFFD_FEATURE_MISSING_HUGETLBFS
+        elif backing.shared:
             features |= abi.UFFD_FEATURE_MISSING_SHMEM
         if minor:
-            features |= abi.UFFD_FEATURE_MINOR_SHMEM
+            features |= abi.UFFD_FEATURE_MINOR_HUGETLBFS if huge else abi.UFFD_FEATURE_MINOR_SHMEM
             mode |= abi.UFFDIO_REGISTER_MODE_MINOR
         if supported_features() & features & abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM:
             mode |= abi.UFFDIO_REGISTER_MODE_WP
@@ -234,6 +245,7 @@ class UffdTrap(UffdView):
             features,
             mode,
             kernel_faults=kernel_faults,
+            page_size=backing.page_size,
             readers=readers,
             shards=shards,
         )
@@ -247,6 +259,11 @@ class UffdTrap(UffdView):
             except BaseException:
                 self._close_descriptors()
                 raise
+
+    @property
+    def granule(self) -> int:
+        """A page of the backing: what userfaultfd maps as one."""
+        return self._unit_bytes
 
     @property
     def needs_quiesce(self) -> bool:
@@ -278,6 +295,13 @@ class UffdTrap(UffdView):
             else:
                 uffd.copy(self._hva(start), self._staging.hva + start * PAGE_SIZE, length)
                 self._staging.drop(start * PAGE_SIZE, length)
+
+    def forget(self, first: int, count: int) -> None:
+        """Give up the bytes of pages that were revoked, wherever they lie."""
+        if self._staging is not None:
+            self._staging.drop(first * PAGE_SIZE, count * PAGE_SIZE)
+        else:
+            self._backing.forget(first * PAGE_SIZE, count * PAGE_SIZE)
 
     def _stage(self, first: int, count: int) -> None:
         """Put aside the bytes of pages that are about to go, where there is a staging area: no vCPU is in KVM_RUN."""
