@@ -140,6 +140,7 @@ def plan(work: Work) -> Workload:
         ring=work.ring,
         seed=work.seed,
         order=work.order,
+        stride=work.stride,
         write=work.write,
         overlap=work.overlap,
         touches=work.touches,
@@ -155,7 +156,7 @@ def check(contender: Contender) -> None:
         GuestLayout(work.memory_bytes)
     plan(work)
     FaultAround(work.fault_around)
-    check_backing_options(work.backing, work.memory_bytes)
+    check_backing_options(work.backing, work.memory_bytes, reserve=work.reserve_hugepages)
     granule = machine_options(contender).granule
     if granule is not None:
         check_granule(granule)
@@ -178,6 +179,7 @@ def machine_options(contender: Contender) -> MachineOptions:
         fault_around=work.fault_around,
         uffd=contender.uffd_options,
         pin=work.pin,
+        reserve_hugepages=work.reserve_hugepages,
     )
 
 
