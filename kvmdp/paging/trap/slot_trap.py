@@ -118,7 +118,7 @@ class SlotTrap:
         present: while the slots are replaced, some at a time, no vCPU is in KVM_RUN.
         """
         assert self._presence is not None
-        if can_collapse(self._backing.guest):
+        if self._backing.transparent and can_collapse(self._backing.guest):
             put_together(self._backing.guest, first, count)
         self._slots.merge_upward(first, count, self._presence.quiesced)
         self._changed(first, count)

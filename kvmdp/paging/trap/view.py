@@ -320,7 +320,8 @@ class UffdTrap(UffdView):
 
         For a hole cannot be punched for certain into a huge page.
         """
-        return can_collapse(self._backing.guest) and not (self._staging and self._backing.shared)
+        backing = self._backing
+        return backing.transparent and can_collapse(backing.guest) and not (self._staging and backing.shared)
 
     def collapse(self, first: int, count: int) -> bool:
         """Put the pages of whole regions together into huge ones; see `kvmdp.paging.trap.collapse`.
