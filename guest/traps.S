@@ -135,7 +135,11 @@ machine_check:
     inc ecx
     read_msr
     mov [rdi + BLOCK_MC_ADDRESS], rax
-    inc ecx
+    mov rbx, [rdi + BLOCK_MC_COUNT]
+    cmp rbx, MC_ADDRESSES
+    ja 4f
+    mov [rdi + rbx * 8 + BLOCK_MC_ADDRESSES - 8], rax
+4:  inc ecx
     read_msr
     mov [rdi + BLOCK_MC_MISC], rax
 3:  mov ecx, MCG_STATUS

@@ -18,6 +18,7 @@ workloads:
     .quad workload_string
     .quad workload_clock
     .quad workload_disk
+    .quad workload_poison
 workloads_end:
 
 .globl workload_count

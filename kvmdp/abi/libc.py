@@ -46,6 +46,8 @@ libc.memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 libc.memmove.restype = ctypes.c_void_p
 libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 libc.mincore.restype = ctypes.c_int
+libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+libc.fallocate.restype = ctypes.c_int
 libc.syscall.restype = ctypes.c_long
 
 _PAGE = os.sysconf("SC_PAGESIZE")
@@ -96,6 +98,12 @@ def mincore(hva: int, length: int) -> bytes:
     if libc.mincore(hva, length, found) < 0:
         raise os_error(f"mincore of {length} bytes at {hva:#x}")
     return bytes(found)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Call fallocate with a `mode` (`FALLOC_FL_*`), which Python's own cannot be given."""
+    if libc.fallocate(fd, mode, offset, length) < 0:
+        raise os_error(f"fallocate(mode {mode:#x}) of {length} bytes at {offset:#x}")
 
 
 def syscall(number: int, *arguments: int, what: str) -> int:

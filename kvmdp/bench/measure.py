@@ -21,7 +21,7 @@ from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.hostinfo import page_table_memory, vmalloc_used
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import check_backing_options
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.paging.policy import FaultAround
@@ -140,6 +140,7 @@ def plan(work: Work) -> Workload:
         ring=work.ring,
         seed=work.seed,
         order=work.order,
+        stride=work.stride,
         write=work.write,
         overlap=work.overlap,
         touches=work.touches,
@@ -155,8 +156,7 @@ def check(contender: Contender) -> None:
         GuestLayout(work.memory_bytes)
     plan(work)
     FaultAround(work.fault_around)
-    if work.backing not in BACKINGS:
-        raise ValueError(f"there is no backing {work.backing!r}: choose from {', '.join(BACKINGS)}")
+    check_backing_options(work.backing, work.memory_bytes, reserve=work.reserve_hugepages)
     granule = machine_options(contender).granule
     if granule is not None:
         check_granule(granule)
@@ -179,6 +179,7 @@ def machine_options(contender: Contender) -> MachineOptions:
         fault_around=work.fault_around,
         uffd=contender.uffd_options,
         pin=work.pin,
+        reserve_hugepages=work.reserve_hugepages,
     )
 
 

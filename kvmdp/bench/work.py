@@ -14,7 +14,8 @@ class Work:
     `bytes_per_vcpu` of RAM a vCPU; `overlap`: every vCPU touches all of it, else each its share. `latency`
     (seconds) and `bandwidth` (bytes a second, 0 is no limit) of the simulated network. `pin`: host CPUs, one a
     vCPU, or none. `uffd_mode`: how the trap userfaultfd registers RAM. `device_pages`: how many pages, from RAM's last
-    one down, a device thread reads while the guest runs.
+    one down, a device thread reads while the guest runs. `stride` (pages) is for the order "strided";
+    `reserve_hugepages` has each machine reserve the huge pages that its backing lacks.
     """
 
     bytes_per_vcpu: int = 64 << 20
@@ -22,10 +23,12 @@ class Work:
     ring: int = 3
     workload: str = "touch"
     order: str = "sequential"
+    stride: int = 16
     write: bool = True
     touches: int | None = None
     overlap: bool = False
     backing: str = "memfd"
+    reserve_hugepages: bool = False
     granule: int | None = None
     fault_around: int = 1
     latency: float = 0.0

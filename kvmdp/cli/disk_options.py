@@ -11,7 +11,7 @@ from kvmdp.machine.disk import DiskError, disk_file
 from kvmdp.machine.experiment import DeviceFactory, in_process_disk
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.remote_disk import RemoteDisk
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.wire.endpoint import EndpointError, Listener
 
 __all__ = ["add_disk_options", "disk_device"]
@@ -61,7 +61,7 @@ def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[Device
             raise UsageError(str(error)) from None
         yield in_process_disk(disk_bytes, options.disk)
         return
-    if not BACKINGS[options.backing].shared:
+    if not BACKINGS[options.backing].sealed:
         raise UsageError(
             f"{options.backing} memory cannot be handed to a device process: use --backing memfd"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import BACKINGS
 
 T = TypeVar("T")
 

@@ -9,12 +9,14 @@ from typing import Any
 from kvmdp.cli.output import EXIT_LACKING, EXIT_OK, check_json_target, write_json
 from kvmdp.kvm import Kvm, KvmError
 from kvmdp.machine.hostinfo import host_facts, huge_page_pools
-from kvmdp.machine.probe import ACCESSES, Proof, capabilities, proofs, userfaultfd_facts
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.machine.probe import ACCESSES, Status, capabilities, proofs, userfaultfd_facts, works
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.size import format_size
 from kvmdp.paging.trap.registry import EXIT_TRAPS, TRAPS
 
 SCHEMA = "kvmdp.probe/1"
+# A cell of the table; "refused" is a trap that is not made for such memory.
+_CELLS: dict[Status, str] = {"exact": "exact", "failed": "NO", "not run": "not run", "refused": "-"}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,14 +58,19 @@ def probe_document() -> dict[str, Any]:
     document["traps"] = {
         trap: {
             backing: {
-                proof.access: {"ok": proof.ok, "exits": proof.exits, "error": proof.error}
+                proof.access: {
+                    "ok": proof.ok,
+                    "status": proof.status,
+                    "exits": proof.exits,
+                    "error": proof.error,
+                }
                 for proof in trap_proofs
             }
             for backing, trap_proofs in backings.items()
         }
         for trap, backings in found.items()
     }
-    document["working"] = [trap for trap in EXIT_TRAPS if any(_all_ok(each) for each in found[trap].values())]
+    document["working"] = [trap for trap in EXIT_TRAPS if any(works(trap, backing) for backing in BACKINGS)]
     document["ok"] = bool(document["working"])
     document["userfaultfd"] = userfaultfd_facts()
     document["hugepages"] = [{"size_bytes": size, **counts} for size, counts in huge_page_pools().items()]
@@ -71,19 +78,21 @@ def probe_document() -> dict[str, Any]:
     return document
 
 
-def _all_ok(trap_proofs: tuple[Proof, ...]) -> bool:
-    return all(proof.ok for proof in trap_proofs)
-
-
 def _missing(document: dict[str, Any]) -> list[dict[str, str]]:
     """Return what this host lacks, each with why it is lacking and the command that mends it."""
     missing = []
+    not_run: dict[str, str] = {}
     for trap, backings in document["traps"].items():
         for backing, accesses in backings.items():
-            errors = {access["error"] for access in accesses.values()} - {""}
+            errors = {access["error"] for access in accesses.values() if access["status"] == "failed"}
             if errors:
                 why = "; ".join(sorted(errors))
                 missing.append({"what": f"trap {trap} on {backing}", "why": why, "remedy": ""})
+            if all(access["status"] == "not run" for access in accesses.values()):
+                not_run[backing] = next(access["error"] for access in accesses.values())
+    for backing, why in not_run.items():
+        reason, _, remedy = why.partition(": ")
+        missing.append({"what": f"a proof on {backing}", "why": reason, "remedy": remedy})
     uffd = document["userfaultfd"]
     if not uffd["kernel_faults"]:
         missing.append(
@@ -125,12 +134,12 @@ def print_document(document: dict[str, Any]) -> None:
             f"huge pages  {format_size(pool['size_bytes'])}: {pool['free']} free of {pool['total']} reserved"
         )
     print()
-    print(f"{'trap':<14}{'backing':<12}" + "".join(f"{access:<10}" for access in ACCESSES) + "exits seen")
+    print(f"{'trap':<14}{'backing':<20}" + "".join(f"{access:<10}" for access in ACCESSES) + "exits seen")
     for trap, backings in document["traps"].items():
         for backing, accesses in backings.items():
             kinds = {kind for access in accesses.values() for kind in access["exits"]}
-            cells = "".join(f"{'exact' if access['ok'] else 'NO':<10}" for access in accesses.values())
-            print(f"{trap:<14}{backing:<12}{cells}{', '.join(sorted(kinds))}")
+            cells = "".join(f"{_CELLS[access['status']]:<10}" for access in accesses.values())
+            print(f"{trap:<14}{backing:<20}{cells}{', '.join(sorted(kinds))}".rstrip())
     if document["missing"]:
         print("\nmissing")
         for lack in document["missing"]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvmdp import __version__
 from kvmdp.cli.disk_options import disk_device
 from kvmdp.cli.output import (
@@ -34,7 +36,9 @@ from kvmdp.machine.workloads import (
     make_workload,
     program_blocks,
 )
-from kvmdp.memory.backing import BACKINGS, MemfdBacking
+from kvmdp.machine.workloads.poison import choose_pages
+from kvmdp.memory.backing import MemfdBacking
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import PagingError, UnsupportedError
@@ -122,10 +126,10 @@ def _sources(
     """Return where pages come from, and what they are compared with if that is something else."""
     if options.handler is None:
         return stack.enter_context(_source(options)), None
-    if not BACKINGS.get(options.backing, MemfdBacking).shared:
+    if not BACKINGS.get(options.backing, MemfdBacking).sealed:
         raise ValueError(
-            f"--handler with --backing {options.backing}: memory of one process alone cannot be handed to a handler "
-            "in another; use --backing memfd"
+            f"--handler with --backing {options.backing}: such memory cannot be handed to a handler in another "
+            "process; use --backing memfd"
         )
     if (options.uffd_mode or "").lower() == "missing":
         raise ValueError(
@@ -218,6 +222,10 @@ def _execute(
     try:
         if options.guest is not None:
             blocks = program_blocks(work)
+            try:
+                poisoned = choose_pages(work, np.arange(work.memory_bytes // PAGE_SIZE))
+            except ValueError as error:
+                raise UsageError(str(error)) from None
             with disk_device(options, 0) as device:
                 return run_program(
                     machine,
@@ -228,6 +236,7 @@ def _execute(
                     on_start=on_start,
                     detector=detector,
                     device=device,
+                    poisoned=poisoned,
                 )
         try:
             workload = make_workload(options.workload, work)
@@ -260,6 +269,8 @@ def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str,
         "vcpus": machine.vcpus,
         "memory_bytes": machine.memory_bytes,
         "page_size": PAGE_SIZE,
+        "host_page_size": BACKINGS[machine.backing].page_size,
+        "thp": machine.thp,
         "fault_around": machine.fault_around,
         "resident_limit_bytes": machine.resident_limit,
         "page_tables": machine.page_tables,

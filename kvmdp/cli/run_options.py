@@ -10,17 +10,19 @@ from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import read_program, vector_flags
 from kvmdp.machine.experiment import usable_memory
 from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.poison import check_poison
 from kvmdp.machine.probe import choose_trap, working_traps
 from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.machine.workloads.poison import Poison
+from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.resident import check_limit
-from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
 from kvmdp.paging.trap.partial_regions import DEFAULT_SLOT_MEMORY
+from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
 from kvmdp.paging.trap.slot_trap import SlotOptions, Split
 from kvmdp.paging.trap.slots import check_granule, least_granule
 from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
@@ -82,6 +84,22 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         metavar="KIND",
         help=f"what RAM is made of: {', '.join(BACKINGS)} (default: memfd)",
     )
+    option(
+        "--backing-file",
+        metavar="PATH",
+        help="file: where RAM is to be, a new file (default: a temporary one)",
+    )
+    option(
+        "--thp",
+        default="off",
+        choices=("on", "off"),
+        help="memfd, anonymous, file: let the kernel put pages together into transparent huge pages (default: off)",
+    )
+    option(
+        "--reserve-hugepages",
+        action="store_true",
+        help="hugetlb: reserve the huge pages that are missing, give them back at the end; as root (default: no)",
+    )
     option("--vcpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 16 (default: 1)")
     option(
         "--ring", type=int, default=3, metavar="R", help="privilege ring of the workload, 3 or 0 (default: 3)"
@@ -101,8 +119,8 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         "--split",
         default="gap",
         choices=get_args(Split),
-        help="how memory-fault cuts a region of RAM that has too many granules for a memslot each, when a page of it is "
-        "touched: around the page, or into granules (default: gap)",
+        help="how memory-fault cuts a region of RAM that has too many granules for a memslot each, when a page of it "
+        "is touched: around the page, or into granules (default: gap)",
     )
     option(
         "--slot-memory",
@@ -187,6 +205,13 @@ def _add_work_options(group: argparse._ArgumentGroup) -> None:
         help="touch: accesses a vCPU makes (default: one for each of its pages)",
     )
     option(
+        "--poison",
+        type=int,
+        default=0,
+        metavar="N",
+        help="poison, programs: N pages that give a machine check, chosen by the seed (default: 0)",
+    )
+    option(
         "--iterations", type=int, default=1, metavar="N", help="atomic: passes over the pages (default: 1)"
     )
     option(
@@ -233,6 +258,7 @@ def plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workload
         operation=options.operation,
         vector=vector,
         pv=pv,
+        poison=options.poison,
     )
 
 
@@ -241,8 +267,10 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
     FaultAround(options.fault_around)
     if not 1 <= options.readers <= 99:
         raise ValueError(f"--readers {options.readers}: give 1 to 99")
-    if options.backing not in BACKINGS:
-        raise ValueError(f"there is no backing {options.backing!r}: choose from {', '.join(BACKINGS)}")
+    thp = options.thp == "on"
+    check_backing_options(
+        options.backing, memory, thp=thp, path=options.backing_file, reserve=options.reserve_hugepages
+    )
     if options.trap != "auto" and options.trap not in ALL_TRAPS:
         proven = ", ".join(working_traps(options.backing)) or "none"
         raise ValueError(
@@ -250,12 +278,19 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         )
     if options.guest is None and options.workload not in WORKLOADS:
         raise ValueError(f"there is no workload {options.workload!r}: choose from {', '.join(WORKLOADS)}")
+    if options.poison and options.guest is None and options.workload != Poison.name:
+        raise ValueError(
+            f"--poison is for the workload poison and for programs of your own: {options.workload} does not survive a "
+            "machine check; give --workload poison, or leave it out"
+        )
     mode = None if options.uffd_mode is None else parse_mode(options.uffd_mode)
     if mode is not None and options.trap != "userfaultfd":
         raise ValueError("--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out")
     check_backing(options.trap, BACKINGS[options.backing])
     check_mode(mode, BACKINGS[options.backing])
-    trap = choose_trap(options.backing, memory) if options.trap == "auto" else options.trap
+    if not options.reserve_hugepages:
+        check_huge_pages(options.backing, memory)
+    trap = choose_trap(options.backing) if options.trap == "auto" else options.trap
     granule = None if options.granule is None else parse_size(options.granule)
     if trap in SLOT_TRAPS:
         layout = GuestLayout(memory)
@@ -264,6 +299,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         check_granule(granule)
     elif granule not in (None, PAGE_SIZE):
         raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
+    check_poison(options.poison, granule or PAGE_SIZE)
     limit = None if options.resident_limit is None else parse_size(options.resident_limit)
     if limit is not None:
         retained = memory - usable_memory(memory, options.page_tables)
@@ -281,4 +317,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1, mode),
         page_tables=options.page_tables,
         program=b"" if options.guest is None else read_program(options.guest),
+        thp=thp,
+        backing_file=options.backing_file,
+        reserve_hugepages=options.reserve_hugepages,
     )

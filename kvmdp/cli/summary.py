@@ -15,7 +15,7 @@ from kvmdp.memory.size import format_size
 def results(result: RunResult) -> dict[str, Any]:
     """Return the part of the JSON document that the run decides."""
     counters = result.counters
-    expected = result.expected_checksum
+    expected, poison = result.expected_checksum, result.poison
     return {
         "ok": result.ok,
         "granule": result.granule,
@@ -41,8 +41,18 @@ def results(result: RunResult) -> dict[str, Any]:
         "guest_checksum": f"{result.guest_checksum:#018x}",
         "expected_checksum": None if expected is None else f"{expected:#018x}",
         "pages_checked": result.pages_checked,
-        "wrong_pages": [f"{gpa:#x}" for gpa in result.wrong_pages],
+        "wrong_pages": _gpas(result.wrong_pages),
+        "poison": {
+            "pages": _gpas(poison.pages),
+            "expected": None if poison.expected is None else _gpas(poison.expected),
+            "machine_checks": poison.machine_checks,
+            "addresses": _gpas(poison.addresses),
+        },
     }
+
+
+def _gpas(numbers: list[int]) -> list[str]:
+    return [f"{gpa:#x}" for gpa in numbers]
 
 
 def _latency(result: RunResult) -> dict[str, float | None]:
@@ -86,6 +96,8 @@ def print_summary(document: dict[str, Any]) -> None:
         print(
             f"stalls     {document['stalls']} times KVM spun on an access without an exit; the watchdog resolved it"
         )
+    if document["poison"]["pages"] or document["poison"]["machine_checks"]:
+        _print_poison(document["poison"])
     if document["expected_checksum"] is None:
         why = "of a program" if document["workload"] == "program" else "without --image to compare with"
         print(f"checksum   guest {document['guest_checksum']} (nothing is expected {why})")
@@ -94,6 +106,19 @@ def print_summary(document: dict[str, Any]) -> None:
     print(f"checksum   guest {document['guest_checksum']}, host {document['expected_checksum']}: {same}")
     wrong = f"WRONG at gpa {', '.join(document['wrong_pages'])}" if document["wrong_pages"] else "all exact"
     print(f"bytes      {document['pages_checked']} present pages compared with the source: {wrong}")
+
+
+def _print_poison(poison: dict[str, Any]) -> None:
+    expected, addresses = poison["expected"], poison["addresses"]
+    if expected is None:
+        verdict = (
+            f"at gpa {', '.join(addresses)} (nothing is expected of a program)" if addresses else "none taken"
+        )
+    elif addresses == expected and poison["machine_checks"] == len(expected):
+        verdict = f"one for each of them that the guest touched, at gpa {', '.join(addresses) or 'none'}"
+    else:
+        verdict = f"WRONG: at gpa {', '.join(addresses) or 'none'}, expected {', '.join(expected) or 'none'}"
+    print(f"poison     {len(poison['pages'])} pages, {poison['machine_checks']} machine checks: {verdict}")
 
 
 def leak_records(leaks: list[Leak]) -> list[dict[str, Any]]:

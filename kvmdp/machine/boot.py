@@ -72,9 +72,14 @@ class BootSlot:
     def __init__(self, tables: PageTables, image: bytes, program: bytes = b"") -> None:
         self.size = tables.boot_size
         self._mapping = Mapping.anonymous(self.size)
-        self._put(guest.BOOT_BASE, image)
-        self._put(guest.PROGRAM_BASE, program)
+        self._image, self._program = image, program
+        self.load()
         self._put(guest.PAGE_TABLES_BASE, tables.boot_tables)
+
+    def load(self) -> None:
+        """Put the guest's code and data in place, as they were before it ran. No vCPU may run."""
+        self._put(guest.BOOT_BASE, self._image)
+        self._put(guest.PROGRAM_BASE, self._program)
 
     def _put(self, gpa: int, data: bytes) -> None:
         offset = gpa - guest.BOOT_BASE

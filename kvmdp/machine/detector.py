@@ -87,7 +87,9 @@ class LeakDetector:
             return  # a fill that failed half-way has left something where nothing is
         for at, count in runs_with_data(before, resident, after):
             page = first + at
-            if backing.shared and tmpfs_has_huge_pages() and not self._has_bytes(machine, page, count):
+            huge = backing.page_size > pager.trap.granule or backing.thp
+            huge = huge or (backing.shared and tmpfs_has_huge_pages())
+            if huge and not self._has_bytes(machine, page, count):
                 continue  # the zeros around a page that was filled
             in_view = bool(_mapped(backing.guest, page, page + 1)[0])
             self._add([data_leak(machine.layout, page, count, in_guest_view=in_view)])

@@ -34,6 +34,7 @@ from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.guest_abi import DiskStatus
 from kvmdp.memory.size import format_size
 from kvmdp.paging.access import MemoryAccess
+from kvmdp.paging.fault import PoisonedError
 
 _RING = struct.Struct("<QIIIIQ")
 _REQUEST = struct.Struct("<QIIQ")
@@ -146,26 +147,38 @@ class DiskDevice:
         """Carry out what is submitted now in the ring at gpa `ring`; returns how many requests that were.
 
         Raises what `MemoryAccess` raises if a page cannot be had; the ring can be served again then, from where it
-        was left. What is not a ring at all is left untouched.
+        was left. A poisoned page is the guest's trouble, and ends as a status. What is not a ring at all is left
+        untouched.
         """
         try:
             pending = self._pending(ring)
-        except ValueError:
-            return 0  # not in RAM: nowhere to complain
+        except (ValueError, PoisonedError):
+            return 0  # not in RAM, or lost: nowhere to complain
         except _RequestError as error:
-            self._memory.store64(ring + guest.DISK_RING_STATUS, error.status)
+            self._refuse(ring, error.status)
             return 0
         done = 0
         for index, request in pending:
             try:
                 self._carry_out(request)
             except ValueError:  # the request itself is not in RAM
-                self._memory.store64(ring + guest.DISK_RING_STATUS, DiskStatus.ADDRESS)
+                self._refuse(ring, DiskStatus.ADDRESS)
                 return done
-            self._memory.store64(ring + guest.DISK_RING_COMPLETED, (index + 1) & _COUNT_MASK)
+            except PoisonedError:  # the request itself, or where its status goes
+                self._refuse(ring, DiskStatus.POISON)
+                return done
+            try:
+                self._memory.store64(ring + guest.DISK_RING_COMPLETED, (index + 1) & _COUNT_MASK)
+            except PoisonedError:
+                return done  # the guest meets it too
             self.requests += 1
             done += 1
         return done
+
+    def _refuse(self, ring: int, status: DiskStatus) -> None:
+        """Say in a ring's header why it is not served."""
+        with contextlib.suppress(PoisonedError):  # the header is lost: the guest meets that too
+            self._memory.store64(ring + guest.DISK_RING_STATUS, status)
 
     def _pending(self, ring: int) -> list[tuple[int, int]]:
         """Return (index, gpa) of the requests submitted and not completed.
@@ -192,7 +205,10 @@ class DiskDevice:
         return [(index, requests + index % entries * guest.DISK_REQUEST_SIZE) for index in indices]
 
     def _carry_out(self, request: int) -> None:
-        """Carry out one request and store its status. Raises ValueError if the request is not in RAM."""
+        """Carry out one request and store its status.
+
+        Raises ValueError if the request is not in RAM, PoisonedError if it is lost.
+        """
         fields = _REQUEST.unpack(self._memory.read(request, _REQUEST.size))
         try:
             self._transfer(*fields)
@@ -201,6 +217,8 @@ class DiskDevice:
             status = error.status
         except ValueError:
             status = DiskStatus.ADDRESS
+        except PoisonedError:
+            status = DiskStatus.POISON
         except OSError as error:
             status = DiskStatus.SPACE if error.errno in _FULL else DiskStatus.IO
         self._memory.store64(request + guest.DISK_REQUEST_STATUS, status)

@@ -22,8 +22,10 @@ from kvmdp.machine.guest_abi import ParameterBlock
 from kvmdp.machine.hostinfo import resident_memory
 from kvmdp.machine.machine import Machine, MachineOptions, PageTablePlace
 from kvmdp.machine.page_tables import page_table_bytes
+from kvmdp.machine.poison import PoisonResult, poison_pages, poison_result
 from kvmdp.machine.runloop import EXIT_NAMES
 from kvmdp.machine.workloads import Workload, combined_checksum
+from kvmdp.machine.workloads.arithmetic import Pages
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.claim import Counters, State
 from kvmdp.source.base import PageSource, ram_source, read_pages
@@ -44,7 +46,8 @@ class RunResult:
     `resident_peak` is the most pages that were in memory while there was a limit to that, else None.
     `expected_checksum` is None where the host expects nothing: of a program of the user's own, of pages that it cannot
     read again. `wrong_pages`
-    are the gpas of the first pages whose bytes are not what they must be, `pages_checked` how many were compared.
+    are the gpas of the first pages whose bytes are not what they must be, `pages_checked` how many were compared;
+    `poison` is about pages that were poisoned, if any.
     `cpu_seconds` is this process's CPU time from its start to the guest's first instruction.
     """
 
@@ -68,11 +71,13 @@ class RunResult:
     accesses: int
     pages_checked: int
     wrong_pages: list[int]
+    poison: PoisonResult
 
     @property
     def ok(self) -> bool:
         """Whether all that the host can expect holds."""
-        return not self.wrong_pages and self.expected_checksum in (None, self.guest_checksum)
+        exact = not self.wrong_pages and self.expected_checksum in (None, self.guest_checksum)
+        return exact and self.poison.ok
 
 
 def usable_memory(memory_bytes: int, page_tables: PageTablePlace) -> int:
@@ -125,9 +130,12 @@ def run_workload(
             device = in_process_disk(workload.disk_bytes)
         if device is not None:
             stack.enter_context(device(machine))
+        workload.poisoned = poison_pages(machine, workload.poisoned)
         if on_start is not None:
             on_start(machine)
-        measured = _run(machine, workload.blocks, timeout, on_tick, detector)
+        measured = _run(
+            machine, workload.blocks, timeout, on_tick, detector, workload.poisoned, workload.touched
+        )
         if reference is None:
             return measured(None, 0, [])
         expected_image = patched(reference)
@@ -169,18 +177,21 @@ def run_program(
     on_start: Callable[[Machine], None] | None = None,
     detector: LeakDetector | None = None,
     device: DeviceFactory | None = None,
+    poisoned: Pages | None = None,
 ) -> RunResult:
     """Boot a machine with a program of the user's own (`options.program`) and run it to its end, with `device` if any.
 
-    `on_start` and `on_tick` are as for `run_workload`. Raises what `Machine` and `Machine.run` raise.
+    `on_start` and `on_tick` are as for `run_workload`; `poisoned` are RAM pages to poison before. Raises what `Machine`,
+    `Machine.run` and `poison_pages` raise.
     """
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(Machine(options, source))
         if device is not None:
             stack.enter_context(device(machine))
+        poisoned = poison_pages(machine, np.empty(0, np.int64) if poisoned is None else poisoned)
         if on_start is not None:
             on_start(machine)
-        return _run(machine, blocks, timeout, on_tick, detector)(None, 0, [])
+        return _run(machine, blocks, timeout, on_tick, detector, poisoned)(None, 0, [])
 
 
 def _run(
@@ -189,6 +200,8 @@ def _run(
     timeout: float | None,
     on_tick: Callable[[Machine], None] | None,
     detector: LeakDetector | None,
+    poisoned: Pages,
+    touched: Pages | None = None,
 ) -> Callable[[int | None, int, list[int]], RunResult]:
     """Run the machine; returns what makes the result once the comparison is known."""
     machine.set_parameters(blocks)
@@ -239,6 +252,7 @@ def _run(
             accesses=sum(thread.parameters.accesses for thread in threads),
             pages_checked=checked,
             wrong_pages=wrong,
+            poison=poison_result(machine, poisoned, touched, [thread.parameters for thread in threads]),
         )
 
     return result

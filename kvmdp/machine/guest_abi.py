@@ -93,6 +93,9 @@ VECTOR_SSE_CROSSING = 4089
 VECTOR_AVX_OFFSET = 2149
 VECTOR_AVX_CROSSING = 4083
 
+# How many addresses of machine checks a parameter block has room for
+MC_ADDRESSES = 192
+
 # What clock found to hold: bits of its checksum
 CLOCK_MOVES = 1
 CLOCK_SET_AGAIN = 2
@@ -130,6 +133,7 @@ class DiskStatus(IntEnum):
     RANGE = 3
     SPACE = 4
     IO = 5
+    POISON = 6
 
 
 class Gate(IntEnum):
@@ -225,7 +229,8 @@ class ParameterBlock(ctypes.Structure):
         ("mc_address", c_uint64),
         ("mc_misc", c_uint64),
         ("mc_mcg_status", c_uint64),
-        ("reserved_exceptions", c_uint8 * 0x638),
+        ("reserved_exceptions", c_uint8 * 0x38),
+        ("mc_addresses", c_uint64 * MC_ADDRESSES),
         ("scratch", c_uint8 * 0x800),
     ]
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
-from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SYNC_REGS
-from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS
-from kvmdp.kvm import Kvm, Vcpu, Vm
+from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_MCE, KVM_CAP_SYNC_REGS
+from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs, kvm_vcpu_events
+from kvmdp.kvm import Interrupted, Kvm, Vcpu, Vm
+from kvmdp.kvm.machine_check import guest_mcg_cap
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
 from kvmdp.machine.hostinfo import uses_nested_paging, vmalloc_used
@@ -21,7 +22,7 @@ from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.machine.pv import PvMsrs
 from kvmdp.machine.runloop import GuestError, VcpuThread
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import create_backing
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import Origin, Outcome, PagingError
@@ -62,6 +63,7 @@ class MachineOptions:
     is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see what comes of it.
     So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`). `resident_limit`
     is how many bytes of RAM may be in memory at once. `slots` is for the traps that work by memslot.
+    `thp`, `backing_file` and `reserve_hugepages` are the options of backings (`kvmdp.memory.backings`).
     """
 
     memory_bytes: int
@@ -77,6 +79,9 @@ class MachineOptions:
     intercept_msrs: bool = True
     resident_limit: int | None = None
     slots: SlotOptions = field(default_factory=SlotOptions)
+    thp: bool = False
+    backing_file: str | None = None
+    reserve_hugepages: bool = False
 
 
 def catches_page_walks(trap: str) -> bool:
@@ -98,7 +103,8 @@ class Machine:
     before the guest runs. `set_parameters` comes before `run`. `setup_seconds` says what each phase
     took, `slot_bytes` what kernel memory (vmalloc) arming took; the rest of the machine's state is in `pager`,
     `memory` and `threads`. Under a hybrid trap `device_view` is where threads of this process read and write RAM
-    by plain loads and stores until the machine stops; else it is None.
+    by plain loads and stores until the machine stops; else it is None. `has_machine_checks` says whether this KVM lets
+    a guest know of poisoned memory.
 
     Raises ValueError for options that make no sense, KvmError or UnsupportedError where the host lacks what they
     need.
@@ -119,10 +125,21 @@ class Machine:
             patches = self.page_tables.patches
             self.source = PatchedSource(source, patches) if patches else source
             policy = FaultAround(options.fault_around)
-            self.backing = stack.enter_context(BACKINGS[options.backing](options.memory_bytes))
-        with self._phase("vm"):
+            # Unmapped after the VM has gone: KVM would have to take it out of the guest first.
+            memory = stack.enter_context(contextlib.ExitStack())
             kvm = stack.enter_context(Kvm())
             self.vm: Vm = stack.enter_context(kvm.create_vm())
+            self.backing = memory.enter_context(
+                create_backing(
+                    options.backing,
+                    options.memory_bytes,
+                    self.vm,
+                    thp=options.thp,
+                    path=options.backing_file,
+                    reserve=options.reserve_hugepages,
+                )
+            )
+        with self._phase("vm"):
             if self.vm.check_extension(KVM_CAP_EXIT_ON_EMULATION_FAILURE):
                 self.vm.enable_cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
             boot = BootSlot(self.page_tables, stock_image(), options.program)
@@ -158,14 +175,20 @@ class Machine:
             )
             cpuid = guest_cpuid(kvm, self.pv.features)
             vector = vector_flags(kvm)
+            mcg_cap = guest_mcg_cap(kvm.mce_capabilities()) if kvm.check_extension(KVM_CAP_MCE) else None
+            self.has_machine_checks = mcg_cap is not None
             self.ports = Ports()
             Loopback(self.ports, options.vcpus)
             self.threads: list[VcpuThread] = []
+            self._at_boot: list[tuple[kvm_sregs, kvm_vcpu_events, kvm_regs]] = []
             for index in range(options.vcpus):
                 vcpu = stack.enter_context(self.vm.create_vcpu(index))
                 set_boot_state(vcpu, cpuid, vector, self.page_tables)
+                if mcg_cap is not None:
+                    vcpu.setup_mce(mcg_cap)
                 if kvm.check_extension(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS:
                     vcpu.sync_registers()
+                self._at_boot.append((vcpu.sregs, vcpu.events, kvm_regs.from_buffer_copy(vcpu.regs)))
                 self.threads.append(self._thread_of(vcpu))
 
     def _secure_page_tables(self) -> None:
@@ -315,6 +338,36 @@ class Machine:
                     f"vCPU {thread.vcpu.index} did not stop within {_JOIN_SECONDS:.0f} seconds: the source or "
                     "the kernel holds it"
                 )
+
+    def restart(self, blocks: Sequence[guest.ParameterBlock]) -> None:
+        """Make the vCPUs ready for another `run`, from the guest's entry, with RAM as it is; after one that went well.
+
+        `threads` are new, so are their counts of exits; what the pager counts goes on. vCPUs are as at boot but for
+        XCR0 and what the guest left in FPU and vector registers. A device view that the stop has ended stays so. Raises
+        ValueError if the guest has not come to its end, or is running.
+        """
+        if not all(thread.done and thread.join(0) for thread in self.threads) or self.pager.error is not None:
+            raise ValueError("a machine is restarted when all its vCPUs are done, not after a failure")
+        self._boot.load()  # with a task register that is not busy
+        vcpus = [thread.vcpu for thread in self.threads]
+        for vcpu in vcpus:
+            self._reset(vcpu)
+        self.threads = [self._thread_of(vcpu) for vcpu in vcpus]
+        self.set_parameters(blocks)
+        self.pager.resume()
+        self.gate.reopen()
+
+    def _reset(self, vcpu: Vcpu) -> None:
+        """Put a vCPU, whose last exit was its report, back to the guest's entry."""
+        # KVM finishes what it has begun, or it would do so when the vCPU is entered, over the registers set here.
+        vcpu.immediate_exit = True
+        if type(exit := vcpu.run()) is not Interrupted:
+            raise GuestError(f"vCPU {vcpu.index}: its report does not end: {exit}")
+        self.pv.switch_off(vcpu)
+        sregs, events, regs = self._at_boot[vcpu.index]
+        vcpu.set_sregs(sregs)
+        vcpu.set_events(events)
+        vcpu.set_regs(regs)
 
     def close(self) -> None:
         """Give everything back; a second call does nothing. No vCPU may be running."""

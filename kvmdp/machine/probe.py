@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from kvmdp.abi import kvm as kvm_abi
 from kvmdp.abi import userfaultfd as uffd_abi
@@ -18,9 +18,12 @@ from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.runloop import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.memory.backing import BACKINGS
+from kvmdp.memory.backings import BACKINGS
+from kvmdp.memory.hugepages import can_overcommit, check_pages, check_pool, how_to_reserve
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import PagingError, UnsupportedError
-from kvmdp.paging.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS
+from kvmdp.paging.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS, UFFD_TRAPS, check_backing
 from kvmdp.paging.trap.uffd import Uffd, supported_features
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -29,6 +32,14 @@ _PAGES = 8
 _SEED = 2023
 _TIMEOUT = 20.0
 _GRANULE = 16384  # few memslots, so that a proof takes milliseconds
+_MAX_SLOTS = 1024
+_MUCH = 32 << 20  # bytes to fetch for one access
+_ONE_ACCESS = "write"  # made even if it fetches as much
+
+# HugeTLB is wanted by who wants huge pages later and faults of 4 KiB now: memslots have those.
+_HUGE_PAGE_TRAPS = ("memory-fault", "mmio", "marker")
+# What a trap is proven on for a run on gigantic pages, of which there may be one.
+_SMALLER = {"hugetlb-1g": "hugetlb-2m", "private-hugetlb-1g": "private-hugetlb-2m"}
 
 _CAPABILITIES = {
     "USER_MEMORY2": kvm_abi.KVM_CAP_USER_MEMORY2,
@@ -61,39 +72,70 @@ ACCESSES = {
 }
 
 
+# What became of a cell of the matrix: the guest got exactly the source's bytes; it did not, or the host lacks what the
+# trap needs; there is nothing to run it on; the trap is not made for this backing.
+Status = Literal["exact", "failed", "not run", "refused"]
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """How one kind of access went under one trap: `error` is empty where the result was exact."""
+    """How one kind of access went under one trap: `error` says why it is not exact, empty if it is."""
 
     access: str
     exits: dict[str, int]
     error: str
+    status: Status = "failed"
 
     @property
     def ok(self) -> bool:
         """Whether the guest got exactly the source's bytes."""
-        return not self.error
+        return self.status == "exact"
 
 
 def prove(trap: str, backing: str, access: str) -> Proof:
     """Run a micro guest that makes one kind of access to absent pages. Raises nothing but programming errors."""
     name, write = ACCESSES[access]
+    page_size = BACKINGS[backing].page_size
+    memory = max(_MEMORY, page_size)
     try:
+        if obstacle := _obstacle(trap, backing, access):
+            return obstacle
         with Kvm() as kvm:
             vector = vector_flags(kvm)
-        options = WorkloadOptions(memory_bytes=_MEMORY, pages=_PAGES, seed=_SEED, vector=vector, write=write)
+        options = WorkloadOptions(memory_bytes=memory, pages=_PAGES, seed=_SEED, vector=vector, write=write)
         workload = make_workload(name, options)
-        granule = _GRANULE if trap in SLOT_TRAPS else None
-        machine = MachineOptions(_MEMORY, trap, backing, granule=granule)
-        result = run_workload(machine, workload, SyntheticSource(_MEMORY, _SEED), timeout=_TIMEOUT)
+        granule = max(_GRANULE, memory // _MAX_SLOTS) if trap in SLOT_TRAPS else None
+        reserve = page_size > PAGE_SIZE and can_overcommit(page_size)
+        machine = MachineOptions(memory, trap, backing, granule=granule, reserve_hugepages=reserve)
+        result = run_workload(machine, workload, SyntheticSource(memory, _SEED), timeout=_TIMEOUT)
     except (UnsupportedError, OSError, PagingError, GuestError) as error:
         return Proof(access, {}, str(error))
     exits = {kind: count for kind, count in result.exits.items() if kind != "io"}
     if not result.ok:
         return Proof(access, exits, "the guest saw other bytes than the source's")
-    if not exits and not len(result.latencies):
+    if not exits and not result.counters.claims:
         return Proof(access, exits, "no access trapped: the guest ran on memory that nobody had filled")
-    return Proof(access, exits, "")
+    return Proof(access, exits, "", "exact")
+
+
+def _obstacle(trap: str, backing: str, access: str) -> Proof | None:
+    """Return why a cell is not to be run, None if it is."""
+    page_size = BACKINGS[backing].page_size
+    try:
+        check_backing(trap, BACKINGS[backing])
+    except ValueError as error:
+        return Proof(access, {}, str(error), "refused")
+    if page_size == PAGE_SIZE or can_overcommit(page_size):
+        return None
+    check_pool(page_size)
+    try:
+        check_pages(page_size, 1)
+    except UnsupportedError:
+        reason = f"no huge page of {format_size(page_size)} is free: {how_to_reserve(page_size, 1)}"
+        return Proof(access, {}, reason, "not run")
+    if trap in UFFD_TRAPS and page_size > _MUCH and access != _ONE_ACCESS:
+        return Proof(access, {}, f"each access would fetch {format_size(page_size)}", "not run")
+    return None
 
 
 @functools.cache
@@ -103,8 +145,9 @@ def proofs(trap: str, backing: str) -> tuple[Proof, ...]:
 
 
 def works(trap: str, backing: str) -> bool:
-    """Return whether `trap` is proven on `backing`."""
-    return all(proof.ok for proof in proofs(trap, backing))
+    """Return whether `trap` is proven on `backing`: all that was run is exact."""
+    run = [proof for proof in proofs(trap, backing) if proof.status != "not run"]
+    return bool(run) and all(proof.ok for proof in run)
 
 
 def working_traps(backing: str) -> list[str]:
@@ -113,16 +156,20 @@ def working_traps(backing: str) -> list[str]:
 
 
 def choose_trap(backing: str) -> str:
-    """Return the fastest exit-style trap that a micro guest proves on `backing`.
+    """Return the fastest exit-style trap that a micro guest proves on `backing`; on HugeTLB one with 4 KiB faults.
 
     Raises UnsupportedError if there is none.
     """
     if backing not in BACKINGS:
         raise ValueError(f"there is no backing {backing!r}: choose from {', '.join(BACKINGS)}")
-    for trap in EXIT_TRAPS:
-        if works(trap, backing):
+    traps = EXIT_TRAPS if BACKINGS[backing].page_size == PAGE_SIZE else _HUGE_PAGE_TRAPS
+    tried = _SMALLER.get(backing, backing)
+    if all(proof.status == "not run" for trap in traps for proof in proofs(trap, tried)):
+        tried = backing
+    for trap in traps:
+        if works(trap, tried):
             return trap
-    reasons = "; ".join(f"{trap}: {_first_error(trap, backing)}" for trap in EXIT_TRAPS)
+    reasons = "; ".join(f"{trap}: {_first_error(trap, tried)}" for trap in traps)
     raise UnsupportedError(f"no trap works on this host ({reasons}): kvmdp probe says what would help")
 
 

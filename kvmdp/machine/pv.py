@@ -173,6 +173,16 @@ class PvMsrs:
         self._let_go(pages)  # those of the address before; of what is written once, the page just written
         return True
 
+    def switch_off(self, vcpu: Vcpu) -> None:
+        """Have KVM write to memory for this vCPU no more, as after a reset. It must not run meanwhile."""
+        with self._mutex:
+            on = [key for key in self._retained if key[0] == vcpu.index]
+            pages = [page for key in on for page in self._retained.pop(key)]
+        for index, msr in PV_MSRS.items():
+            if (vcpu.index, msr.structure) in on and msr.keeps and self.features & 1 << msr.feature:
+                vcpu.set_msr(index, 0)
+        self._let_go(pages)
+
     def _pages(self, gpa: int, length: int) -> list[int] | None:
         """Return the RAM pages that hold a structure, two if it crosses; None if it is not all in memory."""
         pages = []

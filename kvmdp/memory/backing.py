@@ -1,56 +1,93 @@
 """What guest RAM is made of, and how it is mapped.
 
 Shared memory is mapped twice. The *guest view* is what memslots point to and what may trap. The *VMM view*
-never traps: pages are filled through it, in place, and user space reads and writes there. Private anonymous
-memory has one mapping only, so both names mean the same one, and whoever makes pages of it trap must know that
-an access of our own to such a page would trap too.
+never traps: pages are filled through it, in place, and user space reads and writes there. Private memory has one
+mapping only, so both names mean the same one, and whoever makes pages of it trap must know that an access of our
+own to such a page would trap too.
+
+`kvmdp.memory.backings` has the list of all kinds.
 
 Units: bytes; offsets are into RAM, in the order of the RAM file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
+import stat
+import tempfile
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from kvmdp.abi import libc
 from kvmdp.abi.mman import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
     MADV_DONTDUMP,
     MADV_DONTFORK,
+    MADV_HUGEPAGE,
     MADV_NOHUGEPAGE,
-    MADV_REMOVE,
 )
 from kvmdp.memory.mapping import Mapping
+from kvmdp.memory.size import format_size
+from kvmdp.memory.unsupported import UnsupportedError
+from kvmdp.source.base import PAGE_SIZE
 
 
 class Backing:
     """Guest RAM of `size` bytes; owns its mappings.
 
-    Attributes: `name`; `size`; `shared` (whether there are two views of the same pages); `fd` (the memory file,
-    -1 where there is none); `guest` and `vmm`, the mappings.
+    Of the kind: `name`; `page_size`, bytes of the pages the host has it in, the least that userfaultfd can map;
+    `shared`, whether there are two views of the same pages; `sealed`, whether it is a memory file of sealed size,
+    fit to be handed to other processes; `registrable`, whether userfaultfd takes it; `transparent`, whether its pages
+    can be put together into huge ones (`thp`).
+
+    Of the object: `size`; `thp`; `fd`, the sealed memory file, and `guest_memfd`, a guest_memfd that memslots are to be
+    bound to, -1 where there is none; `guest` and `vmm`, the mappings.
     """
 
     name: str
     shared: bool
+    page_size: int = PAGE_SIZE
+    sealed: bool = False
+    registrable: bool = True
+    transparent: bool = False
 
-    def __init__(self, size: int, guest: Mapping, vmm: Mapping, fd: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        guest: Mapping,
+        vmm: Mapping,
+        fd: int = -1,
+        *,
+        thp: bool = False,
+        guest_memfd: int = -1,
+    ) -> None:
         self.size = size
         self.guest = guest
         self.vmm = vmm
         self.fd = fd
+        self.thp = thp
+        self.guest_memfd = guest_memfd
         # A child would have a copy of the guest view without its traps.
         guest.advise(MADV_DONTFORK)
         guest.advise(MADV_DONTDUMP)
-        # A huge page that the kernel puts together by itself would make absent pages present.
-        guest.advise(MADV_NOHUGEPAGE)
+        if self.transparent:
+            # Off unless it is wanted: a huge page that the kernel puts together by itself has memory for absent pages.
+            # In both views, because it is the one a page is first touched through that decides.
+            for view in {guest.hva: guest, vmm.hva: vmm}.values():
+                _advise_transparent(view, thp)
 
     def forget(self, offset: int, length: int) -> None:
-        """Give up the bytes of a range that no view has mapped for anybody's use, and free their memory."""
-        if self.shared:
-            self.vmm.advise(MADV_REMOVE, offset, length)
-        else:
-            self.vmm.drop(offset, length)
+        """Give up the bytes of absent pages, and the memory they take where it can be freed.
+
+        They read as zeros then, or as they were where nothing could be freed: nobody is to look.
+        """
+        raise NotImplementedError
 
     def close(self) -> None:
         """Unmap all views; a second call does nothing."""
@@ -69,22 +106,50 @@ class Backing:
         self.close()
 
 
+def _advise_transparent(view: Mapping, thp: bool) -> None:
+    try:
+        view.advise(MADV_HUGEPAGE if thp else MADV_NOHUGEPAGE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        if thp:
+            raise UnsupportedError(
+                "this kernel has no transparent huge pages: use one built with CONFIG_TRANSPARENT_HUGEPAGE, "
+                "or leave --thp out"
+            ) from None
+
+
+def map_twice(fd: int, size: int, stack: contextlib.ExitStack) -> tuple[Mapping, Mapping]:
+    """Map a file as guest view and as VMM view; `stack` unmaps them should anything fail after this."""
+    guest = stack.enter_context(Mapping.shared(fd, size))
+    return guest, stack.enter_context(Mapping.shared(fd, size))
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Free a range of a file, which reads as zeros then."""
+    libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+
 class MemfdBacking(Backing):
     """RAM in a memfd (tmpfs), sealed so that nobody it is handed to can change its size."""
 
     name = "memfd"
     shared = True
+    sealed = True
+    transparent = True
 
-    def __init__(self, size: int) -> None:
-        fd = os.memfd_create("kvmdp-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
+    def __init__(self, size: int, *, thp: bool = False) -> None:
+        with contextlib.ExitStack() as stack:
+            fd = os.memfd_create("kvmdp-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            stack.callback(os.close, fd)
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            guest = Mapping.shared(fd, size)
-            super().__init__(size, guest, Mapping.shared(fd, size), fd)
-        except BaseException:
-            os.close(fd)
-            raise
+            super().__init__(size, *map_twice(fd, size, stack), fd, thp=thp)
+            stack.pop_all()
+
+    def forget(self, offset: int, length: int) -> None:
+        """Punch a hole. Markers in the guest view stay, present pages of a huge page around it too."""
+        punch_hole(self.fd, offset, length)
 
 
 class AnonymousBacking(Backing):
@@ -92,13 +157,90 @@ class AnonymousBacking(Backing):
 
     name = "anonymous"
     shared = False
+    transparent = True
 
-    def __init__(self, size: int) -> None:
-        mapping = Mapping.anonymous(size)
-        super().__init__(size, mapping, mapping, -1)
+    def __init__(self, size: int, *, thp: bool = False) -> None:
+        with contextlib.ExitStack() as stack:
+            mapping = stack.enter_context(Mapping.anonymous(size))
+            super().__init__(size, mapping, mapping, thp=thp)
+            stack.pop_all()
+
+    def forget(self, offset: int, length: int) -> None:
+        """Drop the pages. Not for pages under markers, which would go too, and have no bytes to give up."""
+        self.guest.drop(offset, length)
 
 
-BACKINGS: dict[str, type[MemfdBacking] | type[AnonymousBacking]] = {
-    MemfdBacking.name: MemfdBacking,
-    AnonymousBacking.name: AnonymousBacking,
-}
+class FileBacking(Backing):
+    """RAM in a file on disk, mapped MAP_SHARED: at `path`, new or empty, or a temporary one without a name.
+
+    What the guest wrote is in the file at `path` afterwards. The disk's space is taken at once: a fault that found none
+    would be a SIGBUS. Nobody is handed it, for a file cannot be sealed, and who cuts it short ends all that have it
+    mapped.
+
+    Raises UnsupportedError if the disk is too small, OSError; `check_file` says what else is wrong with a path.
+    """
+
+    name = "file"
+    shared = True
+    registrable = False
+    transparent = True
+
+    def __init__(self, size: int, path: str | None = None, *, thp: bool = False) -> None:
+        with contextlib.ExitStack() as stack:
+            self._file = _open_file(path)  # not `fd`, which may be handed over
+            stack.callback(os.close, self._file)
+            try:
+                os.posix_fallocate(self._file, 0, size)
+            except OSError as error:
+                os.ftruncate(self._file, 0)
+                raise UnsupportedError(
+                    f"{path or tempfile.gettempdir()} has no room for {format_size(size)} of RAM ({error.strerror}): "
+                    "free some, or name a file on another disk with --backing-file"
+                ) from None
+            super().__init__(size, *map_twice(self._file, size, stack), thp=thp)
+            stack.pop_all()
+
+    def forget(self, offset: int, length: int) -> None:
+        """Drop the bytes and keep the disk's space, if the file system can; else free that too, or nothing."""
+        for mode in (FALLOC_FL_ZERO_RANGE, FALLOC_FL_PUNCH_HOLE):
+            try:
+                libc.fallocate(self._file, mode | FALLOC_FL_KEEP_SIZE, offset, length)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+            else:
+                return
+
+    def close(self) -> None:
+        """Unmap and close the file; a second call does nothing."""
+        super().close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def _open_file(path: str | None) -> int:
+    if path is not None:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd, name = tempfile.mkstemp(prefix="kvmdp-ram-")
+    Path(name).unlink()
+    return fd
+
+
+def check_file(path: str) -> None:
+    """Raise ValueError if RAM cannot be in a file at `path`: it has to be new or empty."""
+    where, file = f"--backing-file {path}", Path(path)
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        if not file.parent.is_dir():
+            raise ValueError(f"{where}: there is no directory {file.parent}") from None
+        return
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}; give a new file's name") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{where}: that is no regular file; give a new file's name")
+    if status.st_size:
+        raise ValueError(
+            f"{where}: there is something in it, which RAM would overwrite; give a new file's name"
+        )

@@ -16,6 +16,8 @@ from kvmdp.abi.mman import (
     MADV_POPULATE_WRITE,
     MAP_ANONYMOUS,
     MAP_FIXED,
+    MAP_HUGE_SHIFT,
+    MAP_HUGETLB,
     MAP_NORESERVE,
     MAP_PRIVATE,
     MAP_SHARED,
@@ -23,10 +25,29 @@ from kvmdp.abi.mman import (
     PROT_READ,
     PROT_WRITE,
 )
+from kvmdp.memory.layout import PAGE_SIZE
+
+HUGE_PAGE = 2 << 20  # bytes that one entry of the second level of page tables can map
+
+
+def _reserve_aligned(length: int) -> int:
+    """Return the address of `length` bytes, reserved, at which a huge page can be mapped.
+
+    The kernel aligns by itself only where it would put huge pages by itself.
+    """
+    whole = length + HUGE_PAGE
+    hva = libc.mmap(whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+    aligned = -(-hva // HUGE_PAGE) * HUGE_PAGE
+    if aligned > hva:
+        libc.munmap(hva, aligned - hva)
+    end = -(-(aligned + length) // PAGE_SIZE) * PAGE_SIZE
+    if hva + whole > end:
+        libc.munmap(end, hva + whole - end)
+    return aligned
 
 
 class Mapping:
-    """`length` bytes of this process's address space.
+    """`length` bytes of this process's address space; 2 MiB or more of usable memory begin at a multiple of 2 MiB.
 
     Attributes: `hva`, the address; `length`, bytes; `view`, a writable memoryview of the bytes. Whoever slices
     `view` or makes an array on it gives that up before `close`: what is left would point into nothing.
@@ -34,23 +55,48 @@ class Mapping:
 
     def __init__(self, length: int, *, prot: int, flags: int, fd: int = -1, offset: int = 0) -> None:
         self.length = length
-        self.hva = libc.mmap(length, prot, flags | MAP_NORESERVE, fd, offset)
+        if length < HUGE_PAGE or prot == PROT_NONE or not flags & MAP_NORESERVE:
+            self.hva = libc.mmap(
+                length, prot, flags, fd, offset
+            )  # the kernel aligns HugeTLB memory by itself
+        else:
+            hva = _reserve_aligned(length)
+            try:
+                self.hva = libc.mmap(length, prot, flags | MAP_FIXED, fd, offset, hva)
+            except BaseException:
+                libc.munmap(hva, length)
+                raise
         self.view = memoryview((ctypes.c_char * length).from_address(self.hva)).cast("B")
 
     @classmethod
     def shared(cls, fd: int, length: int) -> Self:
         """Map `length` bytes of the file `fd`, for reading and writing, seen by all who map it."""
+        return cls(length, prot=PROT_READ | PROT_WRITE, flags=MAP_SHARED | MAP_NORESERVE, fd=fd)
+
+    @classmethod
+    def shared_huge(cls, fd: int, length: int) -> Self:
+        """Map a HugeTLB file, with pages set aside for all of it: without, a fault that finds none is a SIGBUS.
+
+        Raises OSError, ENOMEM where the pool has too few.
+        """
         return cls(length, prot=PROT_READ | PROT_WRITE, flags=MAP_SHARED, fd=fd)
 
     @classmethod
     def anonymous(cls, length: int) -> Self:
         """Map `length` bytes of private memory that reads as zeros and takes none until it is written."""
-        return cls(length, prot=PROT_READ | PROT_WRITE, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+        return cls(length, prot=PROT_READ | PROT_WRITE, flags=flags)
+
+    @classmethod
+    def anonymous_huge(cls, length: int, page_size: int) -> Self:
+        """Map private HugeTLB memory, with pages of `page_size` bytes set aside for all of it; as `shared_huge`."""
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | (page_size.bit_length() - 1) << MAP_HUGE_SHIFT
+        return cls(length, prot=PROT_READ | PROT_WRITE, flags=flags)
 
     @classmethod
     def reserved(cls, length: int) -> Self:
         """Reserve `length` bytes of addresses at which every access fails."""
-        return cls(length, prot=PROT_NONE, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        return cls(length, prot=PROT_NONE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 
     def advise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
         """Call madvise(`advice`) for `length` bytes at `offset`, by default for all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvmdp.memory.unsupported import UnsupportedError
 from kvmdp.wire.records import Access, Origin, Outcome, PageFault
 
 __all__ = [
@@ -36,7 +37,3 @@ class CancelledError(PagingError):
 
 class PoisonedError(PagingError):
     """The page is poisoned: what was in it is lost. Nothing was touched."""
-
-
-class UnsupportedError(Exception):
-    """This host lacks what is wanted: the message says what, and what would provide it."""

@@ -106,3 +106,9 @@ class VcpuGate:
             for vcpu in self._inside:
                 vcpu.kick()
             self._changed.notify_all()
+
+    def reopen(self) -> None:
+        """Undo `stop`; nobody may be inside."""
+        with self._changed:
+            assert not self._inside
+            self._stopping = False

@@ -293,10 +293,13 @@ class Ledger:
 
     def begin_reassert(self, page: int) -> Claim | None:
         """Claim the unit of a present page, which stays present, so that its trap can be told once more."""
-        if self.states[page] != _PRESENT_BYTE:
+        first, last = self._whole_units(page, page + 1)
+        return self.begin_present(first, last - first)
+
+    def begin_present(self, first: int, count: int) -> Claim | None:
+        """Claim whole units of pages, which stay present; None if not every one is present and admitted."""
+        if self.states.count(_PRESENT, first, first + count) != count:
             return None
-        first = page // self.unit * self.unit
-        count = min(self.unit, self.pages - first)
         claim = Claim(first, count, _PRESENT * count)
         self.states[first : first + count] = _ADMITTING * count
         self.claims.append(claim)

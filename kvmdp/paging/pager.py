@@ -19,6 +19,7 @@ from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.revoker import Peers, Revoker
 from kvmdp.paging.trap.base import Trap
+from kvmdp.paging.trap.collapse import REGION
 from kvmdp.source.base import PageSource, ram_source
 
 __all__ = ["DemandPager", "Peers"]
@@ -101,6 +102,27 @@ class DemandPager(Revoker):
             self.trap.reassert(claim.first, claim.count)
         finally:
             self._end(claim, State.PRESENT)
+
+    def collapse(self, first: int, count: int) -> int:
+        """Put present pages together into as large pieces as the trap can make of them: huge pages, memslots.
+
+        Whole regions of 2 MiB (or whole units, if those are larger) inside the range of which every page is present;
+        the others are passed over, as are all where `trap.collapses` is False. vCPUs may run, pages stay present, but
+        who faults on one or asks for it meanwhile waits. Returns how many pages have been put together.
+        """
+        first, end = self._checked(first, count)
+        size = max(REGION, self.ledger.unit)
+        done = 0
+        for page in range(-(-first // size) * size, end // size * size if self.trap.collapses else 0, size):
+            with self.mutex:
+                claim = self.ledger.begin_present(page, size) if self.enabled else None
+            if claim is None:
+                continue
+            try:
+                done += size * self.trap.collapse(page, size)
+            finally:
+                self._end(claim, State.PRESENT)
+        return done
 
     # Marking, both ways
 
@@ -234,6 +256,16 @@ class DemandPager(Revoker):
             remote.cancel()
         if self.enabled:
             self.trap.release_sleepers()
+
+    def resume(self) -> None:
+        """Undo `cancel`: an access to an absent page is a fault again. No vCPU may run.
+
+        A source in another process that has been told to give up stays so: what it has not filled cannot be had.
+        """
+        with self.mutex:
+            self.ledger.cancelled = False
+        if self.enabled:
+            self.trap.hold_sleepers()
 
     def close(self) -> None:
         """Give bitmap and sink back; nobody may use the pager any more."""

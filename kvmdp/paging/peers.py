@@ -46,7 +46,7 @@ def check_shareable(backing: Backing, trap: Trap) -> None:
     must lie there by then, and a trap that fills pages elsewhere and moves them in place is refused: a peer would find
     the hole, make it a page of zeros, and the bytes could not be moved there any more.
     """
-    if not backing.shared:
+    if not backing.sealed:
         raise ValueError(
             f"RAM is {backing.name} memory, which cannot be handed to another process: use --backing memfd"
         )

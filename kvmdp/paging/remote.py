@@ -27,7 +27,7 @@ from kvmdp.abi.mman import F_GET_SEALS, F_SEAL_SHRINK, MADV_DONTFORK
 from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
-from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError
+from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError, PoisonedError
 from kvmdp.thread import JoinableThread
 from kvmdp.wire.handover import Descriptors, Handover
 from kvmdp.wire.records import RECORD_SIZE, Access, Kind, Origin, Outcome, Record, RecordError, unpack
@@ -237,6 +237,8 @@ class RemoteMemory:
             self._send(Record(Kind.RELEASE, token))
         elif fault.outcome is Outcome.CANCELLED:
             raise CancelledError(f"{where} cannot be had: the machine is stopping")
+        elif fault.outcome is Outcome.POISONED:
+            raise PoisonedError(f"{where} is poisoned: what was in it is lost")
         elif fault.outcome not in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.FROZEN):
             raise PagingError(f"{where} cannot be made present: {fault.outcome.name.lower()}")
         elif fault.outcome is Outcome.FROZEN:

@@ -5,6 +5,9 @@ hosts) meets a marker and exits as MMIO; a vCPU that looks for a memslot while a
 MMIO too; and an instruction the emulator does not know becomes an emulation failure.
 
 An access is *retried* where KVM left the instruction unexecuted, and *completed* where it emulated half of it.
+
+An access to a poisoned page becomes a machine check (`VcpuPaging._machine_check`), with RIP at the instruction and all
+general registers as they were before it, in either case but one: a store that KVM emulated is done with by then.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from kvmdp.abi.kvm_x86 import kvm_regs
 from kvmdp.abi.signal import BUS_MCEERR_AR
-from kvmdp.kvm import BusError, Exit, InternalError, Interrupted, MemoryFault, Mmio, Vcpu
+from kvmdp.kvm import BusError, Exit, InternalError, Interrupted, Io, KvmError, MemoryFault, Mmio, Vcpu
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
 from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
@@ -89,6 +93,9 @@ class VcpuPaging:
         outcome = self._pager.resolve(PageFault(page, _VCPU, self._vcpu.index))
         if outcome is _ADMITTED:
             return
+        if outcome is Outcome.POISONED:
+            self._machine_check(page)
+            return
         self._check(outcome, page)
         if self._repeats_of(page) > _MAX_REPEATS:
             raise LivelockError(
@@ -137,6 +144,8 @@ class VcpuPaging:
         as a plain write, and another vCPU's update lost.
         """
         with self._pager.held(PageFault(page, Origin.VCPU, self._vcpu.index)) as outcome:
+            if outcome is Outcome.POISONED:
+                return self._complete_poisoned(mmio, page)
             if outcome is not Outcome.PRESENT:
                 self._check(outcome, page)
                 return None
@@ -165,6 +174,53 @@ class VcpuPaging:
         else:
             mmio.data[:] = ram
 
+    # Poisoned pages
+
+    def _machine_check(self, page: int, *, at_access: bool = True) -> None:
+        """Have the guest take a machine check for its access to a poisoned page, as its next step.
+
+        The vCPU cannot be stuck here: it goes on in the guest's handler, or the run ends with what keeps it from that.
+        """
+        gpa = self._layout.gpa_of_page(page)
+        where = f"vCPU {self._vcpu.index} at RIP {self._vcpu.regs.rip:#x} touched gpa {gpa:#x}, which is poisoned, and"
+        try:
+            taken = self._vcpu.inject_machine_check(gpa, at_access=at_access)
+        except KvmError as error:
+            raise PagingError(f"{where} this KVM cannot tell it so by a machine check: {error}") from error
+        if not taken:
+            raise PagingError(
+                f"{where} its guest cannot be told so: it has machine checks switched off (CR4.MCE, MCi_CTL), or has "
+                "not cleared MCG_STATUS after the last one"
+            )
+
+    def _complete_poisoned(self, mmio: Mmio, page: int) -> Exit | None:
+        """Get an access that KVM took for device I/O out of the way, then have the guest take its machine check.
+
+        There is no way to call such an access off: it has to be finished. So a load gets zeros, which nobody sees
+        because the registers are put back: the instruction has not happened. Whatever else it exits for meanwhile is
+        not done either. What KVM stores by itself while it finishes is: `movs` out of a poisoned page leaves zeros
+        where it moves to, in memory that is present. A store is dropped; it has retired before the exit, with RIP
+        behind it, so there the machine check comes after the instruction, and says so.
+        """
+        vcpu, is_load = self._vcpu, not mmio.is_write
+        registers = kvm_regs.from_buffer_copy(vcpu.regs)
+        following: Exit = mmio
+        while isinstance(following, Mmio | Io):
+            if isinstance(following, Io) or not following.is_write:
+                following.data[:] = bytes(len(following.data))
+            if not self._gate.enter(vcpu, only_complete=True):
+                return None
+            try:
+                following = vcpu.run()
+            finally:
+                self._gate.leave(vcpu)
+        if type(following) is not Interrupted:
+            return following
+        if is_load:
+            vcpu.set_regs(registers)
+        self._machine_check(page, at_access=is_load)
+        return None
+
     # Instructions that KVM cannot emulate, or on which it spins
 
     def _resolve_instruction(self, failure: InternalError) -> bool:
@@ -175,6 +231,9 @@ class VcpuPaging:
             # instruction would only fail again.
             outcome = self._pager.resolve(PageFault(page, Origin.VCPU, self._vcpu.index))
             if outcome is Outcome.ADMITTED:
+                return True
+            if outcome is Outcome.POISONED:
+                self._machine_check(page)
                 return True
             self._check(outcome, page)
         # All are present: another thread has been faster, or KVM cannot emulate the instruction at all.

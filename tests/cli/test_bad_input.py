@@ -120,7 +120,62 @@ def test_help_is_no_error(arguments):
         (("--pages", 16385), "16385 pages: the guest has 1 to 16384"),
         (("--fault-around", 3), "fault-around of 3 pages: give a power of two from 1 to 512"),
         (("--fault-around", 1024), "fault-around of 1024 pages: give a power of two from 1 to 512"),
-        (("--backing", "paper"), "there is no backing 'paper': choose from memfd, anonymous"),
+        (
+            ("--backing", "paper"),
+            (
+                "there is no backing 'paper': choose from memfd, anonymous, hugetlb-2m, hugetlb-1g, private-hugetlb-2m, "
+                "private-hugetlb-1g, guest-memfd, file"
+            ),
+        ),
+        (
+            ("--backing", "hugetlb-2m", "--memory", "3M"),
+            "3M of hugetlb-2m memory is not whole huge pages: give a multiple of 2M",
+        ),
+        (
+            ("--backing", "private-hugetlb-1g", "--memory", "1536M"),
+            "1536M of private-hugetlb-1g memory is not whole huge pages: give a multiple of 1G",
+        ),
+        (
+            ("--backing", "guest-memfd", "--thp", "on"),
+            "guest-memfd memory has no transparent huge pages: leave --thp out, or use memfd, anonymous, file",
+        ),
+        (
+            ("--backing-file", "ram"),
+            "--backing-file is for the backing file: give --backing file with it",
+        ),
+        (
+            ("--backing", "file", "--backing-file", "/nonexistent/ram"),
+            "--backing-file /nonexistent/ram: there is no directory /nonexistent",
+        ),
+        (
+            ("--backing", "file", "--backing-file", "/dev/null"),
+            "--backing-file /dev/null: that is no regular file; give a new file's name",
+        ),
+        (
+            ("--reserve-hugepages",),
+            "memfd memory needs no reservation: leave --reserve-hugepages out, or use hugetlb-2m",
+        ),
+        (
+            ("--trap", "marker", "--backing", "guest-memfd"),
+            (
+                "the trap marker registers RAM with userfaultfd, which cannot be done with guest-memfd memory: use the "
+                "trap memory-fault or mmio"
+            ),
+        ),
+        (
+            ("--trap", "userfaultfd", "--backing", "file"),
+            (
+                "the trap userfaultfd registers RAM with userfaultfd, which cannot be done with file memory: use the "
+                "trap memory-fault or mmio"
+            ),
+        ),
+        (
+            ("--trap", "hybrid-memory-fault", "--backing", "hugetlb-2m"),
+            (
+                "the trap hybrid-memory-fault maps RAM once more for devices, which cannot be done with hugetlb-2m "
+                "memory: use the backing memfd"
+            ),
+        ),
         (
             ("--workload", "sleep"),
             (

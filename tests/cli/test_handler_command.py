@@ -63,8 +63,12 @@ def test_nothing_to_serve(arguments, sentence):
     assert sentence in refused("handler", "--listen", "unused.sock", *arguments)
 
 
-def test_private_memory_cannot_be_handed_over():
-    assert "memory of one process alone" in refused("run", "--handler", "x", "--backing", "anonymous")
+@pytest.mark.parametrize("backing", ["anonymous", "private-hugetlb-2m", "guest-memfd", "file"])
+def test_memory_that_is_no_sealed_file_cannot_be_handed_over(backing):
+    assert refused("run", "--handler", "x", "--backing", backing) == (
+        f"--handler with --backing {backing}: such memory cannot be handed to a handler in another process; use "
+        "--backing memfd"
+    )
 
 
 def test_a_mode_that_has_no_absent_page_in_the_file_is_refused():

@@ -2,11 +2,14 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 from command import NOBODY, WITHOUT_OVERRIDE, kvmdp
 
 ACCESSES = {"read", "write", "fetch", "atomic", "vector"}
+HUGETLB = {"hugetlb-2m", "hugetlb-1g", "private-hugetlb-2m", "private-hugetlb-1g"}
+BACKINGS = {"memfd", "anonymous", "guest-memfd", "file", *HUGETLB}
 
 
 def _in_namespace(preparation):
@@ -82,16 +85,18 @@ def test_a_trap_works_if_all_accesses_are_exact_on_some_backing(document):
     assert document["traps"].keys() == {"marker", "memory-fault", "mmio", "userfaultfd"}
     proven = []
     for trap, backings in document["traps"].items():
-        assert backings.keys() == {"memfd", "anonymous"}
+        assert backings.keys() == BACKINGS
         for accesses in backings.values():
             assert accesses.keys() == ACCESSES
             for proof in accesses.values():
-                assert proof.keys() == {"ok", "exits", "error"}
-                assert proof["ok"] is (proof["error"] == "")
+                assert proof.keys() == {"ok", "status", "exits", "error"}
+                assert proof["status"] in {"exact", "failed", "not run", "refused"}
+                assert proof["ok"] is (proof["error"] == "") is (proof["status"] == "exact")
                 slept = trap == "userfaultfd"
                 assert not proof["ok"] or slept or sum(proof["exits"].values()) >= 1
         if trap != "userfaultfd" and any(
-            all(proof["ok"] for proof in accesses.values()) for accesses in backings.values()
+            {"exact"} <= {proof["status"] for proof in accesses.values()} <= {"exact", "not run"}
+            for accesses in backings.values()
         ):
             proven.append(trap)
     assert document["working"] == proven
@@ -104,6 +109,38 @@ def test_each_trap_exits_in_its_own_way(document):
     for trap in document["working"]:
         for accesses in document["traps"][trap].values():
             assert not accesses["read"]["ok"] or accesses["read"]["exits"].get(own_exit[trap], 0) >= 1
+
+
+def _statuses(document, trap, backing):
+    return {proof["status"] for proof in document["traps"][trap][backing].values()}
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("trap", ["marker", "userfaultfd"])
+@pytest.mark.parametrize("backing", ["guest-memfd", "file"])
+def test_what_userfaultfd_does_not_take_is_refused_and_is_nothing_missing(document, trap, backing):
+    assert _statuses(document, trap, backing) == {"refused"}
+    assert not any(f"{trap} on {backing}" in lack["what"] for lack in document["missing"])
+
+
+@pytest.mark.kvm
+@pytest.mark.root
+@pytest.mark.hugepages
+@pytest.mark.parametrize("backing", ["hugetlb-2m", "private-hugetlb-2m"])
+def test_huge_pages_are_reserved_for_the_moment_by_who_may(document, backing):
+    for trap in (*document["working"], "userfaultfd"):
+        assert _statuses(document, trap, backing) == {"exact"}
+    assert not [*Path("/run").glob("kvmdp/*")], "a record of a reservation that was not given back"
+
+
+@pytest.mark.kvm
+def test_a_proof_that_was_not_run_says_how_to_have_it_run(document):
+    lacking = {lack["what"]: lack["remedy"] for lack in document["missing"]}
+    for trap, backings in document["traps"].items():
+        for backing in backings:
+            if _statuses(document, trap, backing) == {"not run"}:
+                assert backing in HUGETLB
+                assert "/nr_hugepages" in lacking[f"a proof on {backing}"]
 
 
 @pytest.mark.kvm

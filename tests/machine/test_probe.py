@@ -24,6 +24,12 @@ class NeverTraps(MmioTrap):
         self._slots.map_plain()
 
 
+def put_in_place_of_mmio(monkeypatch, trap):
+    monkeypatch.setitem(
+        registry.TRAPS, "mmio", lambda made_of: trap(made_of.slots, made_of.backing, made_of.options)
+    )
+
+
 class FilledBefore(NeverTraps):
     """The same on memory that happens to hold what the source has: right bytes, and no proof of anything."""
 
@@ -68,7 +74,7 @@ def test_a_trap_is_proven_for_each_kind_of_access(trap, backing, access):
 
 @pytest.mark.parametrize("access", ACCESSES)
 def test_a_trap_that_never_traps_is_found_out(access, monkeypatch):
-    monkeypatch.setitem(registry.TRAPS, "mmio", lambda made_of: NeverTraps(made_of.slots, made_of.backing, made_of.options))
+    put_in_place_of_mmio(monkeypatch, NeverTraps)
     proof = prove("mmio", "memfd", access)
     assert not proof.ok
     assert proof.exits == {}
@@ -77,7 +83,7 @@ def test_a_trap_that_never_traps_is_found_out(access, monkeypatch):
 
 @pytest.mark.parametrize("access", ["read", "write", "atomic", "vector"])
 def test_right_bytes_without_a_trap_are_no_proof(access, monkeypatch):
-    monkeypatch.setitem(registry.TRAPS, "mmio", lambda made_of: FilledBefore(made_of.slots, made_of.backing, made_of.options))
+    put_in_place_of_mmio(monkeypatch, FilledBefore)
     proof = prove("mmio", "memfd", access)
     assert proof.exits == {}
     assert proof.error == "no access trapped: the guest ran on memory that nobody had filled"

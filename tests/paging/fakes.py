@@ -60,6 +60,7 @@ class FakeTrap:
     needs_quiesce = False
     memslots = 0
     latencies = ()
+    collapses = True
 
     def __init__(self, pages, granule, memory):
         self.granule = granule
@@ -100,6 +101,14 @@ class FakeTrap:
 
     def reassert(self, first, count):
         self.calls.append(("reassert", first, count))
+
+    def collapse(self, first, count):
+        assert set(self.entered[first : first + count]) == {1}
+        self.calls.append(("collapse", first, count))
+        return True
+
+    def hold_sleepers(self):
+        pass
 
     def release_sleepers(self):
         pass

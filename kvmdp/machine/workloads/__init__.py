@@ -20,6 +20,7 @@ from kvmdp.machine.workloads.copy import Copy
 from kvmdp.machine.workloads.disk import Disk
 from kvmdp.machine.workloads.execute import Execute
 from kvmdp.machine.workloads.fill import Fill
+from kvmdp.machine.workloads.poison import Poison
 from kvmdp.machine.workloads.string import String
 from kvmdp.machine.workloads.touch import Touch
 from kvmdp.machine.workloads.vector import Vector
@@ -35,7 +36,8 @@ __all__ = [
 ]
 
 WORKLOADS: dict[str, type[Workload]] = {
-    kind.name: kind for kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector, String, Clock, Disk)
+    kind.name: kind
+    for kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector, String, Clock, Disk, Poison)
 }
 
 

@@ -43,6 +43,7 @@ class WorkloadOptions:
     `iterations` (passes), `operation` (add, inc, xadd, cmpxchg): atomic.
     `vector`, what may be used beyond SSE2: vector, and programs.
     `pv`, what KVM may be made to write: clock, which leaves out what is not offered.
+    `poison`, how many pages are to be poisoned before it begins, chosen by `seed`: poison, and programs.
     """
 
     memory_bytes: int
@@ -59,6 +60,7 @@ class WorkloadOptions:
     operation: str = "add"
     vector: VectorFlag = VectorFlag.NONE
     pv: PvFlag = PvFlag.NONE
+    poison: int = 0
 
     def __post_init__(self) -> None:
         """Raise ValueError for what no workload can do."""
@@ -93,7 +95,8 @@ class Workload(ABC):
     Of the class: `name`; `number`, its place in the table of guest/workloads.S.
     Attributes: `shares`, the pages of each vCPU; `blocks`, their parameter blocks; `patches`, (offset in RAM,
     bytes) to be applied to the source; `touched`, the distinct RAM pages that the guest will access, ascending;
-    `disk_bytes`, how large a disk it needs, 0 for none.
+    `disk_bytes`, how large a disk it needs, 0 for none; `poisoned`, the distinct RAM pages that are to be poisoned before
+    it begins. Whoever poisons them puts all the pages there that became poisoned with them.
     """
 
     name: str
@@ -106,6 +109,7 @@ class Workload(ABC):
         self.patches: list[tuple[int, bytes]] = []
         self.touched: Pages = np.concatenate([share.pages for share in self.shares])
         self.disk_bytes = 0
+        self.poisoned: Pages = np.empty(0, dtype=np.int64)
 
     @abstractmethod
     def expected_checksums(self, image: PageReader) -> list[int]:

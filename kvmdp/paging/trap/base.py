@@ -127,6 +127,18 @@ class Trap(Protocol):
         """
         ...
 
+    @property
+    def collapses(self) -> bool:
+        """Whether `collapse` can do anything, with this memory and on this kernel; else it is not called."""
+        ...
+
+    def collapse(self, first: int, count: int) -> bool:
+        """Put present pages, whole regions of 2 MiB, together into as large pieces as can be; True if it has.
+
+        Called under a claim on these pages; vCPUs may run, and views of the pages may be open.
+        """
+        ...
+
     def reassert(self, first: int, count: int) -> None:
         """Mend what made present pages trap, if this trap knows how that can be; else do nothing."""
         ...
@@ -137,6 +149,10 @@ class Trap(Protocol):
 
     def release_sleepers(self) -> None:
         """Wake every vCPU that sleeps in the kernel on an absent page: the machine is stopping."""
+        ...
+
+    def hold_sleepers(self) -> None:
+        """Undo `release_sleepers`, with every vCPU out of KVM_RUN: the machine runs again."""
         ...
 
     def close(self) -> None:

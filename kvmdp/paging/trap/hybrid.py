@@ -78,6 +78,15 @@ class HybridTrap:
         """Free the memory behind pages that neither side has mapped."""
         self._vcpus.forget(first, count)
 
+    @property
+    def collapses(self) -> bool:
+        """What the exit trap can do."""
+        return self._vcpus.collapses
+
+    def collapse(self, first: int, count: int) -> bool:
+        """Put together what vCPUs use; the device view is entered page by page, as devices touch it."""
+        return self._vcpus.collapse(first, count)
+
     def reassert(self, first: int, count: int) -> None:
         """Do what the exit trap does: a reader that finds a page unmapped maps it."""
         self._vcpus.reassert(first, count)
@@ -89,6 +98,10 @@ class HybridTrap:
     def release_sleepers(self) -> None:
         """End the device view: whoever sleeps on an absent page wakes to an error."""
         self._devices.release()
+
+    def hold_sleepers(self) -> None:
+        """Do nothing but for the exit trap: a device view that has ended stays so."""
+        self._vcpus.hold_sleepers()
 
     def close(self) -> None:
         """End the device view, wait until no device is in an access, give everything back."""

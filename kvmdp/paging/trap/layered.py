@@ -86,10 +86,11 @@ class LayeredTrap(MarkerTrap):
         super().admit(first, count)
 
     def collapse(self, first: int, count: int) -> bool:
-        """Put the memslots of present pages together, and with those around them; True if they have one then."""
+        """Put present pages together into huge ones, and their memslots with those around them; True if both are."""
         assert self._presence is not None
+        done = super().collapse(first, count)
         self._slots.merge_upward(first, count, self._presence.quiesced)
-        return self._slots.blocks_in(first, count) == 1
+        return done and self._slots.blocks_in(first, count) == 1
 
     def picture(self) -> Picture:
         """What is absent is in closed regions, or under markers in open ones."""

@@ -51,12 +51,13 @@ class MarkerTrap(UffdTrap):
         two calls, the marker finds it mapped and both are made again. So when this returns no vCPU can have
         written after the drop that counted.
         """
+        self._regions.reopen(first, count)
         self._stage(first, count)
-        for page in range(first, first + count):
+        for page in range(first, first + count, self._unit):
             uffd = self._uffd_of(page)
             while True:
-                self._view.drop(page * PAGE_SIZE, PAGE_SIZE)
-                if uffd.poison(self._hva(page), PAGE_SIZE):
+                self._view.drop(page * PAGE_SIZE, self._unit_bytes)
+                if uffd.poison(self._hva(page), self._unit_bytes):
                     break
 
     def picture(self) -> Picture:
@@ -66,13 +67,16 @@ class MarkerTrap(UffdTrap):
     def release_sleepers(self) -> None:
         """Do nothing: an access to an absent page is an exit, nobody sleeps."""
 
+    def hold_sleepers(self) -> None:
+        """Do nothing, as `release_sleepers`."""
+
     def reassert(self, first: int, count: int) -> None:
         """Admit pages again that are present and have trapped: the reader put a marker where none belongs.
 
         It can: it sees a fault, finds the page not admitted yet, and sets the marker after the admit, if the
         page was taken out of the page table once more between the two.
         """
-        if self._staging is None:
+        if self._staging is None and not self._regions.is_plain(first):
             self.admit(first, count)
 
     def _reader(self) -> Callable[[int, int], None]:
@@ -85,15 +89,17 @@ class MarkerTrap(UffdTrap):
         at the page's state and the call, and the guest would be let into a page it was shut out of.
         """
         assert self._presence is not None
-        page = (address - self._view.hva) // PAGE_SIZE
+        page = self._page_of(address)
         uffd, hva = self._uffd_of(page), self._hva(page)
         if not self._presence.hold(page):
-            uffd.poison(hva, PAGE_SIZE)
+            with self._regions.stale_events():
+                uffd.poison(hva, self._unit_bytes)
             return
         try:
             if self._staging is None:
-                uffd.continue_(hva, PAGE_SIZE)
+                with self._regions.stale_events():
+                    uffd.continue_(hva, self._unit_bytes)
             else:
-                uffd.wake(hva, PAGE_SIZE)
+                uffd.wake(hva, self._unit_bytes)
         finally:
             self._presence.release(page)

@@ -65,6 +65,8 @@ ALL_TRAPS = (*TRAPS, *HYBRID_TRAPS)
 # which `auto` tries them.
 EXIT_TRAPS = ("marker", "memory-fault", "mmio")
 SLOT_TRAPS = frozenset(("memory-fault", "mmio", *HYBRID_TRAPS))
+# Those that make pages of the guest view trap by userfaultfd: they work by the pages that the host has RAM in.
+UFFD_TRAPS = frozenset(("marker", "layered", "userfaultfd"))
 
 
 def exit_trap_of(name: str) -> str:
@@ -74,15 +76,22 @@ def exit_trap_of(name: str) -> str:
 
 def check_backing(name: str, backing: Backing | type[Backing]) -> None:
     """Raise ValueError if the trap `name` cannot work on such RAM."""
-    if name == LayeredTrap.name and not backing.shared:
+    if name == LayeredTrap.name and not (backing.shared and backing.page_size == PAGE_SIZE):
         raise ValueError(
-            f"the trap {name} keeps what is shut out in a memory file, which {backing.name} memory has not: "
-            "use the backing memfd"
+            f"the trap {name} keeps what is shut out in a memory file of small pages, which {backing.name} memory has "
+            "not: use the backing memfd"
         )
-    if name in HYBRID_TRAPS and not backing.shared:
+    if name in HYBRID_TRAPS and not (
+        backing.shared and backing.registrable and backing.page_size == PAGE_SIZE
+    ):
         raise ValueError(
             f"the trap {name} maps RAM once more for devices, which cannot be done with {backing.name} memory: "
             "use the backing memfd"
+        )
+    if name in UFFD_TRAPS and not backing.registrable:
+        raise ValueError(
+            f"the trap {name} registers RAM with userfaultfd, which cannot be done with {backing.name} memory: "
+            "use the trap memory-fault or mmio"
         )
 
 
@@ -107,7 +116,7 @@ def create_trap(
     check_backing(name, backing)
     if name not in SLOT_TRAPS:
         if granule is not None and granule != PAGE_SIZE:
-            raise ValueError(f"the trap {name} always works by 4 KiB pages: leave the granule out")
+            raise ValueError(f"the trap {name} always works by pages: leave the granule out")
         slots = RamSlots(vm, layout, backing, REGION_PAGES * PAGE_SIZE)
     else:
         slots = RamSlots(vm, layout, backing, granule or least_granule(layout))

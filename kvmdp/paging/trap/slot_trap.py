@@ -14,6 +14,7 @@ from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
 from kvmdp.paging.trap.base import Presence
+from kvmdp.paging.trap.collapse import can_collapse, put_together
 from kvmdp.paging.trap.partial_regions import DEFAULT_SLOT_MEMORY, SLOT_BYTES, PartialRegions
 from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Kind
@@ -105,12 +106,20 @@ class SlotTrap:
         if count > 1:
             self._backing.guest.populate(first * PAGE_SIZE, count * PAGE_SIZE)
 
-    def collapse(self, first: int, count: int) -> bool:
-        """Put the memslots of present pages together, and with those around them; True if they have one then.
+    @property
+    def collapses(self) -> bool:
+        """Memslots can always be put together."""
+        return True
 
-        The pages stay present: while the slots are replaced, some at a time, no vCPU is in KVM_RUN.
+    def collapse(self, first: int, count: int) -> bool:
+        """Put present pages together in the guest view, and their memslots with those around them.
+
+        True if they have one memslot then. The guest view is plain memory: it is not what traps. The pages stay
+        present: while the slots are replaced, some at a time, no vCPU is in KVM_RUN.
         """
         assert self._presence is not None
+        if self._backing.transparent and can_collapse(self._backing.guest):
+            put_together(self._backing.guest, first, count)
         self._slots.merge_upward(first, count, self._presence.quiesced)
         self._changed(first, count)
         return self._slots.blocks_in(first, count) == 1
@@ -137,6 +146,9 @@ class SlotTrap:
 
     def release_sleepers(self) -> None:
         """Do nothing: an access to an absent page is an exit, nobody sleeps."""
+
+    def hold_sleepers(self) -> None:
+        """Do nothing, as `release_sleepers`."""
 
     def close(self) -> None:
         """Give back the slots' reserved addresses."""

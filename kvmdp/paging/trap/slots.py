@@ -79,7 +79,8 @@ class RamSlots:
     """The memslots that put RAM into the VM's guest-physical space.
 
     `granule` is bytes; `count` is how many there are now. Whoever changes blocks has claimed them, but for
-    `map_plain` and `unmap`, which are for a time when nobody else is active.
+    `map_plain` and `unmap`, which are for a time when nobody else is active. Where RAM is in a guest_memfd the open
+    ones are bound to it: KVM then maps by that, and only its own accesses use the guest view.
     """
 
     def __init__(self, vm: Vm, layout: GuestLayout, backing: Backing, granule: int) -> None:
@@ -90,8 +91,7 @@ class RamSlots:
         self._vm = vm
         self._layout = layout
         self._guest = backing.guest
-        # Memory that only a guest_memfd has: its memslots are bound to it, and live.
-        self._guest_memfd: int = getattr(backing, "guest_memfd", -1)
+        self._guest_memfd = backing.guest_memfd
         self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)
         self._map = SlotMap(

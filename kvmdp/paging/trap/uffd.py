@@ -15,10 +15,10 @@ from ctypes import byref
 
 from kvmdp.abi import libc
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.fault import UnsupportedError
 
 _DEVICE = "/dev/userfaultfd"
-_PAGE = 4096
 # How often a page is put back that goes from the memory file before it is mapped. Whoever punches holes has to meet
 # the moment between the two each time; this often in a row is no accident, and no machine could run.
 _MAX_HOLES = 10_000
@@ -74,6 +74,8 @@ def supported_features() -> int:
 
 _NEEDED_FROM = {
     abi.UFFD_FEATURE_MISSING_SHMEM: "missing faults on shared memory (Linux 4.11)",
+    abi.UFFD_FEATURE_MISSING_HUGETLBFS: "missing faults on HugeTLB memory (Linux 4.11)",
+    abi.UFFD_FEATURE_MINOR_HUGETLBFS: "minor faults on HugeTLB memory (Linux 5.13)",
     abi.UFFD_FEATURE_MINOR_SHMEM: "minor faults on shared memory (Linux 5.14)",
     abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM: "write protection of shared memory (Linux 5.19)",
     abi.UFFD_FEATURE_POISON: "poison markers (UFFDIO_POISON, Linux 6.6)",
@@ -84,16 +86,18 @@ class Uffd:
     """A userfaultfd; owns the descriptor, which is non-blocking.
 
     Arguments: `features`, bits that must be there, or UnsupportedError says which are not; `kernel_faults`, whether
-    faults taken inside the kernel (KVM's own mapping of a page is one) must reach the reader.
+    faults taken inside the kernel (KVM's own mapping of a page is one) must reach the reader; `page_size`, bytes of
+    the pages of what is going to be registered: addresses and lengths are multiples of it.
     """
 
-    def __init__(self, features: int, *, kernel_faults: bool) -> None:
+    def __init__(self, features: int, *, kernel_faults: bool, page_size: int = PAGE_SIZE) -> None:
         missing = features & ~supported_features()
         if missing:
             names = ", ".join(name for bit, name in _NEEDED_FROM.items() if bit & missing)
             raise UnsupportedError(
                 f"this kernel's userfaultfd lacks {names}: use a newer kernel, or another trap"
             )
+        self._page_size = page_size
         self.fd = _open_permitted(kernel_faults)
         # One argument structure a call and thread would be safest; they are made per call because the calls
         # come from many threads at once. Keeping the GIL is right for those that never sleep long.
@@ -189,8 +193,8 @@ class Uffd:
             return 0, False
         if number == errno.EEXIST:
             # Whoever sleeps on the page was meant to be woken by the call that found it there.
-            self.wake(hva, _PAGE)
-            return _PAGE, True
+            self.wake(hva, self._page_size)
+            return self._page_size, True
         raise OSError(number, f"{call} at {hva:#x}: {os.strerror(number)}")
 
     def read(self, messages: ctypes.Array[abi.uffd_msg]) -> int:

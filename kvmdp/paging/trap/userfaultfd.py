@@ -32,12 +32,16 @@ from kvmdp.abi.mman import MADV_REMOVE
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import Waiter
-from kvmdp.paging.fault import Origin, Outcome, PageFault
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
 from kvmdp.paging.trap.view import UffdTrap
 
 _UNKNOWN = -1  # userfaultfd does not say which vCPU it was
+NO_POISON = (
+    "the trap userfaultfd cannot make a poisoned page a machine check here: this kernel's userfaultfd lacks poison markers "
+    "(UFFDIO_POISON, Linux 6.6): use a newer kernel, or another trap"
+)
 
 UffdMode = Literal["missing", "minor"]
 
@@ -101,21 +105,20 @@ class UserfaultfdTrap(UffdTrap):
 
         What has been staged leaves the memory file too: it is dropped from private memory, punched out of shared.
         From the drop on an access sleeps; its event is parked, because the page is claimed, and woken when the
-        claim ends. Each drop sleeps until a reader has taken the event that announces it, and may be over before
-        the reader looks at it: so it is left word that this drop loses nothing.
+        claim ends.
         """
+        self._regions.reopen(first, count)
         self._stage(first, count)
+        if self._staging is None or not self._backing.shared:
+            self._drop(first, count)
+            return
         for start, number, _ in self._pieces(first, count):
-            with self._mutex:
-                self._own_drops[self._hva(start), self._hva(start + number)] += 1
-            if self._staging is not None and self._backing.shared:
-                self._view.advise(MADV_REMOVE, start * PAGE_SIZE, number * PAGE_SIZE)
-            else:
-                self._view.drop(start * PAGE_SIZE, number * PAGE_SIZE)
+            self._announce(start, number)
+            self._view.advise(MADV_REMOVE, start * PAGE_SIZE, number * PAGE_SIZE)
 
     def reassert(self, first: int, count: int) -> None:
         """Map present pages that something took out of the page table."""
-        if self._staging is None:
+        if self._staging is None and not self._regions.is_plain(first):
             self.admit(first, count)
 
     def release_sleepers(self) -> None:
@@ -129,6 +132,33 @@ class UserfaultfdTrap(UffdTrap):
             # Sleepers go on with pages of zeros, until they leave KVM_RUN; nobody looks at what comes of it.
             self.unregister()
 
+    def hold_sleepers(self) -> None:
+        """Take the markers from absent pages, so that an access sleeps again; or register again, where there are none.
+
+        A reader may set one behind this, for a fault from before the stop: then the access is an exit, which is as
+        good a fault. No bytes are lost: absent pages have none in the guest view.
+        """
+        assert self._presence is not None
+        if not supported_features() & abi.UFFD_FEATURE_POISON:
+            self.register()
+            return
+        for first, count in self._presence.bitmap.absent_runs().tolist():
+            self._drop(first, count)
+
+    def _drop(self, first: int, count: int) -> None:
+        """Unmap pages, leaving word for the reader that is told of it that this loses nothing.
+
+        A drop sleeps until a reader has taken the event that announces it, and may be over before the reader looks
+        at it.
+        """
+        for start, number, _ in self._pieces(first, count):
+            self._announce(start, number)
+            self._view.drop(start * PAGE_SIZE, number * PAGE_SIZE)
+
+    def _announce(self, first: int, count: int) -> None:
+        with self._mutex:
+            self._own_drops[self._hva(first), self._hva(first + count)] += 1
+
     def _release_sleeper(self, page: int) -> None:
         """Let go of who sleeps on a page that is not to be had any more, for the machine is stopping.
 
@@ -137,16 +167,16 @@ class UserfaultfdTrap(UffdTrap):
         """
         uffd, hva = self._uffd_of(page), self._hva(page)
         if supported_features() & abi.UFFD_FEATURE_POISON:
-            uffd.poison(hva, PAGE_SIZE)
+            uffd.poison(hva, self._unit_bytes)
         else:
-            uffd.unregister(hva, PAGE_SIZE)
+            uffd.unregister(hva, self._unit_bytes)
 
     def _reader(self) -> Callable[[int, int], None]:
         latencies = array("Q")
         self.latencies.append(latencies)
 
         def serve(address: int, read: int) -> None:
-            if self._serve((address - self._view.hva) // PAGE_SIZE):
+            if self._serve(self._page_of(address)):
                 latencies.append(time.perf_counter_ns() - read)
 
         return serve
@@ -156,30 +186,44 @@ class UserfaultfdTrap(UffdTrap):
         assert self._presence is not None
         uffd, hva = self._uffd_of(page), self._hva(page)
         outcome = self._presence.resolve_or_park(
-            PageFault(page, Origin.VCPU, _UNKNOWN), Waiter(lambda: uffd.wake(hva, PAGE_SIZE))
+            PageFault(page, Origin.VCPU, _UNKNOWN), Waiter(lambda: uffd.wake(hva, self._unit_bytes))
         )
         if outcome is Outcome.PRESENT:
             self._map_again(page)
             return True
         if outcome is Outcome.CANCELLED:
             self._release_sleeper(page)
+        elif outcome is Outcome.POISONED:
+            self._poison(page)
         # Else parked, or never to be resolved: the source has failed, and whoever sleeps is let go of at the stop.
         return outcome is Outcome.ADMITTED
+
+    def _poison(self, page: int) -> None:
+        """Have who sleeps on a poisoned page leave KVM_RUN with a SIGBUS: only its own thread can inject.
+
+        If the page has been healed since, and mapped, it stays so, and the sleeper is woken.
+        """
+        assert self._presence is not None
+        if supported_features() & abi.UFFD_FEATURE_POISON:
+            self._uffd_of(page).poison(self._hva(page), PAGE_SIZE)
+        else:
+            self._presence.abort(PagingError(NO_POISON))
 
     def _map_again(self, page: int) -> None:
         """Map a present page that had gone from the page table, pinned so that no revocation ends meanwhile."""
         assert self._presence is not None
         uffd, hva = self._uffd_of(page), self._hva(page)
         if not self._presence.hold(page):
-            uffd.wake(hva, PAGE_SIZE)  # claimed since: it faults again, and finds the claim
+            uffd.wake(hva, self._unit_bytes)  # claimed since: it faults again, and finds the claim
             return
         try:
             if self._staging is None:
-                uffd.continue_(hva, PAGE_SIZE)
+                with self._regions.stale_events():
+                    uffd.continue_(hva, self._unit_bytes)
             elif self._backing.shared:
                 # It was a hole: a page that the memory file holds is mapped without an event.
                 self._fill_hole(hva)
-            uffd.wake(hva, PAGE_SIZE)
+            uffd.wake(hva, self._unit_bytes)
         finally:
             self._presence.release(page)
 

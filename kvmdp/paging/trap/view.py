@@ -32,6 +32,7 @@ from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.base import Presence
+from kvmdp.paging.trap.collapse import REGION, Regions, can_collapse
 from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Kind
 from kvmdp.paging.trap.slots import RamSlots
@@ -44,7 +45,8 @@ _BATCH = 32  # events taken with one read
 class UffdView:
     """A mapping of all of RAM whose faults on absent pages go to userfaultfd.
 
-    `vmm` is the VMM view. `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it
+    `vmm` is the VMM view, `page_size` the bytes that can be mapped at the least: what is admitted, dropped or woken is
+    whole units of that. `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it
     says what an event means. `features` are of `UFFD_FEATURE_*`, `mode` is of `UFFDIO_REGISTER_MODE_*`.
     """
 
@@ -56,6 +58,7 @@ class UffdView:
         mode: int,
         *,
         kernel_faults: bool,
+        page_size: int = PAGE_SIZE,
         readers: int = 1,
         shards: int = 1,
     ) -> None:
@@ -63,7 +66,9 @@ class UffdView:
         self._vmm = vmm
         self._mode = mode
         self._pages = view.length // PAGE_SIZE
-        self._shard = -(-self._pages // shards)  # pages a descriptor has
+        self._unit = page_size // PAGE_SIZE  # pages
+        self._unit_bytes = page_size
+        self._shard = -(-self._pages // (shards * self._unit)) * self._unit  # pages a descriptor has
         self._readers_each = readers
         self._readers: list[JoinableThread] = []
         self._wakeup = -1
@@ -72,7 +77,7 @@ class UffdView:
         self._uffds: list[Uffd] = []
         try:
             for _ in range(-(-self._pages // self._shard)):
-                self._uffds.append(Uffd(features, kernel_faults=kernel_faults))
+                self._uffds.append(Uffd(features, kernel_faults=kernel_faults, page_size=page_size))
                 self._uffds[-1].on_again = self._make_way
                 self._uffds[-1].on_hole = self._fill_hole
         except BaseException:
@@ -82,8 +87,7 @@ class UffdView:
     def arm(self, presence: Presence) -> None:
         """Register the view and start the readers."""
         self._presence = presence
-        for first, count, uffd in self._pieces(0, self._pages):
-            uffd.register(self._hva(first), count * PAGE_SIZE, self._mode)
+        self.register()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for shard, uffd in enumerate(self._uffds):
             for number in range(self._readers_each):
@@ -96,6 +100,11 @@ class UffdView:
         self._stop_readers()
         self.unregister()
 
+    def register(self) -> None:
+        """Have faults on the view go to userfaultfd."""
+        for first, count, uffd in self._pieces(0, self._pages):
+            uffd.register(self._hva(first), count * PAGE_SIZE, self._mode)
+
     def unregister(self) -> None:
         """Make the view plain memory, which wakes whoever sleeps on it."""
         for first, count, uffd in self._pieces(0, self._pages):
@@ -103,6 +112,11 @@ class UffdView:
 
     def _hva(self, page: int) -> int:
         return self._view.hva + page * PAGE_SIZE
+
+    def _page_of(self, hva: int) -> int:
+        """Return the first page of the unit that an address is in."""
+        page = (hva - self._view.hva) // PAGE_SIZE
+        return page - page % self._unit
 
     def _fill_hole(self, hva: int) -> None:
         """Put a page of zeros where the memory file has none, though the page at `hva` is present.
@@ -208,7 +222,6 @@ class UffdTrap(UffdView):
     in a staging area. `features` are what the trap needs beyond those of its memory.
     """
 
-    granule = PAGE_SIZE
     latencies: Sequence[array[int]] = ()
 
     def __init__(
@@ -223,10 +236,13 @@ class UffdTrap(UffdView):
         shards: int = 1,
     ) -> None:
         mode = abi.UFFDIO_REGISTER_MODE_MISSING
-        if backing.shared:
+        huge = backing.page_size > PAGE_SIZE
+        if huge:
+            features |= abi.UFFD_FEATURE_MISSING_HUGETLBFS
+        elif backing.shared:
             features |= abi.UFFD_FEATURE_MISSING_SHMEM
         if minor:
-            features |= abi.UFFD_FEATURE_MINOR_SHMEM
+            features |= abi.UFFD_FEATURE_MINOR_HUGETLBFS if huge else abi.UFFD_FEATURE_MINOR_SHMEM
             mode |= abi.UFFDIO_REGISTER_MODE_MINOR
         if supported_features() & features & abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM:
             mode |= abi.UFFDIO_REGISTER_MODE_WP
@@ -236,11 +252,13 @@ class UffdTrap(UffdView):
             features,
             mode,
             kernel_faults=kernel_faults,
+            page_size=backing.page_size,
             readers=readers,
             shards=shards,
         )
         self._slots = slots
         self._backing = backing
+        self._regions = Regions(backing.guest, self._register, self._unregister, shared=backing.shared)
         self._staging: Mapping | None = None
         if not minor:
             try:
@@ -249,6 +267,11 @@ class UffdTrap(UffdView):
             except BaseException:
                 self._close_descriptors()
                 raise
+
+    @property
+    def granule(self) -> int:
+        """A page of the backing: what userfaultfd maps as one."""
+        return self._unit_bytes
 
     @property
     def needs_quiesce(self) -> bool:
@@ -270,6 +293,42 @@ class UffdTrap(UffdView):
         if not self._slots.count:
             self._slots.map_plain()
         super().arm(presence)
+        self._regions.registered()
+
+    def _register(self, first: int, count: int) -> None:
+        for start, number, uffd in self._pieces(first, count):
+            uffd.register(self._hva(start), number * PAGE_SIZE, self._mode)
+
+    def _unregister(self, first: int, count: int) -> None:
+        for start, number, uffd in self._pieces(first, count):
+            uffd.unregister(self._hva(start), number * PAGE_SIZE)
+
+    def _pieces(self, first: int, count: int) -> list[tuple[int, int, Uffd]]:
+        """Split a run of pages by the descriptors that have them, and by regions where these may differ."""
+        pieces = super()._pieces(first, count)
+        if not self._regions.used or first // REGION == (first + count - 1) // REGION:
+            return pieces
+        return [
+            (max(start, page), min(start + number, page + REGION) - max(start, page), uffd)
+            for start, number, uffd in pieces
+            for page in range(start // REGION * REGION, start + number, REGION)
+        ]
+
+    @property
+    def collapses(self) -> bool:
+        """Whether small pages can be put together: not where an absent page has to be a hole of the memory file.
+
+        For a hole cannot be punched for certain into a huge page.
+        """
+        backing = self._backing
+        return backing.transparent and can_collapse(backing.guest) and not (self._staging and backing.shared)
+
+    def collapse(self, first: int, count: int) -> bool:
+        """Put the pages of whole regions together into huge ones; see `kvmdp.paging.trap.collapse`.
+
+        Plain memory from then on: who discards pages of it behind the pager's back is not noticed.
+        """
+        return self._regions.collapse(first, count)
 
     def admit(self, first: int, count: int) -> None:
         """Map pages whose content is in place, over nothing or over markers, and wake who sleeps on them."""
@@ -281,18 +340,18 @@ class UffdTrap(UffdView):
                 uffd.copy(self._hva(start), self._staging.hva + start * PAGE_SIZE, length)
                 self._staging.drop(start * PAGE_SIZE, length)
 
+    def forget(self, first: int, count: int) -> None:
+        """Give up the bytes of pages that were revoked, wherever they lie."""
+        if self._staging is not None:
+            self._staging.drop(first * PAGE_SIZE, count * PAGE_SIZE)
+        else:
+            self._backing.forget(first * PAGE_SIZE, count * PAGE_SIZE)
+
     def _stage(self, first: int, count: int) -> None:
         """Put aside the bytes of pages that are about to go, where there is a staging area: no vCPU is in KVM_RUN."""
         if self._staging is not None:
             start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
             self._staging.view[start:end] = self._backing.vmm.view[start:end]
-
-    def forget(self, first: int, count: int) -> None:
-        """Free the memory behind absent pages, in the staging area or the memory file; markers stay."""
-        if self._staging is not None:
-            self._staging.drop(first * PAGE_SIZE, count * PAGE_SIZE)
-        else:
-            self._backing.forget(first * PAGE_SIZE, count * PAGE_SIZE)
 
     def picture(self) -> Picture:
         """All of RAM is in open memslots; what is absent is not mapped."""

@@ -1,0 +1,62 @@
+"""Machine checks for uncorrected memory errors, as the hardware reports one that a load has met.
+
+That is a *software recoverable action required* error (SRAR): the data is lost, the CPU's state is not. Sources: Intel
+SDM volume 3, chapter "Machine-Check Architecture": IA32_MCG_CAP, IA32_MCG_STATUS, IA32_MCi_STATUS, IA32_MCi_MISC,
+and the error codes of SRAR errors. KVM takes such a report on other makers' CPUs too. What the ioctls do with it:
+Documentation/virt/kvm/api.rst, KVM_X86_SETUP_MCE and KVM_X86_SET_MCE.
+
+Units: gpa in bytes.
+"""
+
+from __future__ import annotations
+
+from kvmdp.abi.kvm_x86 import kvm_x86_mce
+
+MC_VECTOR = 18
+
+# IA32_MCG_CAP: number of banks in the low byte, and
+MCG_SER_P = 1 << 24  # errors that software can recover from are told apart
+
+# IA32_MCG_STATUS
+MCG_STATUS_RIPV = 1 << 0  # the interrupted program can be gone on with
+MCG_STATUS_EIPV = 1 << 1  # RIP is that of the instruction that met the error
+MCG_STATUS_MCIP = 1 << 2  # a machine check is being dealt with: another one shuts the CPU down
+
+# IA32_MCi_STATUS
+MCI_STATUS_VAL = 1 << 63
+MCI_STATUS_UC = 1 << 61
+MCI_STATUS_EN = 1 << 60
+MCI_STATUS_MISCV = 1 << 59
+MCI_STATUS_ADDRV = 1 << 58
+MCI_STATUS_S = 1 << 56  # signalled by #MC
+MCI_STATUS_AR = 1 << 55  # action required: the access cannot be made good
+MCACOD_DATA_LOAD = 0x134  # cache hierarchy: data, read, level 0
+
+# IA32_MCi_MISC: how many low bits of the address mean nothing, and that it is a physical one
+_MISC_PAGE_LSB = 12
+_MISC_PHYSICAL = 2 << 6
+
+BANKS = 10  # as many as an ordinary CPU has
+MEMORY_BANK = 1  # the data cache's: it is the load that meets the error
+
+
+def guest_mcg_cap(supported: int) -> int | None:
+    """Return the MCG_CAP to give a guest, None if KVM's `supported` bits do not do (`Kvm.mce_capabilities`)."""
+    return BANKS | MCG_SER_P if supported & MCG_SER_P else None
+
+
+def load_error(gpa: int, *, at_access: bool) -> kvm_x86_mce:
+    """Return the report of a load from the poisoned page that holds `gpa`.
+
+    `at_access` says that the machine check comes with RIP at the instruction that made it; else it comes later, after
+    an instruction that is done with.
+    """
+    status = MCI_STATUS_VAL | MCI_STATUS_UC | MCI_STATUS_EN | MCI_STATUS_MISCV | MCI_STATUS_ADDRV
+    status |= MCI_STATUS_S | MCI_STATUS_AR | MCACOD_DATA_LOAD
+    return kvm_x86_mce(
+        status=status,
+        addr=gpa >> _MISC_PAGE_LSB << _MISC_PAGE_LSB,
+        misc=_MISC_PHYSICAL | _MISC_PAGE_LSB,
+        mcg_status=MCG_STATUS_MCIP | MCG_STATUS_RIPV | (MCG_STATUS_EIPV if at_access else 0),
+        bank=MEMORY_BANK,
+    )

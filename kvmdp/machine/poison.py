@@ -1,0 +1,91 @@
+"""Poisoned pages in a run: putting them there, and what the guest must say of them afterwards.
+
+Units: RAM pages; gpa in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvmdp.abi import userfaultfd as abi
+from kvmdp.machine.guest_abi import MC_ADDRESSES, ParameterBlock
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.workloads.arithmetic import Pages
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.size import format_size
+from kvmdp.paging.fault import UnsupportedError
+from kvmdp.paging.trap.uffd import supported_features
+from kvmdp.paging.trap.userfaultfd import NO_POISON, UserfaultfdTrap
+
+
+@dataclass(frozen=True, slots=True)
+class PoisonResult:
+    """What came of the poisoned pages of a run; gpas, ascending.
+
+    `pages` are those that were poisoned, `expected` those of which the guest must have had a machine check, exactly one
+    each: None for a program of the user's own. `machine_checks` and `addresses` are what it says it had.
+    """
+
+    pages: list[int]
+    expected: list[int] | None
+    machine_checks: int
+    addresses: list[int]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the guest had the machine checks it must have had, and no other."""
+        return self.expected is None or (
+            self.addresses == self.expected and self.machine_checks == len(self.expected)
+        )
+
+
+def check_poison(count: int, granule: int) -> None:
+    """Raise ValueError if `count` pages, each with its granule (bytes), are more than a guest can tell of."""
+    if count * granule > MC_ADDRESSES * PAGE_SIZE:
+        raise ValueError(
+            f"{count} pages to poison, each with a granule of {format_size(granule)}: a guest can tell of {MC_ADDRESSES} "
+            "pages; poison fewer, or give a smaller granule"
+        )
+
+
+def poison_pages(machine: Machine, pages: Pages) -> Pages:
+    """Poison pages before the guest runs; returns them with what the trap had to poison along, ascending.
+
+    Raises UnsupportedError if the guest could not be told, ValueError as `check_poison`.
+    """
+    if not len(pages):
+        return pages
+    if not machine.has_machine_checks:
+        raise UnsupportedError(
+            "a guest cannot be told of poisoned pages: this kernel's KVM has no recoverable machine checks (KVM_CAP_MCE, "
+            "MCG_SER_P); use another kernel"
+        )
+    if machine.pager.trap.name == UserfaultfdTrap.name and not supported_features() & abi.UFFD_FEATURE_POISON:
+        raise UnsupportedError(NO_POISON)
+    unit = machine.pager.ledger.unit
+    firsts = np.unique(pages // unit) * unit
+    check_poison(len(firsts), unit * PAGE_SIZE)
+    runs = [machine.pager.poison(page) for page in firsts.tolist()]
+    return np.concatenate([np.arange(first, first + count) for first, count in runs])
+
+
+def poison_result(
+    machine: Machine, poisoned: Pages, touched: Pages | None, blocks: Sequence[ParameterBlock]
+) -> PoisonResult:
+    """Return what the vCPUs' `blocks` say of the `poisoned` pages; `touched` are those that the guest accesses, if known."""
+
+    def gpas(pages: Pages) -> list[int]:
+        return sorted(machine.layout.gpa_of_page(page) for page in pages.tolist())
+
+    addresses: list[int] = []
+    for block in blocks:
+        addresses += block.mc_addresses[: min(block.mc_count, MC_ADDRESSES)]
+    return PoisonResult(
+        pages=gpas(poisoned),
+        expected=None if touched is None else gpas(np.intersect1d(poisoned, touched)),
+        machine_checks=sum(block.mc_count for block in blocks),
+        addresses=sorted(addresses),
+    )

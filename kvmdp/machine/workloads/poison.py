@@ -1,0 +1,51 @@
+"""poison: every word of every page is read once, as by checksum, but pages that give a machine check are left out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvmdp.machine.guest_abi import MC_ADDRESSES
+from kvmdp.machine.workloads.arithmetic import Pages, SequenceChecksum, Words, random_words
+from kvmdp.machine.workloads.base import PageReader, Workload, WorkloadOptions, in_chunks
+
+
+class Poison(Workload):
+    """Reads its pages in RAM order and survives `options.poison` bad ones among them."""
+
+    name = "poison"
+    number = 11
+
+    def __init__(self, options: WorkloadOptions) -> None:
+        super().__init__(options)
+        self.poisoned = choose_pages(options, self.touched)
+
+    def expected_checksums(self, image: PageReader) -> list[int]:
+        """Return the checksum of each vCPU's sequence of pages that are not poisoned."""
+        result = []
+        for share in self.shares:
+            checksum = SequenceChecksum()
+            for pages in in_chunks(np.setdiff1d(share.pages, self.poisoned, assume_unique=True)):
+                checksum.add(image(pages))
+            result.append(checksum.value())
+        return result
+
+    def expected_pages(self, image: PageReader, pages: Pages) -> Words:
+        """Return the image."""
+        return image(pages)
+
+
+def choose_pages(options: WorkloadOptions, pages: Pages) -> Pages:
+    """Choose `options.poison` of the distinct `pages`, ascending; the same for the same seed.
+
+    Raises ValueError for a number that is negative, or larger than that of the pages or of the machine checks that a
+    guest can tell of.
+    """
+    if not options.poison:
+        return pages[:0]
+    most = min(len(pages), MC_ADDRESSES)
+    if not 0 <= options.poison <= most:
+        raise ValueError(
+            f"{options.poison} pages to poison: give 0 to {most}, the pages that the guest touches and can tell of"
+        )
+    order = np.argsort(random_words(options.seed, pages), kind="stable")
+    return np.sort(pages[order[: options.poison]])
