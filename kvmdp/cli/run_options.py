@@ -262,15 +262,12 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         check_granule(granule, layout, MAX_SLOTS)
     elif granule not in (None, PAGE_SIZE):
         raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
-<<<<<<< HEAD
     check_poison(options.poison, granule or PAGE_SIZE)
-=======
     limit = None if options.resident_limit is None else parse_size(options.resident_limit)
     if limit is not None:
         retained = memory - usable_memory(memory, options.page_tables)
         pages_a_fault = max(options.fault_around, (granule or PAGE_SIZE) // PAGE_SIZE)
         check_limit(limit // PAGE_SIZE, options.vcpus, pages_a_fault, retained // PAGE_SIZE)
->>>>>>> main
     return MachineOptions(
         memory_bytes=memory,
         resident_limit=limit,

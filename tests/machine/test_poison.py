@@ -133,7 +133,7 @@ def test_a_machine_check_that_nobody_expects_fails_the_run():
 
 
 def access_program(code):
-    """Resume behind `code`; rax = RAX, rsi = rbx = GPA + OFFSET, rdx = the loopback port, rcx = 4; rax is the result."""
+    """Resume behind `code`, with rax as the result; it gets rax = RAX, rsi = rbx = GPA + OFFSET, dx = a port, rcx = 4."""
     setup = b"\x48\xb8" + struct.pack("<Q", RAX) + b"\xbb" + struct.pack("<I", GPA + OFFSET)
     setup += b"\x89\xde\xba" + struct.pack("<I", guest.LOOPBACK_PORT) + b"\xb9\x04\x00\x00\x00"
     resume = b"\x48\x8d\x05" + struct.pack("<i", 7 + len(setup) + len(code)) + b"\x48\x89\x87"
@@ -210,7 +210,9 @@ def test_a_machine_check_of_a_guest_that_is_not_ready_ends_the_run_with_a_senten
     busy = bytes.fromhex("bf04000000 b97a010000 b802000000 cd80")
     with program_machine("mmio", busy + b"\x48\x8b\x04\x25" + struct.pack("<I", GPA) + b"\xc3") as machine:
         machine.pager.poison(PAGE)
-        with pytest.raises(PagingError, match=r"vCPU 0 at RIP 0x\w+ touched gpa 0x3000, which is poisoned, and its"):
+        with pytest.raises(
+            PagingError, match=r"vCPU 0 at RIP 0x\w+ touched gpa 0x3000, which is poisoned, and its"
+        ):
             machine.run(TIMEOUT)
 
 
@@ -275,7 +277,9 @@ def test_a_granule_is_poisoned_as_a_whole_and_each_of_its_pages_is_told_of(trap)
 
 def test_more_pages_than_a_guest_can_tell_of_are_refused():
     check_poison(guest.MC_ADDRESSES, PAGE_SIZE)
-    with pytest.raises(ValueError, match="^4 pages to poison, each with a granule of 256K: a guest can tell of 192"):
+    with pytest.raises(
+        ValueError, match=r"^4 pages to poison, each with a granule of 256K: a guest can tell of 192"
+    ):
         check_poison(4, 256 << 10)
 
 
