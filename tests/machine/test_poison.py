@@ -133,7 +133,7 @@ def test_a_machine_check_that_nobody_expects_fails_the_run():
 
 
 def access_program(code):
-    """Resume behind `code`, with rax as the result; it gets rax = RAX, rsi = rbx = GPA + OFFSET, dx = a port, rcx = 4."""
+    """Resume behind `code`, with rax as the result; before: rax = RAX, rsi = rbx = GPA + OFFSET, dx a port, rcx 4."""
     setup = b"\x48\xb8" + struct.pack("<Q", RAX) + b"\xbb" + struct.pack("<I", GPA + OFFSET)
     setup += b"\x89\xde\xba" + struct.pack("<I", guest.LOOPBACK_PORT) + b"\xb9\x04\x00\x00\x00"
     resume = b"\x48\x8d\x05" + struct.pack("<i", 7 + len(setup) + len(code)) + b"\x48\x89\x87"
