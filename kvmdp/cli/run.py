@@ -222,10 +222,7 @@ def _execute(
     try:
         if options.guest is not None:
             blocks = program_blocks(work)
-            try:
-                poisoned = choose_pages(work, np.arange(work.memory_bytes // PAGE_SIZE))
-            except ValueError as error:
-                raise UsageError(str(error)) from None
+            poisoned = choose_pages(work, np.arange(work.memory_bytes // PAGE_SIZE))
             with disk_device(options, 0) as device:
                 return run_program(
                     machine,

@@ -181,8 +181,8 @@ def run_program(
 ) -> RunResult:
     """Boot a machine with a program of the user's own (`options.program`) and run it to its end, with `device` if any.
 
-    `on_start` and `on_tick` are as for `run_workload`; `poisoned` are RAM pages to poison before. Raises what `Machine`,
-    `Machine.run` and `poison_pages` raise.
+    `on_start` and `on_tick` are as for `run_workload`; `poisoned` are RAM pages to poison before. Raises what
+    `Machine`, `Machine.run` and `poison_pages` raise.
     """
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(Machine(options, source))

@@ -46,8 +46,8 @@ def check_poison(count: int, granule: int) -> None:
     """Raise ValueError if `count` pages, each with its granule (bytes), are more than a guest can tell of."""
     if count * granule > MC_ADDRESSES * PAGE_SIZE:
         raise ValueError(
-            f"{count} pages to poison, each with a granule of {format_size(granule)}: a guest can tell of {MC_ADDRESSES} "
-            "pages; poison fewer, or give a smaller granule"
+            f"{count} pages to poison, each with a granule of {format_size(granule)}: a guest can tell of "
+            f"{MC_ADDRESSES} pages; poison fewer, or give a smaller granule"
         )
 
 
@@ -60,8 +60,8 @@ def poison_pages(machine: Machine, pages: Pages) -> Pages:
         return pages
     if not machine.has_machine_checks:
         raise UnsupportedError(
-            "a guest cannot be told of poisoned pages: this kernel's KVM has no recoverable machine checks (KVM_CAP_MCE, "
-            "MCG_SER_P); use another kernel"
+            "a guest cannot be told of poisoned pages: this kernel's KVM has no recoverable machine checks "
+            "(KVM_CAP_MCE, MCG_SER_P); use another kernel"
         )
     if machine.pager.trap.name == UserfaultfdTrap.name and not supported_features() & abi.UFFD_FEATURE_POISON:
         raise UnsupportedError(NO_POISON)
@@ -75,7 +75,10 @@ def poison_pages(machine: Machine, pages: Pages) -> Pages:
 def poison_result(
     machine: Machine, poisoned: Pages, touched: Pages | None, blocks: Sequence[ParameterBlock]
 ) -> PoisonResult:
-    """Return what the vCPUs' `blocks` say of the `poisoned` pages; `touched` are those that the guest accesses, if known."""
+    """Return what the vCPUs' `blocks` say of the `poisoned` pages.
+
+    `touched` are the pages that the guest accesses, None if that is not known.
+    """
 
     def gpas(pages: Pages) -> list[int]:
         return sorted(machine.layout.gpa_of_page(page) for page in pages.tolist())

@@ -197,10 +197,12 @@ class VcpuPaging:
         """Get an access that KVM took for device I/O out of the way, then have the guest take its machine check.
 
         There is no way to call such an access off: it has to be finished. So a load gets zeros, which nobody sees
-        because the registers are put back: the instruction has not happened. Whatever else it exits for meanwhile is
-        not done either. What KVM stores by itself while it finishes is: `movs` out of a poisoned page leaves zeros
-        where it moves to, in memory that is present. A store is dropped; it has retired before the exit, with RIP
-        behind it, so there the machine check comes after the instruction, and says so.
+        because the general registers are put back: the instruction has not happened. Whatever else it exits for
+        meanwhile is not done either. But what KVM stores by itself while it finishes is: `movs` out of a poisoned page
+        leaves zeros where it moves to, in memory that is present, and so does a vector load in its register.
+
+        A store is dropped. It has retired before the exit, with RIP behind it: its machine check comes after the
+        instruction, and says so.
         """
         vcpu, is_load = self._vcpu, not mmio.is_write
         registers = kvm_regs.from_buffer_copy(vcpu.regs)

@@ -180,7 +180,33 @@ def test_help_is_no_error(arguments):
             ("--workload", "sleep"),
             (
                 "there is no workload 'sleep': choose from checksum, touch, fill, atomic, copy, execute, vector, "
-                "string, clock, disk"
+                "string, clock, disk, poison"
+            ),
+        ),
+        (
+            ("--poison", 3),
+            (
+                "--poison is for the workload poison and for programs of your own: checksum does not survive a machine "
+                "check; give --workload poison, or leave it out"
+            ),
+        ),
+        (
+            ("--workload", "poison", "--poison", -1),
+            "-1 pages to poison: give 0 to 192, what the guest has and can tell of",
+        ),
+        (
+            ("--workload", "poison", "--poison", 193),
+            "193 pages to poison: give 0 to 192, what the guest has and can tell of",
+        ),
+        (
+            ("--workload", "poison", "--pages", 20, "--poison", 21),
+            "21 pages to poison: give 0 to 20, what the guest has and can tell of",
+        ),
+        (
+            ("--workload", "poison", "--poison", 4, "--trap", "mmio", "--granule", "256K"),
+            (
+                "4 pages to poison, each with a granule of 256K: a guest can tell of 192 pages; poison fewer, or "
+                "give a smaller granule"
             ),
         ),
         (

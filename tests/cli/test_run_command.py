@@ -406,3 +406,32 @@ def test_a_limit_to_what_is_in_memory():
     done = kvmdp("run", "--memory", "4M", "--resident-limit", "1M")
     assert re.search(r"limit +1M in memory, 1\.0 MiB at the most: \d+ evicted, \d+ fetched again", done.out)
     assert "limit " not in kvmdp("run", "--memory", "2M", "--pages", 4).out
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_poisoned_pages_are_told_of_and_left_out(trap):
+    done = kvmdp(
+        "run", "--memory", "2M", "--trap", trap, "--workload", "poison", "--poison", 3, "--json", "-"
+    )
+    assert done.status == 0
+    poison = done.document["poison"]
+    assert len(set(poison["pages"])) == 3
+    assert poison["addresses"] == poison["expected"] == poison["pages"]
+    assert poison["machine_checks"] == 3
+    assert done.document["pages_present"] == 512 - 3
+
+
+def test_the_summary_names_the_poisoned_pages():
+    command = ("run", "--memory", "2M", "--workload", "poison", "--poison", 2)
+    line = "poison     2 pages, 2 machine checks: one for each of them that the guest touched, at gpa "
+    assert re.search(f"^{line}0x[0-9a-f]+, 0x[0-9a-f]+$", kvmdp(*command).out, re.MULTILINE)
+    assert kvmdp(*command, "--seed", 1).out != kvmdp(*command, "--seed", 2).out
+    assert "poison" not in kvmdp("run", "--memory", "2M").out
+
+
+def test_poison_for_a_program_that_does_not_expect_it_is_reported(tmp_path):
+    path = tmp_path / "walk"
+    path.write_bytes(SLOW_WALK)
+    done = kvmdp("run", "--memory", "2M", "--guest", path, "--poison", 192, "--timeout", 20)
+    assert done.status == 1
+    assert "guest exception #MC at RIP 0xd01" in done.error

@@ -61,6 +61,22 @@ say(memory.read(0, 1)[0])
         assert child.hear() == content(0)[0]
 
 
+def test_a_poisoned_page_is_an_error_of_its_own_and_the_session_goes_on():
+    with bench() as here:
+        here.pager.poison(5)
+        child = here.child(
+            """
+try:
+    memory.read(5 * 4096, 1)
+except PoisonedError as error:
+    say(str(error))
+say(memory.read(6 * 4096, 1)[0])
+"""
+        )
+        assert child.hear() == "the page at gpa 0x5000 is poisoned: what was in it is lost"
+        assert child.hear() == content(6)[0]
+
+
 def test_nowait_touches_nothing_absent():
     with bench() as here:
         here.pager.mark_present(0, 1)

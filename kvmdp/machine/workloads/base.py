@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmdp.machine.guest_abi import MAGIC, MAX_VCPUS, VERSION, ParameterBlock, PvFlag, VectorFlag
+from kvmdp.machine.guest_abi import (
+    MAGIC,
+    MAX_VCPUS,
+    MC_ADDRESSES,
+    VERSION,
+    ParameterBlock,
+    PvFlag,
+    VectorFlag,
+)
 from kvmdp.machine.workloads.arithmetic import Bools, Pages, Words
 from kvmdp.memory.layout import LOW_RAM_END, PAGE_SHIFT
 
@@ -70,6 +78,11 @@ class WorkloadOptions:
             raise ValueError(f"ring {self.ring}: the guest runs in ring 3 or 0")
         if self.pages is not None and not 1 <= self.pages <= self.memory_bytes >> PAGE_SHIFT:
             raise ValueError(f"{self.pages} pages: the guest has 1 to {self.memory_bytes >> PAGE_SHIFT}")
+        most = min(self.pages or self.memory_bytes >> PAGE_SHIFT, MC_ADDRESSES)
+        if not 0 <= self.poison <= most:
+            raise ValueError(
+                f"{self.poison} pages to poison: give 0 to {most}, what the guest has and can tell of"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +108,8 @@ class Workload(ABC):
     Of the class: `name`; `number`, its place in the table of guest/workloads.S.
     Attributes: `shares`, the pages of each vCPU; `blocks`, their parameter blocks; `patches`, (offset in RAM,
     bytes) to be applied to the source; `touched`, the distinct RAM pages that the guest will access, ascending;
-    `disk_bytes`, how large a disk it needs, 0 for none; `poisoned`, the distinct RAM pages that are to be poisoned before
-    it begins. Whoever poisons them puts all the pages there that became poisoned with them.
+    `disk_bytes`, how large a disk it needs, 0 for none; `poisoned`, the distinct RAM pages that are to be poisoned
+    before it begins. Whoever poisons them puts all the pages there that became poisoned with them.
     """
 
     name: str

@@ -39,8 +39,8 @@ from kvmdp.paging.trap.view import UffdTrap
 
 _UNKNOWN = -1  # userfaultfd does not say which vCPU it was
 NO_POISON = (
-    "the trap userfaultfd cannot make a poisoned page a machine check here: this kernel's userfaultfd lacks poison markers "
-    "(UFFDIO_POISON, Linux 6.6): use a newer kernel, or another trap"
+    "the trap userfaultfd cannot make a poisoned page a machine check here: this kernel's userfaultfd lacks poison "
+    "markers (UFFDIO_POISON, Linux 6.6): use a newer kernel, or another trap"
 )
 
 UffdMode = Literal["missing", "minor"]
