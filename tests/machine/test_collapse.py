@@ -1,4 +1,4 @@
-"""Present pages put together into huge ones while the guest runs: nothing lost, and taken apart again where one goes."""
+"""Present pages put together into huge ones while the guest runs: nothing lost, and taken apart before one goes."""
 
 import random
 import time
@@ -35,10 +35,14 @@ def machine_of():
     made = []
 
     def make(trap, backing="memfd", workload=None, **options):
-        machine = make_machine(trap, backing, workload=workload, source=SOURCE, memory_bytes=MEMORY, **options)
+        machine = make_machine(
+            trap, backing, workload=workload, source=SOURCE, memory_bytes=MEMORY, **options
+        )
         made.append(machine)
         if not can_collapse(machine.backing.guest):
-            pytest.skip("this kernel has no MADV_COLLAPSE: use Linux 6.1 or later, with transparent huge pages")
+            pytest.skip(
+                "this kernel has no MADV_COLLAPSE: use Linux 6.1 or later, with transparent huge pages"
+            )
         return machine
 
     yield make

@@ -86,12 +86,12 @@ class MarkerTrap(UffdTrap):
         page = (address - self._view.hva) // PAGE_SIZE
         uffd, hva = self._uffd_of(page), self._hva(page)
         if not self._presence.hold(page):
-            with self._regions.stale_events():
+            with self._regions.unless_plain():
                 uffd.poison(hva, PAGE_SIZE)
             return
         try:
             if self._staging is None:
-                with self._regions.stale_events():
+                with self._regions.unless_plain():
                     uffd.continue_(hva, PAGE_SIZE)
             else:
                 uffd.wake(hva, PAGE_SIZE)
