@@ -228,6 +228,7 @@ def _execute(
                     on_start=on_start,
                     detector=detector,
                     device=device,
+                    collapse=options.collapse,
                 )
         try:
             workload = make_workload(options.workload, work)
@@ -244,6 +245,7 @@ def _execute(
                 on_start=on_start,
                 detector=detector,
                 device=device,
+                collapse=options.collapse,
             )
     finally:
         progress.close()

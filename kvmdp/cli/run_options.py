@@ -15,6 +15,7 @@ from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions
 from kvmdp.memory.backing import BACKINGS
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
+from kvmdp.paging.collapse import POLICIES
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
@@ -118,6 +119,13 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         default=1,
         metavar="N",
         help="pages fetched a fault, a power of two to 512 (default: 1)",
+    )
+    option(
+        "--collapse",
+        default="off",
+        choices=POLICIES,
+        help="when present pages are put together into huge ones: never, as each 2 MiB fill, in the background, or at "
+        "the end (default: off)",
     )
 
 
