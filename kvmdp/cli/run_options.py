@@ -18,6 +18,7 @@ from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.collapse import POLICIES
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.policy import FaultAround
+from kvmdp.paging.resident import check_limit
 from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
 from kvmdp.paging.trap.slots import MAX_SLOTS, check_granule, least_granule
 from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
@@ -88,6 +89,11 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="memory a memslot covers, for memory-fault and mmio, hybrid or not (default: least that "
         "makes at most 16384 memslots)",
+    )
+    option(
+        "--resident-limit",
+        metavar="SIZE",
+        help="evict pages when more than SIZE of RAM are in memory (default: no limit)",
     )
     option(
         "--page-tables",
@@ -249,8 +255,14 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         check_granule(granule, layout, MAX_SLOTS)
     elif granule not in (None, PAGE_SIZE):
         raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
+    limit = None if options.resident_limit is None else parse_size(options.resident_limit)
+    if limit is not None:
+        retained = memory - usable_memory(memory, options.page_tables)
+        pages_a_fault = max(options.fault_around, (granule or PAGE_SIZE) // PAGE_SIZE)
+        check_limit(limit // PAGE_SIZE, options.vcpus, pages_a_fault, retained // PAGE_SIZE)
     return MachineOptions(
         memory_bytes=memory,
+        resident_limit=limit,
         trap=trap,
         backing=options.backing,
         vcpus=options.vcpus,

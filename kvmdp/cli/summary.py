@@ -23,6 +23,10 @@ def results(result: RunResult) -> dict[str, Any]:
         "pages_present": result.pages_present,
         "pages_fetched": counters.pages_fetched,
         "pages_zeroed": counters.pages_zeroed,
+        "pages_evicted": counters.pages_evicted,
+        "pages_refetched": counters.pages_refetched,
+        "pages_reactivated": counters.pages_backed,
+        "resident_peak_bytes": None if result.resident_peak is None else result.resident_peak * PAGE_SIZE,
         "faults": counters.claims,
         "waits": counters.waits,
         "retries": counters.retries,
@@ -73,6 +77,13 @@ def print_summary(document: dict[str, Any]) -> None:
     if document["pages_zeroed"]:
         fetched += f", {document['pages_zeroed']} zero (holes)"
     print(f"pages      {document['pages_present']} of {pages} present: {fetched}")
+    if document["resident_limit_bytes"] is not None:
+        again = f"{document['pages_refetched']} fetched again ({document['pages_refetched'] / seconds:.0f} a second)"
+        print(
+            f"limit      {format_size(document['resident_limit_bytes'])} in memory, "
+            f"{document['resident_peak_bytes'] / (1 << 20):.1f} MiB at the most: {document['pages_evicted']} evicted, "
+            f"{again}, {document['pages_reactivated']} spared"
+        )
     print(
         f"faults     {document['faults']} in {seconds:.3f} s, {document['faults'] / seconds:.0f} a second; "
         f"exits: {exits}"

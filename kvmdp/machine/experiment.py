@@ -26,8 +26,8 @@ from kvmdp.machine.machine import Machine, MachineOptions, PageTablePlace
 from kvmdp.machine.page_tables import page_table_bytes
 from kvmdp.machine.runloop import EXIT_NAMES
 from kvmdp.machine.workloads import Workload, combined_checksum
-from kvmdp.memory.layout import GuestLayout
-from kvmdp.paging.claim import Counters
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.paging.claim import Counters, State
 from kvmdp.paging.collapse import CollapsePolicy, Collapser
 from kvmdp.source.base import PageSource, ram_source, read_pages
 from kvmdp.source.patched import PatchedSource
@@ -36,6 +36,7 @@ from kvmdp.source.patched import PatchedSource
 DeviceFactory = Callable[[Machine], AbstractContextManager[object]]
 
 _CHUNK_PAGES = 1024
+_WITH_BYTES = np.array((int(State.PRESENT), int(State.BACKED), int(State.SINK)), dtype=np.uint8)
 _MAX_NAMED = 8  # wrong pages named in a result
 
 
@@ -43,6 +44,7 @@ _MAX_NAMED = 8  # wrong pages named in a result
 class RunResult:
     """What came of a run.
 
+    `resident_peak` is the most pages that were in memory while there was a limit to that, else None.
     `expected_checksum` is None where the host expects nothing: of a program of the user's own, of pages that it cannot
     read again. `wrong_pages`
     are the gpas of the first pages whose bytes are not what they must be, `pages_checked` how many were compared.
@@ -55,6 +57,7 @@ class RunResult:
     resident_bytes: int
     counters: Counters
     pages_present: int
+    resident_peak: int | None
     memslots: int
     slot_bytes: int
     granule: int
@@ -143,9 +146,9 @@ def run_workload(
 
         expected = combined_checksum(workload.expected_checksums(image))
         checked, wrong = 0, []
-        for pages in _present_pages(machine):
+        for pages in _pages_with_bytes(machine):
             checked += len(pages)
-            difference = machine.memory.read_pages(pages) ^ workload.expected_pages(image, pages)
+            difference = _contents(machine, pages) ^ workload.expected_pages(image, pages)
             tables.ignore_walks(pages, difference)
             machine.pv.ignore_writes(pages, difference)
             wrong += [machine.layout.gpa_of_page(page) for page in pages[difference.any(axis=1)].tolist()]
@@ -230,6 +233,7 @@ def _run(
         "resident_bytes": resident,
         "counters": pager.counters,
         "pages_present": present,
+        "resident_peak": None if machine.limit is None else machine.limit.peak,
         "memslots": pager.trap.memslots,
         "slot_bytes": machine.slot_bytes,
         "granule": pager.trap.granule,
@@ -253,8 +257,26 @@ def _run(
     return result
 
 
-def _present_pages(machine: Machine) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the numbers of all present pages, a chunk at a time."""
-    for first, count in machine.pager.bitmap.present_runs().tolist():
-        for start in range(first, first + count, _CHUNK_PAGES):
-            yield np.arange(start, min(start + _CHUNK_PAGES, first + count))
+def _pages_with_bytes(machine: Machine) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the numbers of all pages that are present or were, and have not been thrown away; a chunk at a time."""
+    states = np.frombuffer(machine.pager.ledger.states, dtype=np.uint8)
+    pages = np.flatnonzero(np.isin(states, _WITH_BYTES))
+    for start in range(0, len(pages), _CHUNK_PAGES):
+        yield pages[start : start + _CHUNK_PAGES]
+
+
+def _contents(machine: Machine, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Return the bytes of such pages, wherever they are: uint64[n, 512]. The machine has stopped."""
+    pager, content = machine.pager, np.empty((len(pages), PAGE_SIZE // 8), dtype=np.uint64)
+    rows = content.data.cast("B")
+    for row, page in enumerate(pages.tolist()):
+        destination = rows[row * PAGE_SIZE : (row + 1) * PAGE_SIZE]
+        part = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
+        state = pager.ledger.states[page]
+        if state == State.SINK:
+            assert pager.sink is not None
+            pager.sink.fill(part.start, destination)
+        else:
+            view = machine.backing.vmm.view if state == State.PRESENT else pager.trap.fill_view
+            destination[:] = view[part]
+    return content

@@ -22,13 +22,14 @@ from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.machine.pv import PvMsrs
 from kvmdp.machine.runloop import GuestError, VcpuThread
 from kvmdp.memory.backing import BACKINGS
-from kvmdp.memory.layout import GuestLayout
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import Origin, Outcome, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.peers import DeviceServer, check_shareable
 from kvmdp.paging.policy import FaultAround
+from kvmdp.paging.resident import ResidentLimit, check_limit
 from kvmdp.paging.trap.device import DeviceView
 from kvmdp.paging.trap.hybrid import HybridTrap
 from kvmdp.paging.trap.mmio import MmioTrap
@@ -58,7 +59,8 @@ class MachineOptions:
     userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none. `page_tables` is
     where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present before the guest
     is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see what comes of it.
-    So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`).
+    So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`). `resident_limit`
+    is how many bytes of RAM may be in memory at once.
     """
 
     memory_bytes: int
@@ -72,6 +74,7 @@ class MachineOptions:
     pin: tuple[int, ...] = ()
     page_tables: PageTablePlace = "boot"
     intercept_msrs: bool = True
+    resident_limit: int | None = None
 
 
 def catches_page_walks(trap: str) -> bool:
@@ -141,6 +144,7 @@ class Machine:
             self.pager.enable()
             self.slot_bytes = max(vmalloc_used() - before, 0)
             self._secure_page_tables()
+            self.limit = self._limit_resident(stack)
         with self._phase("vcpus"):
             self.pv = PvMsrs(
                 kvm,
@@ -174,6 +178,17 @@ class Machine:
             return
         if self.pager.mark_present(first, count) is not Outcome.PRESENT:
             raise self.pager.error or PagingError("the page tables cannot be made present")
+
+    def _limit_resident(self, stack: contextlib.ExitStack) -> ResidentLimit | None:
+        """Have pages evicted when more are in memory than the options allow. Raises ValueError."""
+        if self.options.resident_limit is None:
+            return None
+        pages = self.options.resident_limit // PAGE_SIZE
+        pages_a_fault = max(self.options.fault_around, self.pager.ledger.unit)
+        check_limit(pages, self.options.vcpus, pages_a_fault, self.page_tables.pages)
+        limit = ResidentLimit(self.pager, pages)
+        stack.callback(limit.close)
+        return limit
 
     def _bind(self, source: PageSource) -> None:
         """Hand RAM to a source that another process fills it from."""

@@ -20,11 +20,11 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.abi.mman import F_SEAL_FUTURE_WRITE
+
 Words = npt.NDArray[np.uint64]
 
 _ALL_BITS = (1 << 64) - 1
-# include/uapi/linux/fcntl.h, Linux 5.1; Python's fcntl module has the other seals only.
-_F_SEAL_FUTURE_WRITE = 0x0010
 # Words that a search looks at in its first step beyond the word it starts in; each further step doubles it,
 # so that a near hit stays cheap and a whole bitmap takes few steps.
 _FIRST_SEARCH_STEP = 64
@@ -279,7 +279,7 @@ class PresentBitmap(PresentBitmapView):
         try:
             os.ftruncate(fd, words_for(pages) * 8)
             super().__init__(fd, pages, writable=True)
-            seals = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+            seals = F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         except BaseException:
             os.close(fd)

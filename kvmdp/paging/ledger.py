@@ -319,14 +319,15 @@ class Ledger:
         self.departures += 1
 
 
-def takeable(*absent: State) -> bytes:
-    """Return the table for `Ledger.begin_take`: present pages are taken, and absent ones in these states."""
+def takeable(*absent: State, present: bool = True) -> bytes:
+    """Return the table for `Ledger.begin_take`: which pages are taken, present ones and absent ones in these states."""
     table = bytearray((_PASS_OVER,)) * 256
     for state in (State.INFLIGHT, State.EVICTING, State.ADMITTING):
         table[state] = _WAIT
     for state in absent:
         table[state] = _TAKE
-    table[State.PRESENT] = _REVOKE
+    if present:
+        table[State.PRESENT] = _REVOKE
     return bytes(table)
 
 

@@ -62,7 +62,8 @@ class Resolver:
 
     `accesses` is the gate of those that no vCPU makes, `vcpu_accesses` of what is done on a vCPU's account: never shut.
     `mutex` guards the ledger, `error` and the gates; the rest is as the pager has it. `housekeeping` is called after
-    each fault that was resolved by a thread that may sleep, with no claim held and no pin.
+    each fault that was resolved by a thread that may sleep, with no claim held and no pin; `reminders` are called after
+    each other one: they must not wait for anybody.
     """
 
     def __init__(self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy) -> None:
@@ -91,6 +92,7 @@ class Resolver:
         self._fill_view = trap.fill_view
         self.sink: Sink | None = None
         self.housekeeping: list[Callable[[], None]] = []
+        self.reminders: list[Callable[[], None]] = []
 
     # A fault
 
@@ -141,7 +143,10 @@ class Resolver:
         """
         step = self.begin(fault, waiter)
         if isinstance(step, Claim):
-            return self._carry_out(step, fault)
+            done = self._carry_out(step, fault)
+            for remind in self.reminders:
+                remind()
+            return done
         return None if isinstance(step, Waiter) else step
 
     def begin(self, fault: PageFault, waiter: Waiter | None = None) -> Claim | Waiter | Outcome:

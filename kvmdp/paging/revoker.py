@@ -32,6 +32,7 @@ _IN_RAM = (int(State.PRESENT), int(State.BACKED))
 _PRESENT = int(State.PRESENT)
 _SHUT_OFF = takeable()
 _EVICTABLE = takeable(State.BACKED)
+_SHUT_OFF_EVICTABLE = takeable(State.BACKED, present=False)
 _DISCARDABLE = takeable(State.BACKED, State.SOURCE, State.SINK)
 _POISONABLE = takeable(State.BACKED, State.SOURCE, State.SINK, State.ZERO)
 
@@ -94,6 +95,11 @@ class Revoker(Resolver):
         """
         self._have_sink()
         return self._take_away(first, count, timeout, _EVICTABLE, self._store)
+
+    def evict_shut_off(self, first: int, count: int, timeout: float | None = None) -> int:
+        """Evict those pages of a range that are shut off, and leave alone what somebody has come for since."""
+        self._have_sink()
+        return self._take_away(first, count, timeout, _SHUT_OFF_EVICTABLE, self._store)
 
     def write_back(self, first: int, count: int, timeout: float | None = None) -> int:
         """Evict a range into the source it came from; as `evict`.

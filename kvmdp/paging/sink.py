@@ -6,8 +6,6 @@ Units: bytes; offsets are into RAM, in the order of the RAM file, whole pages.
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import Protocol
 
 from kvmdp.source.base import SourceError
@@ -36,8 +34,11 @@ class FileSink:
     """
 
     def __init__(self, folder: str | None = None) -> None:
-        self._fd, path = tempfile.mkstemp(prefix="kvmdp-evicted-", dir=folder)
-        Path(path).unlink()
+        import tempfile  # here, for most runs evict nothing
+
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it stays open to the end
+        self._fd = os.dup(file.fileno())
+        file.close()
 
     def store(self, offset: int, content: memoryview) -> None:
         """Write the pages."""

@@ -159,6 +159,14 @@ def test_help_is_no_error(arguments):
             ("--trap", "mmio", "--uffd-mode", "missing"),
             "--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out",
         ),
+        (
+            ("--resident-limit", "64K"),
+            "a resident limit of 64K is less than this guest can run in: give 280K or more",
+        ),
+        (
+            ("--resident-limit", "much"),
+            "'much' is not a size: give a whole number of bytes, or of K, M, G or T, such as 64M",
+        ),
         (("--latency", "fast"), "'fast' is not a latency: give a number with ns, us, ms or s, such as 30us"),
         (
             ("--bandwidth", "10G"),

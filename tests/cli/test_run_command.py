@@ -393,3 +393,16 @@ os.preadv = preadv
     header, *records = [json.loads(line) for line in trace.read_text().splitlines()]
     assert header["trap"] == "mmio"
     assert [record[1] for record in records] == [page * 4096 for page in range(5)]
+
+
+def test_a_limit_to_what_is_in_memory():
+    done = kvmdp("run", "--memory", "4M", "--resident-limit", "1M", "--workload", "atomic", "--json", "-")
+    assert done.status == 0
+    document = done.document
+    assert document["resident_limit_bytes"] == 1 << 20
+    assert document["resident_peak_bytes"] <= (1 << 20) + 4096
+    assert document["pages_evicted"] >= 768
+    assert document["pages_checked"] == 1024
+    done = kvmdp("run", "--memory", "4M", "--resident-limit", "1M")
+    assert re.search(r"limit +1M in memory, 1\.0 MiB at the most: \d+ evicted, \d+ fetched again", done.out)
+    assert "limit " not in kvmdp("run", "--memory", "2M", "--pages", 4).out
