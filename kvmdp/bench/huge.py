@@ -126,7 +126,9 @@ def check_work(work: Work, contenders: Sequence[Contender]) -> None:
         if each.trap is None:
             raise ValueError(f"{each.name} has no faults: leave it out with --huge")
         if ":" in each.name:
-            raise ValueError(f"{each.name}: with --huge all contenders do the same work; leave out what is behind :")
+            raise ValueError(
+                f"{each.name}: with --huge all contenders do the same work; leave out what is behind :"
+            )
 
 
 def _measure(contender: Contender) -> dict[str, float]:
@@ -271,7 +273,10 @@ def lines(document: dict[str, Any]) -> list[str]:
                 f"{'':<28}{'first bytes':>12}{'first us':>11}{'total ms':>11}{'fetched bytes':>15}{'faults':>8}"
             )
             found += [_row(name, figures) for name, figures in rows]
-    found += ["", "first: what had been fetched, and how long the guest had waited, when its first access went on"]
+    found += [
+        "",
+        "first: what had been fetched, and how long the guest had waited, when its first access went on",
+    ]
     return found
 
 

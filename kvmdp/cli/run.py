@@ -234,6 +234,7 @@ def _execute(
                     detector=detector,
                     device=device,
                     poisoned=poisoned,
+                    collapse=options.collapse,
                 )
         try:
             workload = make_workload(options.workload, work)
@@ -250,6 +251,7 @@ def _execute(
                 on_start=on_start,
                 detector=detector,
                 device=device,
+                collapse=options.collapse,
             )
     finally:
         progress.close()

@@ -18,6 +18,7 @@ from kvmdp.machine.workloads.poison import Poison
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
+from kvmdp.paging.collapse import POLICIES
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.resident import check_limit
@@ -159,6 +160,13 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         default=1,
         metavar="N",
         help="pages fetched a fault, a power of two to 512 (default: 1)",
+    )
+    option(
+        "--collapse",
+        default="off",
+        choices=POLICIES,
+        help="when present pages are put together into huge ones: never, as each 2 MiB fill, in the background, or at "
+        "the end (default: off)",
     )
 
 

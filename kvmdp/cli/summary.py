@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kvmdp.machine.collapse import CollapseResult
 from kvmdp.machine.experiment import RunResult
 from kvmdp.machine.leaks import Leak
 from kvmdp.memory.layout import PAGE_SIZE
@@ -48,6 +49,21 @@ def results(result: RunResult) -> dict[str, Any]:
             "machine_checks": poison.machine_checks,
             "addresses": _gpas(poison.addresses),
         },
+        "collapse": None if result.collapse is None else _collapse(result.collapse),
+    }
+
+
+def _collapse(result: CollapseResult) -> dict[str, Any]:
+    return {
+        "policy": result.policy,
+        "supported": result.supported,
+        "pages_collapsed": result.pages,
+        "seconds": result.seconds,
+        "stops": result.stops,
+        "longest_stop_us": round(1e6 * result.longest_stop, 1),
+        "before": None if result.before is None else result.before.mapped,
+        "after": None if result.after is None else result.after.mapped,
+        "retouch_ratio": result.retouch_ratio,
     }
 
 
@@ -92,6 +108,8 @@ def print_summary(document: dict[str, Any]) -> None:
     )
     phases = ", ".join(f"{name} {1000 * value:.1f}" for name, value in document["setup_seconds"].items())
     print(f"set-up ms  {phases}")
+    if document["collapse"] is not None:
+        _print_collapse(document["collapse"])
     if document["stalls"]:
         print(
             f"stalls     {document['stalls']} times KVM spun on an access without an exit; the watchdog resolved it"
@@ -119,6 +137,30 @@ def _print_poison(poison: dict[str, Any]) -> None:
     else:
         verdict = f"WRONG: at gpa {', '.join(addresses) or 'none'}, expected {', '.join(expected) or 'none'}"
     print(f"poison     {len(poison['pages'])} pages, {poison['machine_checks']} machine checks: {verdict}")
+
+
+def _print_collapse(collapse: dict[str, Any]) -> None:
+    if not collapse["supported"]:
+        print("collapse   nothing: this trap, this memory or this kernel (MADV_COLLAPSE, Linux 6.1) cannot")
+    else:
+        print(
+            f"collapse   {collapse['pages_collapsed']} pages in {collapse['seconds']:.3f} s, "
+            f"{collapse['stops']} stops of vCPUs, the longest {collapse['longest_stop_us']} us"
+        )
+    before, after = collapse["before"], collapse["after"]
+    if after is None:
+        return
+    states = [f"{name} {_mapped(each)}" for name, each in (("before", before), ("after", after)) if each]
+    ratio = collapse["retouch_ratio"]
+    speed = "" if ratio is None else f"; the guest touches them {ratio:.2f} times as fast"
+    print(f"mapped     {', '.join(states)}{speed}")
+
+
+def _mapped(pages: dict[str, int | None]) -> str:
+    return " + ".join(
+        f"{'?' if count is None else count} of {name.removeprefix('pages_').upper()}"
+        for name, count in pages.items()
+    )
 
 
 def leak_records(leaks: list[Leak]) -> list[dict[str, Any]]:

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.machine.collapse import CollapseResult, measure_collapse
 from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.disk import disk_file
 from kvmdp.machine.disk_ports import DiskThread
@@ -28,6 +30,7 @@ from kvmdp.machine.workloads import Workload, combined_checksum
 from kvmdp.machine.workloads.arithmetic import Pages
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.claim import Counters, State
+from kvmdp.paging.collapse import CollapsePolicy, Collapser
 from kvmdp.source.base import PageSource, ram_source, read_pages
 from kvmdp.source.patched import PatchedSource
 
@@ -48,7 +51,8 @@ class RunResult:
     read again. `wrong_pages`
     are the gpas of the first pages whose bytes are not what they must be, `pages_checked` how many were compared;
     `poison` is about pages that were poisoned, if any.
-    `cpu_seconds` is this process's CPU time from its start to the guest's first instruction.
+    `cpu_seconds` is this process's CPU time from its start to the guest's first instruction. `collapse` is None if
+    nothing was to be collapsed.
     """
 
     seconds: float
@@ -72,6 +76,7 @@ class RunResult:
     pages_checked: int
     wrong_pages: list[int]
     poison: PoisonResult
+    collapse: CollapseResult | None = None
 
     @property
     def ok(self) -> bool:
@@ -100,6 +105,7 @@ def run_workload(
     on_start: Callable[[Machine], None] | None = None,
     detector: LeakDetector | None = None,
     device: DeviceFactory | None = None,
+    collapse: CollapsePolicy = "off",
 ) -> RunResult:
     """Boot a machine, run `workload` on the memory that `source` delivers, compare. The sources stay the caller's.
 
@@ -107,6 +113,7 @@ def run_workload(
     process) cannot be read for that: without a reference nothing is expected of its guest. A workload that needs a
     disk gets `device`; without one, a thread with a temporary file.
 
+    `collapse` is when present pages are put together; what came of it is measured once the guest is done.
     `on_start` is called with the machine before the guest runs, `on_tick` about ten times a second while it does.
     `detector`, if given, looks for leaks meanwhile and has them afterwards.
     Raises what `Machine` and `Machine.run` raise, and ValueError if the workload would use pages that hold page
@@ -134,7 +141,14 @@ def run_workload(
         if on_start is not None:
             on_start(machine)
         measured = _run(
-            machine, workload.blocks, timeout, on_tick, detector, workload.poisoned, workload.touched
+            machine,
+            workload.blocks,
+            timeout,
+            on_tick,
+            detector,
+            collapse,
+            workload.poisoned,
+            workload.touched,
         )
         if reference is None:
             return measured(None, 0, [])
@@ -177,12 +191,13 @@ def run_program(
     on_start: Callable[[Machine], None] | None = None,
     detector: LeakDetector | None = None,
     device: DeviceFactory | None = None,
+    collapse: CollapsePolicy = "off",
     poisoned: Pages | None = None,
 ) -> RunResult:
     """Boot a machine with a program of the user's own (`options.program`) and run it to its end, with `device` if any.
 
-    `on_start` and `on_tick` are as for `run_workload`; `poisoned` are RAM pages to poison before. Raises what
-    `Machine`, `Machine.run` and `poison_pages` raise.
+    `on_start`, `on_tick` and `collapse` are as for `run_workload`; `poisoned` are RAM pages to poison before. Raises
+    what `Machine`, `Machine.run` and `poison_pages` raise.
     """
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(Machine(options, source))
@@ -191,7 +206,7 @@ def run_program(
         poisoned = poison_pages(machine, np.empty(0, np.int64) if poisoned is None else poisoned)
         if on_start is not None:
             on_start(machine)
-        return _run(machine, blocks, timeout, on_tick, detector, poisoned)(None, 0, [])
+        return _run(machine, blocks, timeout, on_tick, detector, collapse, poisoned)(None, 0, [])
 
 
 def _run(
@@ -200,6 +215,7 @@ def _run(
     timeout: float | None,
     on_tick: Callable[[Machine], None] | None,
     detector: LeakDetector | None,
+    policy: CollapsePolicy,
     poisoned: Pages,
     touched: Pages | None = None,
 ) -> Callable[[int | None, int, list[int]], RunResult]:
@@ -215,8 +231,11 @@ def _run(
 
     if detector is not None:
         detector.attach(machine)
+    collapser = Collapser(machine.pager, policy)
+    machine.gate.forget_stops()  # arming is one, of nobody
     try:
-        machine.run(timeout, tick)
+        with collapser:
+            machine.run(timeout, tick)
     finally:
         if detector is not None:
             detector.finish(machine)
@@ -228,31 +247,32 @@ def _run(
     pager, threads = machine.pager, machine.threads
     present = pager.bitmap.count()
     arrays = [thread.latencies for thread in threads] + list(pager.trap.latencies)
-    latencies = np.concatenate([np.frombuffer(each, dtype=np.uint64) for each in arrays])
+    found: dict[str, Any] = {
+        "seconds": machine.guest_seconds,
+        "cpu_seconds": cpu_seconds,
+        "resident_bytes": resident,
+        "counters": pager.counters,
+        "pages_present": present,
+        "resident_peak": None if machine.limit is None else machine.limit.peak,
+        "memslots": pager.trap.memslots,
+        "slot_bytes": machine.slot_bytes,
+        "granule": pager.trap.granule,
+        "exits": dict(exits),
+        "latencies": np.concatenate([np.frombuffer(each, dtype=np.uint64) for each in arrays]),
+        "stalls": sum(thread.stalls for thread in threads),
+        "stops": machine.gate.stops,
+        "longest_stop": machine.gate.longest_stop,
+        "setup_seconds": machine.setup_seconds,
+        "guest_checksum": combined_checksum(thread.parameters.checksum for thread in threads),
+        "accesses": sum(thread.parameters.accesses for thread in threads),
+        "poison": poison_result(machine, poisoned, touched, [thread.parameters for thread in threads]),
+    }
+    # Last, for the guest runs again for it, in the same parameter blocks; it only reads.
+    collapsed = None if policy == "off" else measure_collapse(machine, collapser, timeout)
 
     def result(expected: int | None, checked: int, wrong: list[int]) -> RunResult:
         return RunResult(
-            seconds=machine.guest_seconds,
-            cpu_seconds=cpu_seconds,
-            resident_bytes=resident,
-            counters=pager.counters,
-            pages_present=present,
-            resident_peak=None if machine.limit is None else machine.limit.peak,
-            memslots=pager.trap.memslots,
-            slot_bytes=machine.slot_bytes,
-            granule=pager.trap.granule,
-            exits=dict(exits),
-            latencies=latencies,
-            stalls=sum(thread.stalls for thread in threads),
-            stops=machine.gate.stops,
-            longest_stop=machine.gate.longest_stop,
-            setup_seconds=machine.setup_seconds,
-            guest_checksum=combined_checksum(thread.parameters.checksum for thread in threads),
-            expected_checksum=expected,
-            accesses=sum(thread.parameters.accesses for thread in threads),
-            pages_checked=checked,
-            wrong_pages=wrong,
-            poison=poison_result(machine, poisoned, touched, [thread.parameters for thread in threads]),
+            **found, expected_checksum=expected, pages_checked=checked, wrong_pages=wrong, collapse=collapsed
         )
 
     return result

@@ -99,6 +99,11 @@ class VcpuGate:
                     vcpu.kick()
                 self._changed.wait(_REKICK_SECONDS)
 
+    def forget_stops(self) -> None:
+        """Count the stops anew from now on."""
+        with self._mutex:
+            self.stops, self.longest_stop = 0, 0.0
+
     def stop(self) -> None:
         """Let nobody in any more and get everybody out; does not wait."""
         with self._changed:

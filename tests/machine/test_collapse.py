@@ -1,4 +1,4 @@
-"""Present pages put together into huge ones while the guest runs: nothing lost, and taken apart again where one goes."""
+"""Present pages put together into huge ones while the guest runs: nothing lost, and taken apart before one goes."""
 
 import random
 import time

@@ -18,7 +18,7 @@ What the trap does next to that one page (MADV_DONTNEED) has the kernel split th
   each drop and each marker is about its own page only: neither can undo what the other did. (Were the whole region
   dropped, a marker set by the faster thread would go with it.)
 - A reader may hold an event from before a region was unregistered, and then finds nothing registered there (ENOENT).
-  Unregistering has woken whoever slept, who has looked again since: the event is of no use (`stale_events`).
+  Unregistering has woken whoever slept, who has looked again since: the event is of no use (`unless_plain`).
 
 Units: RAM pages. A region's number is its first page divided by 512.
 """
@@ -158,8 +158,11 @@ class Regions:
             self._view.advise(MADV_NOHUGEPAGE, number * HUGE_PAGE, HUGE_PAGE)
 
     @contextlib.contextmanager
-    def stale_events(self) -> Iterator[None]:
-        """Answer an event in the block, which may be of a region that has been unregistered since."""
+    def unless_plain(self) -> Iterator[None]:
+        """Map or mark pages of one region in the block, which is passed over if that is plain memory.
+
+        For whoever has no claim on the pages: only a claim keeps a region as it is.
+        """
         try:
             yield
         except OSError as error:

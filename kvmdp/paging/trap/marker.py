@@ -92,12 +92,12 @@ class MarkerTrap(UffdTrap):
         page = self._page_of(address)
         uffd, hva = self._uffd_of(page), self._hva(page)
         if not self._presence.hold(page):
-            with self._regions.stale_events():
+            with self._regions.unless_plain():
                 uffd.poison(hva, self._unit_bytes)
             return
         try:
             if self._staging is None:
-                with self._regions.stale_events():
+                with self._regions.unless_plain():
                     uffd.continue_(hva, self._unit_bytes)
             else:
                 uffd.wake(hva, self._unit_bytes)

@@ -141,6 +141,7 @@ class UserfaultfdTrap(UffdTrap):
         assert self._presence is not None
         if not supported_features() & abi.UFFD_FEATURE_POISON:
             self.register()
+            self._regions.registered()
             return
         for first, count in self._presence.bitmap.absent_runs().tolist():
             self._drop(first, count)
@@ -167,7 +168,8 @@ class UserfaultfdTrap(UffdTrap):
         """
         uffd, hva = self._uffd_of(page), self._hva(page)
         if supported_features() & abi.UFFD_FEATURE_POISON:
-            uffd.poison(hva, self._unit_bytes)
+            with self._regions.unless_plain():
+                uffd.poison(hva, self._unit_bytes)
         else:
             uffd.unregister(hva, self._unit_bytes)
 
@@ -218,7 +220,7 @@ class UserfaultfdTrap(UffdTrap):
             return
         try:
             if self._staging is None:
-                with self._regions.stale_events():
+                with self._regions.unless_plain():
                     uffd.continue_(hva, self._unit_bytes)
             elif self._backing.shared:
                 # It was a hole: a page that the memory file holds is mapped without an event.

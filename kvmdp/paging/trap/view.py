@@ -358,11 +358,15 @@ class UffdTrap(UffdView):
         return Picture(self._slots.blocks(), frozenset((Kind.OPEN,)), self._view)
 
     def poison_absent(self) -> None:
-        """Put markers on all that is absent: an access there is an exit."""
+        """Put markers on all that is absent: an access there is an exit.
+
+        But for a page of a plain region whose revocation has only begun: it still lets the guest in.
+        """
         assert self._presence is not None
         for first, count in self._presence.bitmap.absent_runs().tolist():
             for start, number, uffd in self._pieces(first, count):
-                uffd.poison(self._hva(start), number * PAGE_SIZE)
+                with self._regions.unless_plain():
+                    uffd.poison(self._hva(start), number * PAGE_SIZE)
 
     def close(self) -> None:
         """Stop the readers, close the descriptors, give back the staging area."""
