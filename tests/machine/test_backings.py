@@ -1,5 +1,6 @@
 """Every backing under every trap that works on it: exact, and fetched is what was touched, by the unit that must be."""
 
+import functools
 import threading
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_pages_that_come_and_go_lose_no_addition(trap, backing, mode):
             over.set()
             thread.join()
         assert sum(revoked) > 0
-        image = lambda pages: read_pages(source, pages)  # noqa: E731
+        image = functools.partial(read_pages, source)
         checksum = combined_checksum(each.parameters.checksum for each in machine.threads)
         assert checksum == combined_checksum(work.expected_checksums(image))
         for first, count in machine.pager.bitmap.present_runs().tolist():
