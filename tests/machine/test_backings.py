@@ -30,11 +30,7 @@ hugetlb = [pytest.mark.root, pytest.mark.hugepages]
 CELLS = [
     *((trap, backing) for trap in SLOTS for backing in ORDINARY),
     *((trap, backing) for trap in BY_HOST_PAGE for backing in ("memfd", "anonymous")),
-    *(
-        pytest.param(trap, backing, marks=hugetlb)
-        for trap in (*SLOTS, *BY_HOST_PAGE)
-        for backing in HUGETLB
-    ),
+    *(pytest.param(trap, backing, marks=hugetlb) for trap in (*SLOTS, *BY_HOST_PAGE) for backing in HUGETLB),
 ]
 
 
@@ -46,9 +42,7 @@ def options(trap, backing, memory=MEMORY, **more):
 def run(machine, workload):
     require_trap(machine.trap)
     try:
-        result = run_workload(
-            machine, workload, SyntheticSource(machine.memory_bytes, SEED), timeout=TIMEOUT
-        )
+        result = run_workload(machine, workload, SyntheticSource(machine.memory_bytes, SEED), timeout=TIMEOUT)
     except UnsupportedError as error:
         pytest.skip(str(error))
     assert result.ok
@@ -108,9 +102,7 @@ def test_pages_that_come_and_go_lose_no_addition(trap, backing, mode):
     source = SyntheticSource(MEMORY, SEED)
     granule = 65536 if trap in SLOTS else None
     try:
-        machine = Machine(
-            options(trap, backing, uffd=UffdOptions(mode=mode), granule=granule), source
-        )
+        machine = Machine(options(trap, backing, uffd=UffdOptions(mode=mode), granule=granule), source)
     except UnsupportedError as error:
         pytest.skip(str(error))
     with machine:

@@ -118,7 +118,9 @@ def test_a_file_is_made_has_what_was_written_and_is_nobody_elses(tmp_path):
 
 def test_a_disk_without_room_is_said_before_a_fault_could_find_out(tmp_path):
     path = tmp_path / "ram"
-    with pytest.raises(UnsupportedError, match=rf"{path} has no room for 1048576T of RAM \(.+\): free some, or name"):
+    with pytest.raises(
+        UnsupportedError, match=rf"{path} has no room for 1048576T of RAM \(.+\): free some, or name"
+    ):
         FileBacking(1 << 60, str(path))
     assert path.stat().st_size == 0
 
