@@ -146,6 +146,8 @@ class Reservation:
             missing = self._count - free_pages(size)
             if missing <= 0:
                 return
+            # The kernel counts pages in use that are above its number (surplus) as the first it was to make.
+            missing += _read(size, "surplus_hugepages")
         record = folder / f"{os.getpid()}-{_start_time(os.getpid())}-{next(_serial)}.json"
         entry: _Entry = {
             "page_size": size,

@@ -111,8 +111,8 @@ def test_more_than_there_is_memory_for_is_one_sentence_and_leaves_nothing():
     with pytest.raises(UnsupportedError) as caught:
         Hugetlb2mBacking(1 << 45, reserve=True)
     assert re.fullmatch(
-        r"RAM takes 16777216 huge pages of 2M, \d+ are free, and memory is too full or too fragmented to make the rest: "
-        r"free some, or reserve them after boot \(echo \d+ \| tee /sys/.+/nr_hugepages\)",
+        r"RAM takes 16777216 huge pages of 2M, \d+ are free, and memory is too full or too fragmented to make the "
+        r"rest: free some, or reserve them after boot \(echo \d+ \| tee /sys/.+/nr_hugepages\)",
         str(caught.value),
     )
     assert not records(os.getpid())
@@ -199,7 +199,8 @@ def test_who_was_killed_before_anything_was_raised_takes_nothing_from_others():
     draft = record.with_suffix(".new")
     draft.write_text("{")  # and it died in the middle of a second one
     record.write_text(
-        f'{{"page_size": {HUGE}, "number": "nr_overcommit_hugepages", "before": {before}, "added": 5, "settled": false}}'
+        f'{{"page_size": {HUGE}, "number": "nr_overcommit_hugepages", "before": {before}, "added": 5, '
+        '"settled": false}'
     )
     give_back_what_is_left()
     assert not record.exists()

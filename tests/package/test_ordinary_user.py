@@ -1,5 +1,6 @@
 """kvmdp as an ordinary user: /dev/kvm is all that a run needs, and what else is missing is named."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -58,3 +59,16 @@ def test_without_permission_it_says_which_group_to_join(command):
     done = as_nobody(command, kvm=0o600)
     assert done.status == 4
     assert "no permission: add yourself to group kvm (sudo usermod -aG kvm $USER)" in done.out + done.err
+
+
+@pytest.mark.hugepages
+def test_huge_pages_that_may_not_be_reserved_are_named_with_the_command():
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+    if int((pool / "free_hugepages").read_text()):
+        pytest.skip("2 MiB huge pages are free already: nothing would have to be reserved")
+    done = as_nobody("run", "--backing", "hugetlb-2m", "--reserve-hugepages", "--trap", "mmio")
+    assert (done.status, done.out) == (4, "")
+    assert re.fullmatch(
+        rf"2M huge pages cannot be reserved: no permission; as root, echo 32 \| sudo tee {pool}/nr_hugepages",
+        done.error,
+    )

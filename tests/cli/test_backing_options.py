@@ -1,0 +1,121 @@
+"""`kvmdp run` on the backings: what it says of them, what it refuses, what it leaves behind."""
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from command import Running, kvmdp
+from programs import SLOW_WALK
+
+pytestmark = pytest.mark.kvm
+
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+PATIENCE = 20
+
+
+def number(name):
+    return int((POOL / name).read_text())
+
+
+def require_no_free_pages():
+    if number("free_hugepages") > number("resv_hugepages"):
+        pytest.skip("2 MiB huge pages are free already: the run would use them; echo 0 into nr_hugepages")
+
+
+@pytest.mark.parametrize("backing", ["guest-memfd", "file"])
+def test_any_memory_is_proven(backing):
+    done = kvmdp("run", "--memory", "2M", "--backing", backing, "--json", "-")
+    if done.status == 4:
+        pytest.skip(done.error)
+    document = done.document
+    assert (done.status, document["ok"], document["backing"]) == (0, True, backing)
+    assert (document["host_page_size"], document["thp"]) == (4096, False)
+    assert document["pages_fetched"] == 512
+
+
+def test_a_file_of_ones_own_has_what_ram_had(tmp_path):
+    path = tmp_path / "ram"
+    arguments = ("run", "--memory", "2M", "--workload", "fill", "--backing", "file", "--backing-file", path)
+    assert kvmdp(*arguments, "--trap", "mmio").status == 0
+    content = path.read_bytes()
+    assert len(content) == 2 << 20
+    assert any(content)
+    again = kvmdp(*arguments, "--trap", "mmio")
+    assert again.status == 2
+    assert "there is something in it, which RAM would overwrite" in again.error
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("backing", ["memfd", "anonymous", "file"])
+def test_transparent_huge_pages_change_nothing_of_the_result(backing):
+    arguments = ("--memory", "4M", "--pages", 600, "--trap", "mmio", "--thp", "on", "--detect-leaks")
+    done = kvmdp("run", *arguments, "--backing", backing, "--json", "-")
+    if done.status == 4:
+        pytest.skip(done.error)
+    assert (done.status, done.document["thp"], done.document["leaks"]) == (0, True, [])
+    assert done.document["pages_fetched"] == 600
+
+
+@pytest.mark.root
+@pytest.mark.hugepages
+@pytest.mark.parametrize("backing", ["hugetlb-2m", "private-hugetlb-2m"])
+def test_on_huge_pages_the_trap_with_small_faults_is_chosen(backing):
+    arguments = ("--memory", "4M", "--pages", 100, "--reserve-hugepages", "--detect-leaks")
+    done = kvmdp("run", "--backing", backing, *arguments, "--json", "-")
+    document = done.document
+    assert (done.status, document["ok"], document["host_page_size"]) == (0, True, 2 << 20)
+    assert document["trap"] in ("memory-fault", "mmio")
+    assert (document["granule"], document["pages_fetched"]) == (4096, 100)
+    assert document["leaks"] == []
+
+
+@pytest.mark.hugepages
+def test_too_few_huge_pages_are_one_sentence_that_says_how_to_reserve():
+    require_no_free_pages()
+    done = kvmdp("run", "--backing", "hugetlb-2m", "--memory", "256G", "--granule", "1G", "--trap", "mmio")
+    assert (done.status, done.out) == (4, "")
+    assert re.fullmatch(
+        r"RAM takes 131072 huge pages of 2M, \d+ are free: reserve them "
+        r"\(echo \d+ \| (sudo )?tee /sys/.+-2048kB/nr_hugepages\), or give --reserve-hugepages",
+        done.error,
+    )
+
+
+@pytest.mark.root
+@pytest.mark.hugepages
+def test_more_than_can_be_reserved_is_one_sentence_too_and_all_is_given_back():
+    before = number("nr_overcommit_hugepages")
+    arguments = ("--memory", "256G", "--granule", "1G", "--pages", 1, "--trap", "mmio", "--reserve-hugepages")
+    done = kvmdp("run", "--backing", "hugetlb-2m", *arguments)
+    assert done.status == 4
+    assert "memory is too full or too fragmented to make the rest" in done.error
+    assert settles("nr_overcommit_hugepages", before)
+
+
+def settles(name, expected):
+    """Whether a number is as expected before long: another process may reserve something for a moment."""
+    deadline = time.monotonic() + PATIENCE
+    while number(name) != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return number(name) == expected
+
+
+@pytest.mark.root
+@pytest.mark.hugepages
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_huge_pages_are_given_back_however_the_run_ends(end, program):
+    before = {name: number(name) for name in ("nr_overcommit_hugepages", "surplus_hugepages", "nr_hugepages")}
+    arguments = ("--memory", "16M", "--trap", "mmio", "--reserve-hugepages", "--guest", program(SLOW_WALK))
+    with Running("run", "--backing", "hugetlb-2m", *arguments) as running:
+        running.wait_for_progress()
+        assert number("surplus_hugepages") >= 8 or number("nr_hugepages") >= 8
+        running.process.send_signal(end)
+        running.process.wait(PATIENCE)
+        for name in ("surplus_hugepages", "nr_hugepages"):
+            assert settles(name, before[name])
+        if end == signal.SIGKILL:
+            assert kvmdp("run", "--memory", "2M", "--pages", 1).status == 0
+        assert settles("nr_overcommit_hugepages", before["nr_overcommit_hugepages"])
+        assert not [*Path("/run").glob(f"kvmdp/{running.process.pid}-*")]
