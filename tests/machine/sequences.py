@@ -9,6 +9,7 @@ A vCPU runs all the time: it asks a port for an address, and what to store there
 import queue
 import random
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -254,11 +255,18 @@ class RandomSequence:
         if value:
             self.model.ram[at : at + 4] = value.to_bytes(4, "little")
         found, exits = self.guest.access(at, value)
+        self._await_readers()
         assert found == int.from_bytes(self.model.ram[at : at + 4], "little")
         if self.trap != "userfaultfd":
             assert (exits > 0) == absent, (
                 f"{exits} exits for a page that was {'absent' if absent else 'present'}"
             )
+
+    def _await_readers(self):
+        """A userfaultfd reader wakes the vCPU with the page, and then has to end its claim."""
+        deadline = time.monotonic() + TIMEOUT
+        while self.pager.ledger.claims and time.monotonic() < deadline:
+            time.sleep(0.0005)
 
     def mark_present(self):
         first, count = self.run_of_pages()
