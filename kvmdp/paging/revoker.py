@@ -104,11 +104,17 @@ class Revoker(Resolver):
     def write_back(self, first: int, count: int, timeout: float | None = None) -> int:
         """Evict a range into the source it came from; as `evict`.
 
-        Raises PagingError if the source takes no pages (`kvmdp.source.base.WritableSource`).
+        Raises PagingError if the source takes no pages (`kvmdp.source.base.WritableSource`), or ends before the range.
         """
         if not isinstance(self._source, WritableSource):
             raise PagingError(
                 f"{self._source.name} takes no pages back: evict them to a sink, or open the image for writing"
+            )
+        _, end = self._widened(first, count)
+        if end * PAGE_SIZE > self._source.size:
+            raise PagingError(
+                f"{self._source.name} ends at {self._source.size:#x}, before page {end - 1} of RAM: "
+                "evict the pages behind its end to a sink"
             )
         return self._take_away(first, count, timeout, _EVICTABLE, self._give_back)
 
@@ -182,9 +188,7 @@ class Revoker(Resolver):
 
         `finish` is told of each run of them that was in one state, (first, count, state), and says what they are now.
         """
-        page, end = self._checked(first, count)
-        unit = self.ledger.unit
-        page, end = page // unit * unit, min(-(-end // unit) * unit, self.layout.pages)
+        page, end = self._widened(first, count)
         deadline = None if timeout is None else time.monotonic() + timeout
         taken = 0
         while page < end:
@@ -314,6 +318,12 @@ class Revoker(Resolver):
         with self.mutex:
             self.counters.pages_discarded += count
         return state
+
+    def _widened(self, first: int, count: int) -> tuple[int, int]:
+        """Return the (first, end) pages of the whole units that hold a range. Raises IndexError outside RAM."""
+        first, end = self._checked(first, count)
+        unit = self.ledger.unit
+        return first // unit * unit, min(-(-end // unit) * unit, self.layout.pages)
 
     def _checked(self, first: int, count: int) -> tuple[int, int]:
         if count < 1 or first < 0 or first + count > self.layout.pages:

@@ -103,6 +103,22 @@ def test_a_source_that_takes_no_pages_says_so():
         machine.pager.write_back(0, 1)
 
 
+def test_pages_behind_the_end_of_the_image_cannot_go_back(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(IMAGE[: 100 * PAGE_SIZE])
+    with (
+        contextlib.closing(WritableImageSource(path)) as source,
+        make_machine("mmio", source=source) as machine,
+    ):
+        machine.memory.write(100 * PAGE_SIZE, b"kept")
+        machine.memory.write(99 * PAGE_SIZE, b"back")
+        with pytest.raises(PagingError, match="ends at 0x64000, before page 100 of RAM"):
+            machine.pager.write_back(99, 2)
+        assert machine.pager.write_back(99, 1) == 1
+        assert machine.memory.read(99 * PAGE_SIZE, PAGE_SIZE + 4).endswith(b"kept")
+        assert path.stat().st_size == 100 * PAGE_SIZE
+
+
 @every_trap
 @every_backing
 def test_poison(trap, backing):

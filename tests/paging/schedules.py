@@ -13,10 +13,18 @@ import random
 from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.paging.claim import State, Waiter, Wake
 from kvmdp.paging.fault import Outcome
-from kvmdp.paging.ledger import Ledger
+from kvmdp.paging.ledger import Ledger, takeable
 
 SOURCE, INFLIGHT, PRESENT, BACKED, ZERO, EVICTING, ADMITTING, SINK, POISON = State
-CLAIMABLE = (SOURCE, BACKED, ZERO)
+CLAIMABLE = (SOURCE, BACKED, ZERO, SINK)
+IN_RAM = (PRESENT, BACKED)
+# What takes pages away: from which states, beside PRESENT, and what they are afterwards
+TAKES = {
+    "shut off": ((), BACKED),
+    "evict": ((BACKED,), SINK),
+    "discard": ((BACKED, SOURCE, SINK), ZERO),
+    "poison": (CLAIMABLE, POISON),
+}
 HAS_BIT = bytes(state in (PRESENT, ADMITTING) for state in range(256))
 IS_CLAIMED = bytes(state in (INFLIGHT, EVICTING, ADMITTING) for state in range(256))
 # Around the border of two words of the bitmap, and of two stretches of RAM; the last unit is half of one.
@@ -81,16 +89,19 @@ class Schedule:
         self.states = bytearray([ZERO]) * END
         for first in range(FIRST, END, unit):  # it begins in the middle
             count = min(unit, END - first)
-            state = chance.choice((SOURCE, ZERO, PRESENT, PRESENT, BACKED))
+            state = chance.choice((SOURCE, ZERO, PRESENT, PRESENT, BACKED, SINK, POISON))
             self.states[first : first + count] = bytes([state]) * count
             if state == PRESENT:
                 self.bitmap.set_range(first, count)
+            elif state == SOURCE and chance.random() < 0.3:  # data of the source ends within a unit
+                self.states[first] = ZERO
         self.ledger.states[:] = self.states
+        self.ledger.resident = sum(map(self.states.count, IN_RAM))
         self.queues = {}  # who waits, by claim
         self.admitting = set()  # claims on pages that are present
         self.sleepers = []
         self.error = self.cancelled = False
-        self.admitted = self.waits = 0
+        self.admitted = self.healed = self.waits = 0
         self.pins, self.pinned_pages = collections.Counter(), collections.Counter()
         self.retained = []
 
@@ -159,6 +170,8 @@ class Schedule:
             return Outcome.PRESENT
         if state != ADMITTING and self.cancelled:
             return Outcome.CANCELLED
+        if state == POISON:
+            return Outcome.POISONED
         return None if state in CLAIMABLE else self.claim_on(page)
 
     # Actors
@@ -190,13 +203,18 @@ class Schedule:
         if chance() < 0.15:
             yield from self.end(claim, claim.before, Wake.REVOKED if self.cancelled else Wake.FAILED)
             return
+        yield from self.admit(claim)
+
+    def admit(self, claim):
+        """`Resolver.commit`; True if it went well."""
+        chance = self.chance.random
         self.ledger.admit(claim)
         self.set(claim, ADMITTING)
         self.admitting.add(claim)
         yield
         if chance() < 0.1:
             yield from self.end(claim, bytes([BACKED]) * claim.count, Wake.FAILED)
-            return
+            return False
         waiters = self.ledger.commit(claim)
         self.woken(claim, waiters, Wake.COMMITTED)
         del self.queues[claim]
@@ -204,46 +222,83 @@ class Schedule:
         self.set(claim, PRESENT)
         self.admitted += claim.count
         yield from self.notify(waiters)
+        return True
 
-    def revoke(self, page, end, most):
-        """`DemandPager.mark_nonpresent`."""
+    def take(self, page, end, most, away, state):
+        """`Revoker._take_away`."""
         while page < end:
-            claim, in_the_way, page = self.begin_revoke(page, end, most)
+            claim, in_the_way, page = self.begin_take(page, end, most, away)
             if in_the_way is not None:
                 yield self.queue(in_the_way)
             elif claim is not None:
                 yield
-                while self.pinned(claim):
-                    if self.chance.random() < 0.3:  # in use for too long
-                        yield from self.end(claim, claim.before, Wake.REVOKED)
-                        return
+                states = bytearray(claim.before)
+                if states[0] == PRESENT:
+                    while self.pinned(claim):
+                        if self.chance.random() < 0.3:  # in use for too long
+                            yield from self.end(claim, claim.before, Wake.REVOKED)
+                            return
+                        yield
                     yield
-                yield
-                reason = Wake.FAILED if self.chance.random() < 0.05 else Wake.REVOKED
-                assert not self.pinned(claim), "pinned while it is taken away"
-                yield from self.end(claim, bytes([BACKED]) * claim.count, reason)
+                    assert not self.pinned(claim), "pinned while it is taken away"
+                    states = bytearray([BACKED]) * claim.count
+                    if self.chance.random() < 0.05:  # the trap is broken
+                        yield from self.end(claim, bytes(states), Wake.FAILED)
+                        return
+                for index, before in enumerate(claim.before):
+                    if before == PRESENT or before in away:
+                        if state == SINK and self.chance.random() < 0.03:  # which is full
+                            break
+                        states[index] = state
+                yield from self.end(claim, bytes(states), Wake.REVOKED)
 
-    def begin_revoke(self, page, end, most):
-        found = claim, in_the_way, go_on = self.ledger.begin_revoke(page, end, most)
-        states = self.states
-        first = next((each for each in range(page, end) if HAS_BIT[states[each]]), end)
+    def begin_take(self, page, end, most, away):
+        found = claim, in_the_way, go_on = self.ledger.begin_take(page, end, most, takeable(*away))
+        states, stops = self.states, (INFLIGHT, EVICTING, ADMITTING, PRESENT, *away)
+        first = next((each for each in range(page, end) if states[each] in stops), end)
         if self.cancelled or first == end:
             assert found == (None, None, end)
-        elif self.is_retained(first):
+        elif IS_CLAIMED[states[first]]:
+            assert found == (None, self.claim_on(first), first)
+        elif states[first] == PRESENT and self.is_retained(first):
             assert (claim, in_the_way) == (None, None)
             assert all(map(self.is_retained, range(first, go_on)))
             assert go_on > first
-        elif states[first] == ADMITTING:
-            assert found == (None, self.claim_on(first), first)
         else:
-            stop = min(end, first + max(most, self.unit), BORDER if first < BORDER else END)
-            last = first
-            while last < stop and states[last] == PRESENT and not self.is_retained(last):
-                last += 1
-            assert in_the_way is None
-            assert (claim.first, claim.count, go_on) == (first, last - first, last)
+            self.check_taken(first, end, most, away, found)
             self.begun(claim, EVICTING)
         return found
+
+    def check_taken(self, first, end, most, away, found):
+        """A run from `first` on: of present pages, or of absent ones in `away` and what else is in their units."""
+        claim, in_the_way, go_on = found
+        unit, states = self.unit, self.states
+        stop = min(end, first + max(most, unit), BORDER if first < BORDER else END)
+        last, present = first, states[first] == PRESENT
+        while last < stop and (
+            states[last] == PRESENT and not self.is_retained(last) if present else states[last] in away
+        ):
+            last += 1
+        if not present:
+            first, last = first // unit * unit, min(-(-last // unit) * unit, END)
+        assert in_the_way is None
+        assert (claim.first, claim.count, go_on) == (first, last - first, last)
+
+    def heal(self, page):
+        """`Revoker.unpoison`."""
+        poisoned = self.states[page] == POISON
+        claim = self.ledger.begin_heal(page)
+        assert (claim is not None) == poisoned, "healed, and was not poisoned"
+        if claim is None:
+            return
+        assert claim.first <= page < claim.first + claim.count
+        self.begun(claim, INFLIGHT)
+        assert claim.before == bytes([POISON]) * claim.count
+        yield
+        if self.chance.random() < 0.15:  # too few bytes
+            yield from self.end(claim, claim.before, Wake.REVOKED)
+        elif (yield from self.admit(claim)):
+            self.healed += claim.count
 
     def pinned(self, claim):
         pinned = any(self.pinned_pages[page] for page in range(claim.first, claim.first + claim.count))
@@ -337,10 +392,13 @@ class Schedule:
             at = page if real() < 0.7 else draw(FIRST, END)
             first = at - draw(3) if real() < 0.5 else at
             yield "fault", self.fault(at, real() < 0.3, first, at - first + draw(1, 5))
-        for _ in range(draw(3)):
+        for _ in range(draw(4)):
             first = (page if real() < 0.5 else draw(FIRST, END)) // unit * unit
             end = min(first + unit * draw(1, 4), END)
-            yield "revoke", self.revoke(first, end, chance.choice((1, 4, 512)))
+            kind = chance.choice(("shut off", *TAKES))
+            yield kind, self.take(first, end, chance.choice((1, 4, 512)), *TAKES[kind])
+        if real() < 0.4:
+            yield "heal", self.heal(page if real() < 0.7 else draw(FIRST, END))
         at = draw(FIRST, END)
         run = at, min(draw(1, 4), END - at)
         yield "hold", self.hold(*run)
@@ -390,6 +448,10 @@ class Schedule:
         assert self.bitmap.bytes == states.translate(HAS_BIT), "a bit is not what the state says"
         claims = ledger.claims
         assert len(claims) == len(self.queues)
+        ram = sum(map(states.count, IN_RAM)) + sum(
+            each.before.count(state) for each in claims for state in IN_RAM
+        )
+        assert ledger.resident == ram, "pages in RAM are not counted right"
         claimed = states.translate(IS_CLAIMED)
         for claim in claims:
             first, count = claim.first, claim.count
@@ -410,7 +472,10 @@ class Schedule:
         assert not any(ledger.pin(page) and not ledger.unpin(page) for page in range(FIRST, END))
         assert counters.waits == self.waits
         assert counters.pages_admitted == self.admitted
-        assert counters.pages_fetched + counters.pages_zeroed + counters.pages_backed == self.admitted
+        found = (
+            counters.pages_fetched + counters.pages_zeroed + counters.pages_backed + counters.pages_refetched
+        )
+        assert found + self.healed == self.admitted
 
 
 def replay(seed, make=Ledger):

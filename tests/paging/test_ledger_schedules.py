@@ -4,6 +4,7 @@ import pytest
 from schedules import Schedule
 
 from kvmdp.paging.claim import State, Wake
+from kvmdp.paging.fault import Outcome
 from kvmdp.paging.ledger import Ledger
 
 SCHEDULES = 100_000
@@ -155,6 +156,103 @@ class BeginsAfterCancel(Ledger):
             self.cancelled = cancelled
 
 
+class BeginsToTakeAfterCancel(Ledger):
+    def begin_take(self, page, end, most, kinds):
+        cancelled, self.cancelled = self.cancelled, False
+        try:
+            return super().begin_take(page, end, most, kinds)
+        finally:
+            self.cancelled = cancelled
+
+
+class TakesPagesOfAnother(Ledger):
+    def begin_take(self, page, end, most, kinds):
+        return super().begin_take(page, end, most, kinds.replace(b"W", b"A"))
+
+
+class PassesOverPagesOfAnother(Ledger):
+    def begin_take(self, page, end, most, kinds):
+        return super().begin_take(page, end, most, kinds.replace(b"W", b"."))
+
+
+class LeavesAbsentPages(Ledger):
+    def begin_take(self, page, end, most, kinds):
+        return super().begin_take(page, end, most, kinds.replace(b"A", b"."))
+
+
+class TakesHalfAUnit(Ledger):
+    def begin_take(self, page, end, most, kinds):
+        unit, self.unit = self.unit, 1
+        try:
+            return super().begin_take(page, end, most, kinds)
+        finally:
+            self.unit = unit
+
+
+class LeavesTheBitOfWhatIsTaken(Ledger):
+    def begin_take(self, page, end, most, kinds):
+        found = super().begin_take(page, end, most, kinds)
+        if found[0] is not None and found[0].before[0] == State.PRESENT:
+            self.bitmap.set_range(found[0].first, 1)
+        return found
+
+
+class FetchesPoison(Ledger):
+    def obstacle(self, page):
+        found = super().obstacle(page)
+        return None if found is Outcome.POISONED else found
+
+
+class HealsWhatIsWell(Ledger):
+    def begin_heal(self, page):
+        claim = super().begin_heal(page)
+        if claim is None and self.states[page] == State.BACKED:
+            return self.claim(page, page, 1)
+        return claim
+
+
+class HealsHalfAUnit(Ledger):
+    def begin_heal(self, page):
+        unit, self.unit = self.unit, 1
+        try:
+            return super().begin_heal(page)
+        finally:
+            self.unit = unit
+
+
+class CountsBackedPagesTwice(Ledger):
+    def commit(self, claim):
+        before = claim.before
+        claim.before = before.replace(bytes([State.BACKED]), bytes([State.ZERO]))
+        try:
+            return super().commit(claim)
+        finally:
+            claim.before = before
+
+
+class CountsWhatIsTakenAsInRam(Ledger):
+    def end(self, claim, states, reason):
+        resident = self.resident
+        woken = super().end(claim, states, reason)
+        self.resident = max(self.resident, resident)
+        return woken
+
+
+class CountsDiscardedPagesAsInRam(Ledger):
+    def discarded(self, first, count):
+        resident = self.resident
+        super().discarded(first, count)
+        self.resident = resident
+
+
+class ForgetsWhatCameFromTheSink(Ledger):
+    def commit(self, claim):
+        refetched = self.counters.pages_refetched
+        woken = super().commit(claim)
+        self.counters.pages_refetched = refetched
+        return woken
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -173,6 +271,19 @@ class BeginsAfterCancel(Ledger):
         ClaimsHalfAUnit,
         ClaimsOverTheBorder,
         BeginsAfterCancel,
+        BeginsToTakeAfterCancel,
+        TakesPagesOfAnother,
+        PassesOverPagesOfAnother,
+        LeavesAbsentPages,
+        TakesHalfAUnit,
+        LeavesTheBitOfWhatIsTaken,
+        FetchesPoison,
+        HealsWhatIsWell,
+        HealsHalfAUnit,
+        CountsBackedPagesTwice,
+        CountsWhatIsTakenAsInRam,
+        CountsDiscardedPagesAsInRam,
+        ForgetsWhatCameFromTheSink,
     ],
     ids=lambda broken: broken.__name__,
 )

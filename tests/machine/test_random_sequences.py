@@ -1,0 +1,42 @@
+"""Random sequences of everything that makes pages come and go agree with a simple model after each step.
+
+`KVMDP_SEQUENCES=1000` runs so many in all.
+"""
+
+import os
+
+import pytest
+from harness import BACKINGS, TRAPS
+from sequences import RandomSequence
+
+pytestmark = pytest.mark.kvm
+
+MACHINES = [(trap, backing) for trap in TRAPS for backing in BACKINGS]
+MACHINES += [pytest.param("userfaultfd", backing, marks=pytest.mark.userfaultfd) for backing in BACKINGS]
+SEQUENCES = int(os.environ.get("KVMDP_SEQUENCES", "80"))
+EACH = -(-SEQUENCES // len(MACHINES))
+
+
+@pytest.mark.parametrize(("trap", "backing"), MACHINES)
+def test_after_each_step_the_machine_agrees_with_the_model(trap, backing, tmp_path):
+    for seed in range(EACH):
+        run(seed, trap, backing, tmp_path)
+
+
+def run(seed, trap, backing, folder):
+    sequence = RandomSequence(seed, trap, backing, folder)
+    try:
+        sequence.run()
+    except BaseException as error:
+        steps = "\n".join(sequence.steps)
+        error.add_note(
+            f"RandomSequence({seed}, {trap!r}, {backing!r}, folder).run() did these steps:\n{steps}"
+        )
+        raise
+
+
+def test_a_seed_says_all(tmp_path):
+    sequences = [RandomSequence(5, "mmio", "memfd", tmp_path) for _ in range(2)]
+    for each in sequences:
+        each.run()
+    assert sequences[0].steps == sequences[1].steps != []
