@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvmdp import __version__
 from kvmdp.bench.access import AccessCosts
@@ -133,14 +134,16 @@ class Comparison:
             "own_cost_us": own,
             "cpu_us_per_fault": _spread(Spread.of([_cpu_us(each) for each in measured])),
             "switches_per_fault": _spread(Spread.of([_switches(each) for each in measured])),
-            "latency_us": {**percentiles(latencies), "buckets": buckets(latencies)},
+            "latency_us": _latency(latencies),
             "device": _device(measured) if contender.work.device_pages else None,
+            "arm_ms": _spread(Spread.of([1e3 * each.arm_seconds for each in measured])),
             "in_flight": round(float(np.mean([each.in_flight for each in measured])), 2),
             "memory": {
                 "vmpte_kib": max(each.vmpte_bytes for each in measured) // 1024,
                 "bitmap_bytes": measured[0].bitmap_bytes,
                 "memslots": max(each.memslots for each in measured),
                 "slot_kib": max(each.slot_bytes for each in measured) // 1024,
+                "resident_beyond_kib": max(each.resident_beyond_bytes for each in measured) // 1024,
             },
         }
 
@@ -162,6 +165,13 @@ class Comparison:
         if metric == "pages_per_second":
             return [each.round.pages_per_second for each in measured]
         return [_cpu_us(each) for each in measured if each.round.faults]
+
+
+def _latency(latencies: npt.NDArray[np.uint64]) -> dict[str, Any]:
+    """Return percentiles, how far apart p99 and p50 are (None without faults), and buckets."""
+    found = percentiles(latencies)
+    apart = round(found["p99"] / found["p50"], 2) if found["p50"] else None
+    return {**found, "p99_over_p50": apart, "buckets": buckets(latencies)}
 
 
 def trace_header(contender: Contender) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from kvmdp.bench.trace import Record, Tracer
 from kvmdp.bench.work import Work
 from kvmdp.kvm import BusError, Interrupted, Kvm, MemoryFault
 from kvmdp.machine.boot import vector_flags
-from kvmdp.machine.hostinfo import page_table_memory, vmalloc_used
+from kvmdp.machine.hostinfo import page_table_memory, proportional_memory, vmalloc_used
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
 from kvmdp.memory.backings import check_backing_options
@@ -58,7 +58,11 @@ class Round:
 
 @dataclass(slots=True)
 class Measurement:
-    """A round with what is not part of the JSON's round: latencies, of vCPUs and the device, memory, network."""
+    """A round with what is not part of the JSON's round: latencies, of vCPUs and the device, memory, network.
+
+    `slot_bytes` is kernel memory (vmalloc) of the memslots, `arm_seconds` what arming took, `resident_beyond_bytes` what
+    this process grew by beyond the pages it fetched.
+    """
 
     round: Round
     latencies: npt.NDArray[np.uint64]
@@ -67,6 +71,8 @@ class Measurement:
     bitmap_bytes: int
     memslots: int
     slot_bytes: int
+    arm_seconds: float
+    resident_beyond_bytes: int
     in_flight: float
     memory_bytes: int
     trace: list[Record]
@@ -79,11 +85,11 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
     workload = plan(work)
     if workload.patches:
         source = PatchedSource(source, workload.patches)
-    tables = page_table_memory()
+    tables, resident = page_table_memory(), proportional_memory()
     with Machine(machine_options(contender), source) as machine:
         vmalloc = vmalloc_used()
         if contender.trap is None:
-            _make_plain(machine)
+            make_plain(machine)
         machine.set_parameters(workload.blocks)
         tracer = machine.pager.observer = Tracer(machine.layout) if traced else None
         before = resource.getrusage(resource.RUSAGE_SELF)
@@ -115,6 +121,10 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
             memslots=machine.pager.trap.memslots,
             # What arming took, and what was made since: mmio has no memslots to begin with.
             slot_bytes=machine.slot_bytes + max(vmalloc_used() - vmalloc, 0),
+            arm_seconds=machine.setup_seconds["arm"],
+            resident_beyond_bytes=max(
+                proportional_memory() - resident - machine.pager.counters.pages_fetched * PAGE_SIZE, 0
+            ),
             in_flight=network.in_flight if network else 0.0,
             memory_bytes=work.memory_bytes,
             trace=tracer.records() if tracer else [],
@@ -183,8 +193,8 @@ def machine_options(contender: Contender) -> MachineOptions:
     )
 
 
-def _make_plain(machine: Machine) -> None:
-    """Put everything in place and switch demand paging off."""
+def make_plain(machine: Machine) -> None:
+    """Put everything in place and switch demand paging off. Raises what the pager does."""
     outcome = machine.pager.mark_present(0, machine.layout.pages)
     if outcome is not Outcome.PRESENT:
         raise machine.pager.error or PagingError(f"memory could not be made present: {outcome.name.lower()}")

@@ -7,9 +7,10 @@ for what its memory costs. The result is one document (kvmdp.compare/1):
     benches   a bench document (kvmdp.bench/1) a place
     traces    contender -> {"vcpus", "memory_bytes", "records"}, records as in kvmdp.bench.trace
     memory    a row a contender and size of RAM: {"contender", "gib", "vmpte_kib", "bitmap_bytes", "memslots",
-              "slot_kib", "granule", "fault_around"}; all of RAM touched by one vCPU, page by page, `fault_around`
+              "slot_kib", "granule", "fault_around", "armed", "full"}; all of RAM touched by one vCPU, page by page, `fault_around`
               pages fetched a fault, `granule` bytes a memslot (null where RAM is one). slot_kib is by how much
-              VmallocUsed grew, which is system-wide: what other processes do meanwhile is in it.
+              VmallocUsed grew, which is system-wide: what other processes do meanwhile is in it. armed and full
+              tell the views apart (kvmdp.bench.memorycost).
     claims    {"who", "claim", "verdict", "why"}, see kvmdp.bench.claims
 
 Units: seconds, bytes.
@@ -26,7 +27,8 @@ from kvmdp import __version__
 from kvmdp.bench.claims import claims
 from kvmdp.bench.comparison import Comparison
 from kvmdp.bench.contender import PRESENT, SHARDED, Contender, contender
-from kvmdp.bench.measure import Measurement, check, machine_options, measure
+from kvmdp.bench.measure import Measurement, check
+from kvmdp.bench.memorycost import memory_contender, memory_cost
 from kvmdp.bench.report.results import SCHEMA, Place, place_name
 from kvmdp.bench.work import Work
 from kvmdp.kvm import KvmError
@@ -34,8 +36,6 @@ from kvmdp.machine.hostinfo import available_memory, host_facts
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import UnsupportedError
-from kvmdp.paging.policy import MAX_FAULT_AROUND
-from kvmdp.paging.trap.slots import least_granule
 
 # About what a fault takes without a network. The longer a fault waits, the less RAM is gone through.
 _FAULT_SECONDS = 150e-6
@@ -97,15 +97,8 @@ class Plan:
         return [contender(name, work) for name in self.names]
 
     def memory_contender(self, name: str, size: int) -> Contender:
-        """Return a contender that touches all of `size` bytes of RAM, with memslots as small as it has them.
-
-        Pages are fetched many at a time: what they cost in memory is the same, and takes seconds.
-        """
-        work = Work(bytes_per_vcpu=size, backing=self.backing, fault_around=MAX_FAULT_AROUND)
-        made = contender(name, work)
-        # present has no memslots to be counted, and needs none that are small.
-        granule = least_granule(GuestLayout(size)) if made.trap else None
-        return replace(made, work=replace(made.work, granule=made.work.granule or granule))
+        """Return a contender that touches all of `size` bytes of RAM."""
+        return memory_contender(name, Work(bytes_per_vcpu=size, backing=self.backing))
 
     def check(self) -> None:
         """Raise ValueError, one sentence, if this cannot be done; KvmError where there is no KVM."""
@@ -203,7 +196,7 @@ class Survey:
         for size in self.plan.memory_sizes:
             for name in self.ran:
                 try:
-                    row = memory_row(self.plan.memory_contender(name, size))
+                    row = memory_cost(self.plan.memory_contender(name, size))
                 except (UnsupportedError, KvmError):
                     continue  # the report says which have no memory figures
                 self.memory.append(row)
@@ -253,21 +246,3 @@ class Survey:
             for each in self.traced.contenders
             if each.trap is not None and each.name in self.traced.measurements
         }
-
-
-def memory_row(each: Contender) -> dict[str, Any]:
-    """Return what the memory of a contender costs once it has touched its RAM, a row of the document.
-
-    Raises what `measure` raises.
-    """
-    measured = measure(each)
-    return {
-        "contender": each.name,
-        "gib": each.work.memory_bytes / (1 << 30),
-        "vmpte_kib": measured.vmpte_bytes // 1024,
-        "bitmap_bytes": measured.bitmap_bytes,
-        "memslots": measured.memslots,
-        "slot_kib": measured.slot_bytes // 1024,
-        "granule": machine_options(each).granule if each.trap else None,
-        "fault_around": each.work.fault_around,
-    }

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from kvmdp.bench.access import AccessCosts
-from kvmdp.bench.check import Bound, judge, read_bounds
+from kvmdp.bench.check import read_bounds
 from kvmdp.bench.comparison import BASELINE, Comparison
 from kvmdp.bench.contender import DEFAULT, SHARDED, Contender, contender
+from kvmdp.bench.huge import CONTENDERS as HUGE_CONTENDERS
+from kvmdp.bench.huge import check_work
 from kvmdp.bench.measure import Measurement, check
+from kvmdp.bench.memorycost import CONTENDERS as MEMORY_CONTENDERS
+from kvmdp.bench.memorycost import memory_contender
 from kvmdp.bench.report.table import lines
 from kvmdp.bench.work import Work
+from kvmdp.cli.bench_modes import hold, run_huge, run_memory_cost
 from kvmdp.cli.lists import parse_backing
 from kvmdp.cli.output import (
-    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_LACKING,
     EXIT_OK,
@@ -27,6 +31,7 @@ from kvmdp.cli.output import (
     write_file,
     write_json,
 )
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.trap.userfaultfd import parse_mode
 from kvmdp.source.network import parse_bandwidth, parse_latency
@@ -51,7 +56,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("contenders", nargs="*", metavar="CONTENDER", help=f"what to compare (default: {' '.join(DEFAULT)})")
-    add("-b", "--bytes", default="64M", metavar="SIZE", help="RAM a vCPU (default: 64M)")
+    add("-b", "--bytes", metavar="SIZE", help="RAM a vCPU (default: 64M; 1G with --memory-cost)")
     add("-v", "--vcpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 16 (default: 1)")
     add("-o", "--overlap", action="store_true", help="every vCPU touches all RAM (default: a share each)")
     add(
@@ -85,9 +90,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add(
         "-s",
-        "--memory-kind",
+        "--backing",
+        dest="memory_kind",
         metavar="KIND",
-        help="RAM: shmem (memfd) or anonymous (default: shmem; anonymous with -u MISSING)",
+        help=f"RAM: shmem (memfd) or {', '.join(BACKINGS)} (default: memfd; anonymous with -u MISSING; hugetlb-2m with "
+        "--huge)",
     )
     add("-c", "--pin", metavar="CPUS", help="host CPUs for the vCPUs, as 0,1 (default: not pinned)")
     _add_our_options(parser)
@@ -128,6 +135,23 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
         "its guest does not run, and the rate of a disk (default: no)",
     )
     add(
+        "--reserve-hugepages",
+        action="store_true",
+        help="hugetlb: reserve the huge pages that are missing, give them back at the end; as root (default: no)",
+    )
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--huge",
+        action="store_true",
+        help="compare faults on HugeTLB memory instead: bytes and time until the first access goes on, and in all, of a "
+        "sparse and a full workload without a network, at 30us, and at 30us with 10Gbit",
+    )
+    modes.add_argument(
+        "--memory-cost",
+        action="store_true",
+        help="measure instead what RAM costs in memory, armed and full: page tables of each view, bitmap, memslots",
+    )
+    add(
         "--trace",
         metavar="FILE",
         help="write one record a fault of each contender's last round (default: none)",
@@ -148,6 +172,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"--check {options.check}: {error.strerror}") from None
+    if options.huge:
+        return run_huge(options, work, contenders, bounds)
+    if options.memory_cost:
+        return run_memory_cost(options, work, contenders, bounds)
     device = AccessCosts() if options.device else None
     comparison = Comparison(work, contenders, options.rounds, options.trace is not None, device)
     status = EXIT_OK
@@ -168,13 +196,15 @@ def run(options: argparse.Namespace) -> int:
     if status == EXIT_OK and len(document["contenders"]) < min(2, len(contenders) + len(comparison.skipped)):
         status = EXIT_LACKING
     if status == EXIT_OK:
-        status = _hold(bounds, document)
+        status = hold(bounds, document)
     return status
 
 
 def _work(options: argparse.Namespace) -> Work:
     """Return the work that all contenders do unless they say otherwise. Raises ValueError."""
-    kind = options.memory_kind or ("anonymous" if options.uffd == "MISSING" else "shmem")
+    _check_mode(options)
+    usual = "hugetlb-2m" if options.huge else "anonymous" if options.uffd == "MISSING" else "shmem"
+    kind = options.memory_kind or usual
     backing = parse_backing(kind)
     if options.uffd == "MINOR" and backing == "anonymous":
         raise ValueError("-u MINOR: anonymous memory has no minor faults; use -s shmem")
@@ -184,7 +214,7 @@ def _work(options: argparse.Namespace) -> Work:
     if options.delay < 0:
         raise ValueError(f"-d {options.delay}: a delay cannot be negative")
     return Work(
-        bytes_per_vcpu=parse_size(options.bytes),
+        bytes_per_vcpu=parse_size(options.bytes or ("1G" if options.memory_cost else "64M")),
         vcpus=options.vcpus,
         ring=options.ring,
         workload=options.workload,
@@ -193,6 +223,7 @@ def _work(options: argparse.Namespace) -> Work:
         touches=options.touches,
         overlap=options.overlap,
         backing=backing,
+        reserve_hugepages=options.reserve_hugepages,
         granule=parse_size(options.granule) if options.granule else None,
         fault_around=options.fault_around,
         latency=parse_latency(options.latency) + options.delay * 1e-6,
@@ -201,6 +232,28 @@ def _work(options: argparse.Namespace) -> Work:
         pin=_cpus(options.pin, options.vcpus),
         uffd_mode=parse_mode(options.uffd) if options.uffd else None,
     )
+
+
+def _check_mode(options: argparse.Namespace) -> None:
+    """Raise ValueError for an option that a mode has no use for: it has its own work."""
+    mode = "--huge" if options.huge else "--memory-cost" if options.memory_cost else None
+    if mode is None:
+        return
+    given = {
+        "--trace": options.trace,
+        "--device": options.device,
+        "-u": options.uffd,
+        "--touches": options.touches,
+        "--latency": options.latency != "0",
+        "--bandwidth": options.bandwidth != "0",
+        "-d": options.delay,
+        "--workload": options.workload != "touch",
+        "--order": options.order != "sequential",
+        "--fault-around": options.fault_around != 1,
+    }
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"{name} with {mode}: that mode does work of its own; leave {name} out")
 
 
 def _cpus(text: str | None, vcpus: int) -> tuple[int, ...]:
@@ -218,7 +271,8 @@ def _cpus(text: str | None, vcpus: int) -> tuple[int, ...]:
 
 def _contenders(options: argparse.Namespace, work: Work) -> list[Contender]:
     """Return the contenders, their work checked. Raises ValueError."""
-    names = options.contenders or list(DEFAULT)
+    usual = HUGE_CONTENDERS if options.huge else MEMORY_CONTENDERS if options.memory_cost else DEFAULT
+    names = options.contenders or list(usual)
     if options.uffd:
         if options.contenders:
             raise ValueError("-u chooses the contender by itself: leave the names out, or -u")
@@ -229,7 +283,10 @@ def _contenders(options: argparse.Namespace, work: Work) -> list[Contender]:
         raise ValueError("-a and -r go with -u; without it name contenders, as userfaultfd-r4")
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{repeated[0]} is named twice: a contender takes part once")
-    contenders = [contender(name, work) for name in names]
+    make = memory_contender if options.memory_cost else contender
+    contenders = [make(name, work) for name in names]
+    if options.huge:
+        check_work(work, contenders)
     for each in contenders:
         check(each)
     return contenders
@@ -267,8 +324,22 @@ def print_document(document: dict[str, Any]) -> None:
             f"{each['name']:<28}{_words(each['page_us']):>20}{own:>8}{each['cpu_us_per_fault']['median']:>8.1f}"
             f"{latency['p50']:>8.1f}{latency['p99']:>9.1f}  {_against(each['name'], document)}"
         )
+    _print_memory(document["contenders"])
     if document["device"]:
         _print_device(document["device"])
+
+
+def _print_memory(contenders: list[dict[str, Any]]) -> None:
+    """Print how even the latencies are, what arming took, and what memory was taken, a line a contender."""
+    print(f"\n{'':<28}{'p99 / p50':>10}{'arm ms':>9}{'memslots':>10}{'slots MiB':>11}{'tables MiB':>12}{'beyond MiB':>12}")
+    for each in contenders:
+        memory, apart = each["memory"], each["latency_us"]["p99_over_p50"]
+        print(
+            f"{each['name']:<28}{'' if apart is None else f'{apart:.1f}':>10}{each['arm_ms']['median']:>9.1f}"
+            f"{memory['memslots']:>10}{memory['slot_kib'] / 1024:>11.1f}{memory['vmpte_kib'] / 1024:>12.1f}"
+            f"{memory['resident_beyond_kib'] / 1024:>12.1f}"
+        )
+    print("beyond: what this process grew by beyond the pages it fetched, without page tables")
 
 
 def _print_device(device: dict[str, Any]) -> None:
@@ -303,14 +374,3 @@ def _against(name: str, document: dict[str, Any]) -> str:
         if (row["a"], row["b"], row["metric"]) == (name, BASELINE, "pages_per_second"):
             return f"{row['median']:.2f} ({row['min']:.2f}-{row['max']:.2f})"
     return ""
-
-
-def _hold(bounds: list[Bound], document: dict[str, Any]) -> int:
-    """Say how each bound fares; EXIT_FAILED if one does not hold."""
-    status = EXIT_OK
-    for bound in bounds:
-        good, sentence = judge(bound, document)
-        say(f"{'ok' if good else 'FELL SHORT'}: {sentence}")
-        if not good:
-            status = EXIT_FAILED
-    return status

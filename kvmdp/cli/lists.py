@@ -16,7 +16,7 @@ _MEMORY_KINDS = {"shmem": "memfd", "anonymous": "anonymous"} | {name: name for n
 def parse_backing(kind: str) -> str:
     """Return the backing that `-s KIND` means. Raises ValueError, one sentence."""
     if kind not in _MEMORY_KINDS:
-        raise ValueError(f"-s {kind}: there is shmem and anonymous")
+        raise ValueError(f"-s {kind}: there is {', '.join(_MEMORY_KINDS)}")
     return _MEMORY_KINDS[kind]
 
 
