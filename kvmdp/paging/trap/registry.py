@@ -121,7 +121,7 @@ def create_trap(
             raise ValueError(f"the trap {name} always works by pages: leave the granule out")
         slots = RamSlots(vm, layout, backing, REGION_PAGES * PAGE_SIZE)
     else:
-        slots = RamSlots(vm, layout, backing, granule or least_granule(layout))
+        slots = RamSlots(vm, layout, backing, granule or least_granule(layout, backing.page_size))
     try:
         return (TRAPS | HYBRID_TRAPS)[name](Materials(vm, layout, slots, backing, uffd, options))
     except BaseException:
