@@ -9,7 +9,7 @@ from typing import Any
 from kvmdp.cli.output import EXIT_FAILED, EXIT_OK, check_json_target, say, write_json
 from kvmdp.machine.coverage import ACCESSES, Coverage, Seen, coverage
 from kvmdp.machine.hostinfo import host_facts
-from kvmdp.paging.trap.registry import TRAPS
+from kvmdp.paging.trap.registry import PURE_TRAPS
 
 SCHEMA = "kvmdp.coverage/1"
 
@@ -37,7 +37,7 @@ def _document(table: Coverage) -> dict[str, Any]:
         "ok": table.ok,
         "host": host_facts(),
         "accesses": list(ACCESSES),
-        "traps": list(TRAPS),
+        "traps": list(PURE_TRAPS),
         "skipped": table.skipped,
         "cells": [
             {
@@ -104,6 +104,6 @@ def _notes(cells: list[dict[str, Any]]) -> dict[str, list[str]]:
         accesses.setdefault((note, tuple(where)), []).append(access)
     notes: dict[str, list[str]] = {}
     for (note, under), names in accesses.items():
-        place = "" if len(under) == len(TRAPS) else f" under {', '.join(under)}"
+        place = "" if len(under) == len(PURE_TRAPS) else f" under {', '.join(under)}"
         notes.setdefault(note, []).append(f"{', '.join(names)}{place}")
     return notes

@@ -303,7 +303,9 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
     if trap in SLOT_TRAPS:
         layout = GuestLayout(memory)
         # What is fetched together is one memslot: the fewer flips the better.
-        granule = granule or max(least_granule(layout), options.fault_around * PAGE_SIZE)
+        granule = granule or max(
+            least_granule(layout, BACKINGS[options.backing].page_size), options.fault_around * PAGE_SIZE
+        )
         check_granule(granule)
     elif granule not in (None, PAGE_SIZE):
         raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")

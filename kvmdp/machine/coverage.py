@@ -43,7 +43,7 @@ from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_bloc
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import Origin, PageFault, PagingError, UnsupportedError
-from kvmdp.paging.trap.registry import TRAPS
+from kvmdp.paging.trap.registry import PURE_TRAPS
 from kvmdp.paging.trap.userfaultfd import UserfaultfdTrap
 from kvmdp.source.base import read_pages
 from kvmdp.source.patched import PatchedSource
@@ -106,7 +106,7 @@ def coverage(on_cell: Callable[[str, str], None] | None = None) -> Coverage:
     skipped: dict[str, str] = {}
     cells = []
     for access in ACCESSES:
-        for trap in TRAPS:
+        for trap in PURE_TRAPS:
             if trap in skipped:
                 continue
             if on_cell is not None:

@@ -214,8 +214,8 @@ def test_help_is_no_error(arguments):
             "a granule of 5000: give a power of two from 4K to 1G",
         ),
         (
-            ("--trap", "mmio", "--memory", "8G", "--granule", "4K"),
-            "a granule of 4K cuts 8G of RAM into 2097152 memslots, KVM has 32756 for it: give a larger granule",
+            ("--trap", "mmio", "--slot-memory", "1M"),
+            "1M of kernel memory for memslots: give at least 26M",
         ),
         (
             ("--trap", "marker", "--granule", "64K"),

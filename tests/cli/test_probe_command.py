@@ -82,7 +82,7 @@ def test_the_document_says_what_the_host_is_and_can(document):
 
 @pytest.mark.kvm
 def test_a_trap_works_if_all_accesses_are_exact_on_some_backing(document):
-    assert document["traps"].keys() == {"marker", "memory-fault", "mmio", "userfaultfd"}
+    assert document["traps"].keys() == {"marker", "memory-fault", "mmio", "layered", "userfaultfd"}
     proven = []
     for trap, backings in document["traps"].items():
         assert backings.keys() == BACKINGS
@@ -105,7 +105,7 @@ def test_a_trap_works_if_all_accesses_are_exact_on_some_backing(document):
 
 @pytest.mark.kvm
 def test_each_trap_exits_in_its_own_way(document):
-    own_exit = {"marker": "sigbus", "memory-fault": "memory_fault", "mmio": "mmio"}
+    own_exit = {"marker": "sigbus", "memory-fault": "memory_fault", "mmio": "mmio", "layered": "memory_fault"}
     for trap in document["working"]:
         for accesses in document["traps"][trap].values():
             assert not accesses["read"]["ok"] or accesses["read"]["exits"].get(own_exit[trap], 0) >= 1

@@ -14,7 +14,7 @@ from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.trap import registry
 from kvmdp.paging.trap.mmio import MmioTrap
-from kvmdp.paging.trap.registry import TRAPS as ALL_TRAPS
+from kvmdp.paging.trap.registry import PURE_TRAPS as ALL_TRAPS
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
@@ -28,6 +28,15 @@ class NeverTraps(MmioTrap):
 
     def arm(self, presence):
         self._slots.map_plain()
+
+    def admit(self, first, count):
+        raise OSError(errno.EEXIST, "the pages have a memslot")
+
+
+def put_in_place_of_mmio(monkeypatch, trap):
+    monkeypatch.setitem(
+        registry.TRAPS, "mmio", lambda made_of: trap(made_of.slots, made_of.backing, made_of.options)
+    )
 
 
 class FilledBefore(NeverTraps):
@@ -136,7 +145,7 @@ def test_a_device_that_asks_waits_and_one_that_does_not_is_caught_by_userfaultfd
     "access", [each for each in ACCESSES if each not in ("page walk", "system call", "sgdt", "user touch")]
 )
 def test_a_trap_that_never_traps_is_found_out(access, monkeypatch):
-    monkeypatch.setitem(registry.TRAPS, "mmio", lambda made_of: NeverTraps(made_of.slots, made_of.backing))
+    put_in_place_of_mmio(monkeypatch, NeverTraps)
     found = run_cell(access, "mmio")
     assert found.seen is Seen.MISSED or access == "device thread"
     assert not found.ok or access == "device thread"
@@ -145,7 +154,7 @@ def test_a_trap_that_never_traps_is_found_out(access, monkeypatch):
 
 @pytest.mark.parametrize("access", ["read", "write", "string", "emulator"])
 def test_right_bytes_that_nothing_caught_are_missed(access, monkeypatch):
-    monkeypatch.setitem(registry.TRAPS, "mmio", lambda made_of: FilledBefore(made_of.slots, made_of.backing))
+    put_in_place_of_mmio(monkeypatch, FilledBefore)
     found = run_cell(access, "mmio")
     assert (found.seen, found.ok, found.exits) == (Seen.MISSED, False, {})
 

@@ -60,10 +60,12 @@ HYBRID_TRAPS: dict[str, Callable[[Materials], Trap]] = {
     _HYBRID + name: functools.partial(_hybrid, name) for name in ("memory-fault", "mmio")
 }
 ALL_TRAPS = (*TRAPS, *HYBRID_TRAPS)
+# Each with a way of its own to catch an access: what layered catches is what its two layers catch.
+PURE_TRAPS = tuple(name for name in TRAPS if name != LayeredTrap.name)
 
 # Those whose faults are exits of KVM_RUN, the fastest first, as measured on every host seen so far: the order in
 # which `auto` tries them.
-EXIT_TRAPS = ("marker", "memory-fault", "mmio")
+EXIT_TRAPS = ("marker", "memory-fault", "mmio", "layered")
 SLOT_TRAPS = frozenset(("memory-fault", "mmio", *HYBRID_TRAPS))
 # Those that make pages of the guest view trap by userfaultfd: they work by the pages that the host has RAM in.
 UFFD_TRAPS = frozenset(("marker", "layered", "userfaultfd"))
@@ -119,7 +121,7 @@ def create_trap(
             raise ValueError(f"the trap {name} always works by pages: leave the granule out")
         slots = RamSlots(vm, layout, backing, REGION_PAGES * PAGE_SIZE)
     else:
-        slots = RamSlots(vm, layout, backing, granule or least_granule(layout))
+        slots = RamSlots(vm, layout, backing, granule or least_granule(layout, backing.page_size))
     try:
         return (TRAPS | HYBRID_TRAPS)[name](Materials(vm, layout, slots, backing, uffd, options))
     except BaseException:

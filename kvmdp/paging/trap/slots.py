@@ -58,9 +58,14 @@ _PARENTS = (
 Quiesced = Callable[[], AbstractContextManager[None]]
 
 
-def least_granule(layout: GuestLayout) -> int:
-    """Return the smallest power-of-two granule, in bytes, that cuts RAM into at most 16,384 memslots."""
+def least_granule(layout: GuestLayout, page_size: int = PAGE_SIZE) -> int:
+    """Return the smallest power-of-two granule, in bytes, that cuts RAM into at most 16,384 memslots.
+
+    4 KiB in any case where the host has RAM in larger pages (`page_size`): who takes those wants faults that are not.
+    """
     granule = PAGE_SIZE
+    if page_size > PAGE_SIZE:
+        return granule
     while -(-layout.memory_bytes // granule) > MAX_GRANULE_SLOTS:
         granule *= 2
     return granule
