@@ -123,8 +123,8 @@ def test_help_is_no_error(arguments):
         (
             ("--backing", "paper"),
             (
-                "there is no backing 'paper': choose from memfd, anonymous, hugetlb-2m, hugetlb-1g, private-hugetlb-2m, "
-                "private-hugetlb-1g, guest-memfd, file"
+                "there is no backing 'paper': choose from memfd, anonymous, hugetlb-2m, hugetlb-1g, "
+                "private-hugetlb-2m, private-hugetlb-1g, guest-memfd, file"
             ),
         ),
         (

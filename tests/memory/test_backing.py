@@ -138,5 +138,5 @@ def test_sizes_are_whole_pages_of_the_host(name):
     page = BACKINGS[name].page_size
     check_backing_options(name, 2 * page)
     if page > PAGE:
-        with pytest.raises(ValueError, match="is not whole huge pages: give a multiple of [12][MG]$"):
+        with pytest.raises(ValueError, match=r"is not whole huge pages: give a multiple of [12][MG]$"):
             check_backing_options(name, page + PAGE)
