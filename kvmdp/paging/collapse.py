@@ -8,6 +8,7 @@ Units: RAM pages, seconds.
 from __future__ import annotations
 
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -115,6 +116,8 @@ class Collapser:
         while not self._stopped.wait(_ROUND_SECONDS):
             full = {number for number in range(regions) if bitmap.test_range(number * REGION, REGION)}
             done &= full
-            for number in sorted(full - done)[:_ROUND_REGIONS]:
+            left = sorted(full - done)
+            # At random, lest the same few that cannot be had now keep the others waiting.
+            for number in random.sample(left, min(len(left), _ROUND_REGIONS)):
                 if self._collapse(number * REGION, REGION):
                     done.add(number)

@@ -20,13 +20,11 @@ MEMORY = 8 << 20
 PAGES = MEMORY // 4096
 SOURCE = SyntheticSource(MEMORY, SEED)
 UFFD_TRAPS = ("marker", "userfaultfd")
+UFFD = [(trap, backing) for trap in UFFD_TRAPS for backing in ("memfd", "anonymous")]
 EVERY = pytest.mark.parametrize(
-    ("trap", "backing"),
-    [(trap, backing) for trap in (*UFFD_TRAPS, "memory-fault", "mmio") for backing in ("memfd", "anonymous")],
+    ("trap", "backing"), [*UFFD, ("memory-fault", "memfd"), ("mmio", "anonymous")]
 )
-BY_UFFD = pytest.mark.parametrize(
-    ("trap", "backing"), [(trap, backing) for trap in UFFD_TRAPS for backing in ("memfd", "anonymous")]
-)
+BY_UFFD = pytest.mark.parametrize(("trap", "backing"), UFFD)
 
 
 @pytest.fixture
@@ -146,7 +144,7 @@ def test_only_whole_regions_that_are_all_present_are_put_together(machine_of, tr
     check(machine, atomic())
 
 
-@EVERY
+@BY_UFFD
 @pytest.mark.parametrize("policy", ["full", "background"])
 def test_a_policy_collapses_what_the_guest_fills(machine_of, trap, backing, policy):
     workload = atomic(iterations=4)
@@ -177,6 +175,28 @@ def test_demand_paging_goes_off_and_on_over_collapsed_regions(machine_of, trap, 
     machine.run(TIMEOUT)
     assert pager.counters.pages_backed == PAGES
     check(machine, atomic())
+
+
+@EVERY
+def test_off_and_on_while_the_guest_runs_over_collapsed_regions_loses_nothing(machine_of, trap, backing):
+    workload = atomic(iterations=2000)
+    machine = machine_of(trap, backing, workload)
+    pager = machine.pager
+
+    def switch(number):
+        if pager.mark_present(0, PAGES) is not Outcome.PRESENT:
+            return False  # the guest has come to its end
+        pager.collapse(0, PAGES)
+        pager.disable()
+        pager.enable()
+        pager.mark_nonpresent(number * 32 % PAGES, 32)
+        time.sleep(0.02)
+        return None
+
+    with meanwhile(switch):
+        machine.run(TIMEOUT)
+    check(machine, workload)
+    assert pager.counters.pages_fetched == PAGES
 
 
 def test_holes_of_a_shared_memory_file_are_never_in_a_huge_page(machine_of):

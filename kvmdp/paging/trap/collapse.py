@@ -95,22 +95,26 @@ class Regions:
         self._shared = shared
         self._changed = threading.Condition()  # guards what follows; never held across a call of the kernel's
         self._plain: set[int] = set()
+        self._huge: set[int] = set()  # those of them that have been put together
         self._reopening: set[int] = set()
 
     def collapse(self, first: int, count: int) -> bool:
-        """Make whole regions plain memory and put their pages together; True if that has been done to all of them.
+        """Make whole regions plain memory and put their pages together; True if that has been done to any of them.
 
+        Not so to one that is together already, or that the kernel has no huge page for.
         The caller has claimed every page, and all are present. Where it fails the region stays plain.
         """
         if first % REGION or count % REGION:
             raise ValueError(f"pages {first} to {first + count - 1} are not whole regions of {REGION}")
         done = [self._collapse(number) for number in range(first // REGION, (first + count) // REGION)]
-        return all(done)
+        return any(done)
 
     def _collapse(self, number: int) -> bool:
         first = number * REGION
         self.used = True
         with self._changed:
+            if number in self._huge:
+                return False
             plain = number in self._plain
             # Before it is so: who finds a region plain that is still registered leaves undone what nobody needs.
             self._plain.add(number)
@@ -119,7 +123,11 @@ class Regions:
             if self._shared:
                 # A reader may have set a marker on a page that it found claimed. The bytes are in the file.
                 self._view.drop(first * PAGE_SIZE, REGION * PAGE_SIZE)
-        return put_together(self._view, first, REGION)
+        done = put_together(self._view, first, REGION)
+        if done:
+            with self._changed:
+                self._huge.add(number)
+        return done
 
     def is_plain(self, page: int) -> bool:
         """Return whether the page's region is plain memory, or is about to be or to have been."""
@@ -144,6 +152,7 @@ class Regions:
                 self._register(number * REGION, REGION)
                 with self._changed:
                     self._plain.discard(number)
+                    self._huge.discard(number)
             finally:
                 with self._changed:
                     self._reopening.discard(number)
@@ -154,6 +163,7 @@ class Regions:
         with self._changed:
             plain = sorted(self._plain)
             self._plain.clear()
+            self._huge.clear()
         for number in plain:
             self._view.advise(MADV_NOHUGEPAGE, number * HUGE_PAGE, HUGE_PAGE)
 
