@@ -1,7 +1,7 @@
 """Two vCPUs add to the words of the same pages while a thread evicts them at random: no addition is lost.
 
-Pages go to the sink, back to the image, or are shut off first. `KVMDP_EVICT_SECONDS=30` takes 8,192 pages and goes on for so
-long with each trap; a guest that has come to its end is followed by another.
+Pages go to the sink, back to the image, or are shut off first. `KVMDP_EVICT_SECONDS=30` takes 8,192 pages
+and goes on for so long with each trap; a guest that has come to its end is followed by another.
 """
 
 import contextlib
