@@ -144,6 +144,11 @@ class Comparison:
                 "memslots": max(each.memslots for each in measured),
                 "slot_kib": max(each.slot_bytes for each in measured) // 1024,
                 "resident_beyond_kib": max(each.resident_beyond_bytes for each in measured) // 1024,
+                # Memslots, page tables and all else together.
+                "beyond_touched_kib": max(
+                    each.slot_bytes + each.vmpte_bytes + each.resident_beyond_bytes for each in measured
+                )
+                // 1024,
             },
         }
 

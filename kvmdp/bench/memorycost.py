@@ -70,8 +70,6 @@ def _cost(each: Contender, *, fill: bool) -> dict[str, int]:
         if fill:
             machine.set_parameters(plan(each.work).blocks)
             machine.run(_TIMEOUT)
-        else:
-            machine.stop()
         everything = page_table_memory()
         # What arming took, and what was made since: mmio has no memslots to begin with.
         slots = machine.slot_bytes + max(vmalloc_used() - vmalloc, 0)
@@ -87,7 +85,7 @@ def _cost(each: Contender, *, fill: bool) -> dict[str, int]:
 
 
 def _page_tables_of_views(machine: Machine) -> tuple[int, int]:
-    """Return what the page tables of guest view and VMM view take, and unmap both: the machine has stopped for good."""
+    """Return what the page tables of guest view and VMM view take, and unmap both: no vCPU runs, nor will."""
     before = page_table_memory()
     machine.backing.guest.detach()
     between = page_table_memory()
@@ -97,7 +95,9 @@ def _page_tables_of_views(machine: Machine) -> tuple[int, int]:
     return max(before - between, 0), max(between - page_table_memory(), 0)
 
 
-def document(work: Work, rows: Sequence[dict[str, Any]], skipped: dict[str, str], *, complete: bool) -> dict[str, Any]:
+def document(
+    work: Work, rows: Sequence[dict[str, Any]], skipped: dict[str, str], *, complete: bool
+) -> dict[str, Any]:
     """Return the rows as the JSON document has them (kvmdp.bench-memory/1)."""
     return {
         "schema": SCHEMA,
@@ -128,7 +128,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         )
     table += [
         "",
-        "guest, VMM: page tables of the guest view and of the VMM view. slots: what memslots and their reverse",
-        "maps take of the kernel's vmalloc area. armed: nothing present; full: all RAM touched",
+        "guest, VMM: page tables of the guest view and of the VMM view. slots: what memslots and their",
+        "reverse maps take of the kernel's vmalloc area. armed: nothing present; full: all RAM touched",
     ]
     return table

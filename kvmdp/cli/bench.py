@@ -331,7 +331,9 @@ def print_document(document: dict[str, Any]) -> None:
 
 def _print_memory(contenders: list[dict[str, Any]]) -> None:
     """Print how even the latencies are, what arming took, and what memory was taken, a line a contender."""
-    print(f"\n{'':<28}{'p99 / p50':>10}{'arm ms':>9}{'memslots':>10}{'slots MiB':>11}{'tables MiB':>12}{'beyond MiB':>12}")
+    print(
+        f"\n{'':<28}{'p99 / p50':>10}{'arm ms':>9}{'memslots':>10}{'slots MiB':>11}{'tables MiB':>12}{'beyond MiB':>12}"
+    )
     for each in contenders:
         memory, apart = each["memory"], each["latency_us"]["p99_over_p50"]
         print(

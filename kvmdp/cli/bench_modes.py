@@ -15,7 +15,9 @@ from kvmdp.memory.backings import check_huge_pages
 from kvmdp.paging.fault import UnsupportedError
 
 
-def run_huge(options: argparse.Namespace, work: Work, contenders: list[Contender], bounds: list[Bound]) -> int:
+def run_huge(
+    options: argparse.Namespace, work: Work, contenders: list[Contender], bounds: list[Bound]
+) -> int:
     """Compare faults on HugeTLB memory, print, hold against bounds; the exit status."""
     comparison = huge.HugeComparison(work, contenders, options.rounds)
     interrupted = False
