@@ -177,7 +177,7 @@ def test_demand_paging_goes_off_and_on_over_collapsed_regions(machine_of, trap, 
     check(machine, atomic())
 
 
-@EVERY
+@BY_UFFD
 def test_off_and_on_while_the_guest_runs_over_collapsed_regions_loses_nothing(machine_of, trap, backing):
     workload = atomic(iterations=2000)
     machine = machine_of(trap, backing, workload)
