@@ -20,6 +20,7 @@ from kvmdp.kvm import BusError, InternalError, MemoryFault, Mmio
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import Counters, State
 from kvmdp.paging.fault import BusyError, Outcome, PagingError, PoisonedError
+from kvmdp.paging.invariants import violations
 from kvmdp.source.base import read_pages
 from kvmdp.source.image import WritableImageSource
 from kvmdp.source.synthetic import SyntheticSource
@@ -346,18 +347,30 @@ class RandomSequence:
         """As it is; everything made present before, half of the time."""
         model = self.model
         if self.chance.random() < 0.5:
-            self.note("all present")
-            for page in range(0, PAGES, model.unit):
-                if model.states[page] == POISON:
-                    self._heal(page)
-            assert model.admit(0, PAGES, faults=False)
-            assert self.pager.mark_present(0, PAGES) is Outcome.PRESENT
+            self._have_all_present()
         if not model.enabled or model.states == bytes([PRESENT]) * PAGES:
             self.pager.disable()
             model.enabled = False
         else:
             with pytest.raises(PagingError, match="are absent"):
                 self.pager.disable()
+
+    def _have_all_present(self):
+        self.note("all present")
+        for page in range(0, PAGES, self.model.unit):
+            if self.model.states[page] == POISON:
+                self._heal(page)
+        assert self.model.admit(0, PAGES, faults=False)
+        assert self.pager.mark_present(0, PAGES) is Outcome.PRESENT
+
+    def collapse(self):
+        """Huge pages, one memslot: of all of RAM or nothing. Whatever goes later takes it apart again."""
+        if self.chance.random() < 0.7:
+            self._have_all_present()
+        done = self.pager.collapse(0, PAGES)
+        assert done in (0, PAGES)
+        if not self.model.enabled or self.model.states != bytes([PRESENT]) * PAGES:
+            assert done == 0
 
     def enable(self):
         self.pager.enable()
@@ -373,6 +386,7 @@ class RandomSequence:
         assert ledger.resident == sum(map(states.count, IN_RAM))
         assert pager.enabled == model.enabled
         assert pager.error is None
+        assert violations(pager) == []
         bits = bytearray(PAGES)
         for first, count in pager.bitmap.present_runs().tolist():
             bits[first : first + count] = b"\1" * count
@@ -432,6 +446,7 @@ OPERATIONS = {
     "busy": 1,
     "poison": 1,
     "unpoison": 1,
+    "collapse": 1,
     "disable": 1,
     "enable": 0.5,
 }

@@ -12,8 +12,9 @@ from sequences import RandomSequence
 pytestmark = pytest.mark.kvm
 
 MACHINES = [(trap, backing) for trap in TRAPS for backing in BACKINGS]
+MACHINES += [("layered", "memfd")]
 MACHINES += [pytest.param("userfaultfd", backing, marks=pytest.mark.userfaultfd) for backing in BACKINGS]
-SEQUENCES = int(os.environ.get("KVMDP_SEQUENCES", "80"))
+SEQUENCES = int(os.environ.get("KVMDP_SEQUENCES", "90"))
 EACH = -(-SEQUENCES // len(MACHINES))
 
 

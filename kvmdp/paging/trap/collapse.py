@@ -75,7 +75,7 @@ def put_together(view: Mapping, first: int, count: int) -> bool:
 class Regions:
     """Which regions of a guest view are plain memory for the time being.
 
-    `register` and `unregister` do that to a run of pages. `used` is True from the first collapse on: the view may
+    `register` and `unregister` do that to a run of pages; `thp` is the backing's. `used` is True from the first collapse on: the view may
     consist of several mappings of the kernel's then, with borders between regions, and no call of userfaultfd's that
     maps or marks may reach over one.
     """
@@ -87,8 +87,10 @@ class Regions:
         unregister: Callable[[int, int], None],
         *,
         shared: bool,
+        thp: bool,
     ) -> None:
         self.used = False
+        self._thp = thp
         self._view = view
         self._register = register
         self._unregister = unregister
@@ -148,7 +150,7 @@ class Regions:
                     continue
                 self._reopening.add(number)
             try:
-                self._view.advise(MADV_NOHUGEPAGE, number * HUGE_PAGE, HUGE_PAGE)
+                self._small_pages(number)
                 self._register(number * REGION, REGION)
                 with self._changed:
                     self._plain.discard(number)
@@ -165,6 +167,11 @@ class Regions:
             self._plain.clear()
             self._huge.clear()
         for number in plain:
+            self._small_pages(number)
+
+    def _small_pages(self, number: int) -> None:
+        """Have the kernel put no huge page there by itself any more, unless it may everywhere."""
+        if not self._thp:
             self._view.advise(MADV_NOHUGEPAGE, number * HUGE_PAGE, HUGE_PAGE)
 
     @contextlib.contextmanager

@@ -258,7 +258,9 @@ class UffdTrap(UffdView):
         )
         self._slots = slots
         self._backing = backing
-        self._regions = Regions(backing.guest, self._register, self._unregister, shared=backing.shared)
+        self._regions = Regions(
+            backing.guest, self._register, self._unregister, shared=backing.shared, thp=backing.thp
+        )
         self._staging: Mapping | None = None
         if not minor:
             try:
