@@ -27,7 +27,7 @@ from kvmdp.bench.work import Work
 from kvmdp.kvm import KvmError
 from kvmdp.machine.hostinfo import host_facts
 from kvmdp.machine.machine import Machine
-from kvmdp.memory.backings import BACKINGS, check_huge_pages
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
 from kvmdp.paging.claim import Claim
@@ -169,11 +169,8 @@ class HugeComparison:
     def run(self, warm_up: int, on_round: Callable[[str, int, str], None]) -> None:
         """Let the contenders take turns; `on_round` is told of each: contender, round, workload and network.
 
-        May be interrupted at any time: what has been measured stays. Raises UnsupportedError if there are too few huge
-        pages.
+        May be interrupted at any time: what has been measured stays.
         """
-        if not self.work.reserve_hugepages:
-            check_huge_pages(self.work.backing, self.work.memory_bytes)
         for turn in range(-warm_up, self.rounds):
             for workload in WORKLOADS:
                 for network in self.networks:
@@ -253,9 +250,11 @@ def lines(document: dict[str, Any]) -> list[str]:
     options, size = document["options"], document["host_page_size"]
     partial = "" if document["complete"] else ", PARTIAL"
     found = [
-        f"{format_size(options['memory_bytes'])} in {-(-options['memory_bytes'] // size)} huge pages of "
-        f"{format_size(size)} ({options['backing']}), {options['vcpus']} vCPUs, medians of {options['rounds']} "
-        f"rounds{partial}"
+        (
+            f"{format_size(options['memory_bytes'])} in {-(-options['memory_bytes'] // size)} huge pages of "
+            f"{format_size(size)} ({options['backing']}), {options['vcpus']} vCPUs, medians of {options['rounds']} "
+            f"rounds{partial}"
+        )
     ]
     how = {"sparse": f"one in {format_size(SPARSE_STRIDE * PAGE_SIZE)}", "full": "every page"}
     for workload in WORKLOADS:

@@ -60,8 +60,8 @@ class Round:
 class Measurement:
     """A round with what is not part of the JSON's round: latencies, of vCPUs and the device, memory, network.
 
-    `slot_bytes` is kernel memory (vmalloc) of the memslots, `arm_seconds` what arming took, `resident_beyond_bytes` what
-    this process grew by beyond the pages it fetched.
+    `slot_bytes` is kernel memory (vmalloc) of the memslots, `arm_seconds` what arming took, `resident_beyond_bytes`
+    what this process grew by beyond the pages it fetched.
     """
 
     round: Round

@@ -12,7 +12,7 @@ from kvmdp.bench.check import read_bounds
 from kvmdp.bench.comparison import BASELINE, Comparison
 from kvmdp.bench.contender import DEFAULT, SHARDED, Contender, contender
 from kvmdp.bench.huge import CONTENDERS as HUGE_CONTENDERS
-from kvmdp.bench.huge import check_work
+from kvmdp.bench.huge import HUGE_BACKINGS, check_work
 from kvmdp.bench.measure import Measurement, check
 from kvmdp.bench.memorycost import CONTENDERS as MEMORY_CONTENDERS
 from kvmdp.bench.memorycost import memory_contender
@@ -31,7 +31,7 @@ from kvmdp.cli.output import (
     write_file,
     write_json,
 )
-from kvmdp.memory.backings import BACKINGS
+from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.trap.userfaultfd import parse_mode
 from kvmdp.source.network import parse_bandwidth, parse_latency
@@ -143,8 +143,8 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
     modes.add_argument(
         "--huge",
         action="store_true",
-        help="compare faults on HugeTLB memory instead: bytes and time until the first access goes on, and in all, of a "
-        "sparse and a full workload without a network, at 30us, and at 30us with 10Gbit",
+        help="compare faults on HugeTLB memory instead: bytes and time until the first access goes on, and in all, of "
+        "a sparse and a full workload without a network, at 30us, and at 30us with 10Gbit",
     )
     modes.add_argument(
         "--memory-cost",
@@ -167,6 +167,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         bounds = read_bounds(options.check) if options.check else []
         work = _work(options)
+        # First, for planning the work in absurdly much memory takes minutes by itself.
+        if work.backing in HUGE_BACKINGS and not work.reserve_hugepages:
+            check_backing_options(work.backing, work.memory_bytes)
+            check_huge_pages(work.backing, work.memory_bytes)
         contenders = _contenders(options, work)
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -11,7 +11,6 @@ from kvmdp.bench.contender import Contender
 from kvmdp.bench.work import Work
 from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LACKING, EXIT_OK, say, write_json
 from kvmdp.kvm import KvmError
-from kvmdp.memory.backings import check_huge_pages
 from kvmdp.paging.fault import UnsupportedError
 
 
@@ -33,8 +32,6 @@ def run_memory_cost(
     options: argparse.Namespace, work: Work, contenders: list[Contender], bounds: list[Bound]
 ) -> int:
     """Measure what RAM costs in memory, print, hold against bounds; the exit status."""
-    if not work.reserve_hugepages:
-        check_huge_pages(work.backing, work.memory_bytes)
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     interrupted = False

@@ -65,8 +65,8 @@ def test_page_tables_of_the_views_and_memslots_are_told_apart(tmp_path):
     ("arguments", "sentence"),
     [
         (["--huge", "-s", "memfd"], "--huge is about huge pages, which memfd memory has none of"),
-        (["--huge", "present"], "present has no faults"),
-        (["--huge", "marker:vcpus=2"], "with --huge all contenders do the same work"),
+        (["--huge", "--reserve-hugepages", "present"], "present has no faults"),
+        (["--huge", "--reserve-hugepages", "marker:vcpus=2"], "with --huge all contenders do the same work"),
         (["--huge", "--latency", "30us"], "--latency with --huge"),
         (["--huge", "-b", "3M"], "not whole huge pages"),
         (["--memory-cost", "--touches", "3"], "--touches with --memory-cost"),
