@@ -75,9 +75,9 @@ def put_together(view: Mapping, first: int, count: int) -> bool:
 class Regions:
     """Which regions of a guest view are plain memory for the time being.
 
-    `register` and `unregister` do that to a run of pages; `thp` is the backing's. `used` is True from the first collapse
-    on: the view may consist of several mappings of the kernel's then, with borders between regions, and no call of
-    userfaultfd's that maps or marks may reach over one.
+    `register` and `unregister` do that to a run of pages; `thp` is the backing's. `used` is True from the first
+    collapse on: the view may consist of several mappings of the kernel's then, with borders between regions, and no
+    call of userfaultfd's that maps or marks may reach over one.
     """
 
     def __init__(
