@@ -9,8 +9,8 @@ for what its memory costs. The result is one document (kvmdp.compare/1):
     memory    a row a contender and size of RAM: {"contender", "gib", "vmpte_kib", "bitmap_bytes", "memslots",
               "slot_kib", "granule", "fault_around", "armed", "full"}; all of RAM touched by one vCPU, page by page,
               `fault_around` pages fetched a fault, `granule` bytes a memslot (null where RAM is one). slot_kib is by
-              how much VmallocUsed grew, which is system-wide: what other processes do meanwhile is in it. armed and full
-              tell the views apart (kvmdp.bench.memorycost).
+              how much VmallocUsed grew, which is system-wide: what other processes do meanwhile is in it. armed and
+              full tell the views apart (kvmdp.bench.memorycost).
     claims    {"who", "claim", "verdict", "why"}, see kvmdp.bench.claims
 
 Units: seconds, bytes.
