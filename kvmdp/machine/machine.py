@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
+import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -113,7 +113,9 @@ class Machine:
     def __init__(self, options: MachineOptions, source: PageSource) -> None:
         self.options = options
         self.setup_seconds: dict[str, float] = {}
-        self._ended = threading.Condition()
+        # A word for each thread that ends. Not a condition: an interruption of the main thread in one can leave
+        # its lock as no `with` expects it.
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         with contextlib.ExitStack() as stack:
             self._build(options, source, stack)
             self._stack = stack.pop_all()
@@ -294,10 +296,10 @@ class Machine:
         """Wait for the end; meanwhile watch for vCPUs on which KVM spins."""
         watched = {thread: (0, time.monotonic()) for thread in self.threads}
         while True:
-            with self._ended:
-                if self._is_over():
-                    return
-                self._ended.wait(_TICK_SECONDS)
+            if self._is_over():
+                return
+            with contextlib.suppress(queue.Empty):
+                self._ended.get(timeout=_TICK_SECONDS)
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 return
@@ -317,8 +319,7 @@ class Machine:
         return all(thread.ended for thread in self.threads)
 
     def _wake(self) -> None:
-        with self._ended:
-            self._ended.notify_all()
+        self._ended.put(None)
 
     def _timeout_message(self, timeout: float | None) -> str:
         where = ", ".join(

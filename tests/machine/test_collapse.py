@@ -224,7 +224,7 @@ def test_an_unknown_policy_is_refused(machine_of):
 
 
 def test_a_collapse_that_breaks_stops_the_machine_with_its_reason(machine_of, monkeypatch):
-    machine = machine_of("marker", workload=atomic(iterations=1000))
+    machine = machine_of("marker", workload=atomic(iterations=100_000))
 
     def broken(first, count):
         raise OSError(5, "broken")

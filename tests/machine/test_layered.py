@@ -65,7 +65,7 @@ def test_no_increment_is_lost_while_pages_go_and_memslots_are_merged(vcpus):
             pager.mark_nonpresent(first, min(chooser.choice((1, 7, 100)), 2 * REGION - first))
 
         def put_together(_):
-            pager.trap.collapse(0, 2 * REGION)
+            pager.collapse(0, 2 * REGION)
 
         with meanwhile(take_some_away, put_together):
             machine.run(TIMEOUT)
@@ -86,7 +86,7 @@ def test_it_can_be_switched_off_and_on():
         machine.pager.mark_nonpresent(500, 100)
         assert violations(machine.pager) == []
         machine.memory.read(0, MEMORY)
-        machine.pager.trap.collapse(0, PAGES)
+        machine.pager.collapse(0, PAGES)
         assert (machine.pager.trap.memslots, violations(machine.pager)) == (1, [])
 
 

@@ -26,7 +26,7 @@ WAYS = [
     (trap, backing)
     for trap in ALL_TRAPS
     for backing in BACKINGS
-    if not (trap.startswith("hybrid") and backing == "anonymous")
+    if not (trap.startswith(("hybrid", "layered")) and backing == "anonymous")
 ]
 
 
