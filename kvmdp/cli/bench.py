@@ -144,12 +144,13 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
         "--huge",
         action="store_true",
         help="compare faults on HugeTLB memory instead: bytes and time until the first access goes on, and in all, of "
-        "a sparse and a full workload without a network, at 30us, and at 30us with 10Gbit",
+        "a sparse and a full workload without a network, at 30us, and at 30us with 10Gbit (default: no)",
     )
     modes.add_argument(
         "--memory-cost",
         action="store_true",
-        help="measure instead what RAM costs in memory, armed and full: page tables of each view, bitmap, memslots",
+        help="measure instead what RAM costs in memory, armed and full: page tables of each view, bitmap, memslots "
+        "(default: no)",
     )
     add(
         "--trace",

@@ -266,8 +266,8 @@ def test_machines_that_cannot_be(arguments, sentence):
 def test_an_unknown_trap_is_told_which_there_are_and_which_are_proven():
     sentence = refused("run", "--trap", "uffd")
     match = re.fullmatch(
-        r"there is no trap 'uffd': there are auto, marker, memory-fault, mmio, userfaultfd, hybrid-memory-fault, "
-        r"hybrid-mmio; this host proves (.+)",
+        r"there is no trap 'uffd': there are auto, marker, memory-fault, mmio, layered, userfaultfd, "
+        r"hybrid-memory-fault, hybrid-mmio; this host proves (.+)",
         sentence,
     )
     assert match

@@ -19,7 +19,7 @@ JOB = ("python", "tools/vmtest_lib/matrix_job.py")
 BEGIN = "<!-- vmtest table: begin; written by tools/vmtest --matrix --update-table -->"
 END = "<!-- vmtest table: end -->"
 # The first kernel that has what the trap needs; the others need nothing that is newer than the oldest kernel here.
-_SINCE = {"memory-fault": (6, 18), "marker": (6, 6)}
+_SINCE = {"memory-fault": (6, 18), "layered": (6, 18), "marker": (6, 6)}
 _REFUSED = 4
 # What a KVM cannot do for any guest, absent pages or not: (KVM module, check) -> why.
 _LIMITS = {
