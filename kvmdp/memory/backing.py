@@ -17,7 +17,6 @@ import errno
 import fcntl
 import os
 import stat
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -193,9 +192,10 @@ class FileBacking(Backing):
                 os.posix_fallocate(self._file, 0, size)
             except OSError as error:
                 os.ftruncate(self._file, 0)
+                where = path or "the folder of temporary files"
                 raise UnsupportedError(
-                    f"{path or tempfile.gettempdir()} has no room for {format_size(size)} of RAM ({error.strerror}): "
-                    "free some, or name a file on another disk with --backing-file"
+                    f"{where} has no room for {format_size(size)} of RAM ({error.strerror}): free some, or name a file "
+                    "on another disk with --backing-file"
                 ) from None
             super().__init__(size, *map_twice(self._file, size, stack), thp=thp)
             stack.pop_all()
@@ -222,6 +222,8 @@ class FileBacking(Backing):
 def _open_file(path: str | None) -> int:
     if path is not None:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    import tempfile  # here, for few runs have a use for it
+
     fd, name = tempfile.mkstemp(prefix="kvmdp-ram-")
     Path(name).unlink()
     return fd

@@ -8,7 +8,6 @@ Units: RAM pages, seconds.
 from __future__ import annotations
 
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -113,11 +112,13 @@ class Collapser:
             set()
         )  # as far as this thread knows; a region that fills again between two looks stays small
         bitmap, regions = self._pager.bitmap, self._pager.layout.pages // REGION
+        after = -1  # the last region that was tried
         while not self._stopped.wait(_ROUND_SECONDS):
             full = {number for number in range(regions) if bitmap.test_range(number * REGION, REGION)}
             done &= full
-            left = sorted(full - done)
-            # At random, lest the same few that cannot be had now keep the others waiting.
-            for number in random.sample(left, min(len(left), _ROUND_REGIONS)):
+            # Round and round, lest the same few that cannot be had now keep the others waiting.
+            left = sorted(full - done, key=lambda number: (number <= after, number))
+            for number in left[:_ROUND_REGIONS]:
+                after = number
                 if self._collapse(number * REGION, REGION):
                     done.add(number)
