@@ -1,0 +1,80 @@
+"""4 KiB faults on HugeTLB memory, and what KVM has mapped once all of it is present and put together.
+
+`KVMDP_HUGE_GUEST=1G` and `KVMDP_HUGE_BACKING=hugetlb-1g` make it as large as that.
+"""
+
+import os
+
+import numpy as np
+import pytest
+from harness import SEED, TIMEOUT, plan, require_trap
+
+from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.size import parse_size
+from kvmdp.paging.fault import Outcome, UnsupportedError
+from kvmdp.paging.invariants import violations
+from kvmdp.source.base import read_pages
+from kvmdp.source.synthetic import SyntheticSource
+
+pytestmark = [pytest.mark.kvm, pytest.mark.root, pytest.mark.hugepages]
+
+MEMORY = parse_size(os.environ.get("KVMDP_HUGE_GUEST", "64M"))
+BACKING = os.environ.get("KVMDP_HUGE_BACKING", "hugetlb-2m")
+PAGES = MEMORY // PAGE_SIZE
+REGION = 512
+HUGE_PAGES = MEMORY >> 21
+
+
+@pytest.fixture
+def machine():
+    require_trap("memory-fault")
+    options = MachineOptions(MEMORY, "memory-fault", BACKING, granule=PAGE_SIZE, reserve_hugepages=True)
+    try:
+        machine = Machine(options, SyntheticSource(MEMORY, SEED))
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    with machine:
+        machine.gate.forget_stops()  # arming is one, of nobody
+        yield machine
+
+
+def touch(machine, workload):
+    machine.set_parameters(workload.blocks)
+    machine.run(TIMEOUT)
+
+
+def check_content(machine, pages):
+    wanted = read_pages(SyntheticSource(MEMORY, SEED), pages)
+    assert (machine.memory.read_pages(pages) == wanted).all()
+
+
+def test_what_is_touched_inside_16_regions_is_fetched_and_nothing_else(machine):
+    workload = plan("touch", memory=MEMORY, pages=16 * REGION, order="random", touches=2000)
+    touch(machine, workload)
+    assert machine.pager.counters.pages_fetched == len(workload.touched)
+    assert machine.pager.bitmap.count() == len(workload.touched)
+    check_content(machine, workload.touched)
+    assert violations(machine.pager) == []
+
+
+def test_all_of_it_is_mapped_by_huge_pages_once_it_is_complete(machine):
+    workload = plan("touch", memory=MEMORY, order="random", touches=2000)
+    touch(machine, workload)
+    beyond = machine.pager.counters.pages_fetched - len(workload.touched)
+    assert beyond >= 0
+    print(f"{beyond} pages fetched beyond the {len(workload.touched)} touched")
+    check_content(machine, workload.touched)
+    machine.restart(plan("touch", memory=MEMORY, pages=1).blocks)  # a stopped machine fetches nothing
+    assert machine.pager.mark_present(0, PAGES) is Outcome.PRESENT
+    machine.pager.collapse(0, PAGES)
+    assert machine.pager.trap.memslots == 1
+    machine.run(TIMEOUT)
+    machine.restart(plan("touch", memory=MEMORY).blocks)
+    machine.run(TIMEOUT)
+    with machine.vm.statistics() as statistics:
+        mapped = {name: statistics.get(name) for name in ("pages_4k", "pages_2m", "pages_1g")}
+    print(mapped, f"longest stop {machine.gate.longest_stop * 1e6:.0f} us of {machine.gate.stops}")
+    assert mapped["pages_4k"] <= 16
+    assert mapped["pages_2m"] + REGION * mapped["pages_1g"] >= HUGE_PAGES
+    check_content(machine, np.arange(min(PAGES, 4 * REGION)))
