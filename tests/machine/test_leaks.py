@@ -222,7 +222,7 @@ def test_a_machine_that_never_ran_leaves_nothing(trap, backing):
     ("options", "message"),
     [
         ({"trap": "mmio", "granule": 5000}, "a granule of"),
-        ({"trap": "marker", "granule": 65536}, "always works by 4 KiB pages"),
+        ({"trap": "marker", "granule": 65536}, "always works by pages"),
         ({"trap": "smoke"}, "there is no trap 'smoke': choose from"),
         ({"trap": "mmio", "fault_around": 3}, "fault-around of 3 pages: give a power of two from 1 to 512"),
         ({"trap": "mmio", "memory_bytes": 1 << 20}, "1M of guest memory is too little: the least is 2M"),

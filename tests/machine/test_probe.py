@@ -110,14 +110,14 @@ def test_auto_takes_the_first_that_works(broken):
 
 
 def test_where_no_trap_works_each_reason_is_told(broken):
-    for trap in TRAPS:
+    for trap in EXIT_TRAPS:
         broken(trap, UnsupportedError(f"no {trap} today"))
     with pytest.raises(UnsupportedError) as caught:
         choose_trap("memfd")
     message = str(caught.value)
     assert message.startswith("no trap works on this host (")
     assert message.endswith("): kvmdp probe says what would help")
-    for trap in TRAPS:
+    for trap in EXIT_TRAPS:
         assert f"{trap}: no {trap} today" in message
 
 

@@ -25,6 +25,7 @@ from .streams import KernelLog, Stream
 
 _PROGRAM = "qemu-system-x86_64"
 _PORTS = ("stdout", "stderr", "result")
+_PANIC_SECONDS = 20.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -75,12 +76,15 @@ def run(machine: Machine, end: bytes, timeout: float, show_log: bool) -> Outcome
     complaints = KernelLog()
     sinks: dict[str, Stream | KernelLog] = {**marked, "console": log, "qemu": complaints}
     begin = time.monotonic()
+    ends, panicked = begin + timeout, False
     started = None
     with _emulator(machine) as (process, channels), selectors.DefaultSelector() as selector:
         for name, channel in channels.items():
             selector.register(channel, selectors.EVENT_READ, name)
         while not all(stream.closed for stream in marked.values()):
-            remaining = begin + timeout - time.monotonic()
+            remaining = ends - time.monotonic()
+            if remaining <= 0 and panicked:
+                raise VmtestError(_without_status(0, log, complaints), FAILED)
             if remaining <= 0:
                 raise VmtestError(_overdue(timeout, started is not None) + log.tail(), FAILED)
             if not selector.get_map():
@@ -88,6 +92,9 @@ def run(machine: Machine, end: bytes, timeout: float, show_log: bool) -> Outcome
             for key, _ in selector.select(remaining):
                 if data := channels[key.data].recv(65536):
                     sinks[key.data].feed(data)
+                    if key.data == "console" and b"Kernel panic - " in data:
+                        panicked = True  # it should go off now; some spin for ever instead
+                        ends = min(ends, time.monotonic() + _PANIC_SECONDS)
                 else:
                     selector.unregister(key.fileobj)
             if started is None and result.content.startswith(b"started\n"):
