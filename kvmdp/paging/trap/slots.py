@@ -15,7 +15,7 @@ Changes come from several threads. What spans the ioctls of one is a claim on it
 mutex: the mutex guards the map and the list of claims, for a few statements. Who holds a claim takes no second one and
 waits for nothing but the kernel and the vCPUs' way out of KVM_RUN, where nobody waits for a claim.
 
-Measured on Linux 6.18 (kernel.md names the figures): a slot is kernel memory of 8.5 to 26 KB.
+Measured on Linux 6.18: a slot is kernel memory of 8.5 to 26 KB.
 
 Units: RAM pages, unless a name says bytes.
 """
