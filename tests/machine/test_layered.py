@@ -102,6 +102,6 @@ def test_8_gib_fetch_what_is_touched_and_nothing_beyond():
     result = prove(
         "layered", "memfd", plan("touch", memory=memory, order="random", touches=touches, write=True)
     )
-    assert result.memslots == memory // (REGION * PAGE_SIZE)
+    assert result.memslots == 512
     assert result.counters.pages_fetched == result.pages_present <= touches
     assert result.pages_present == result.pages_checked

@@ -1,10 +1,10 @@
 """The `layered` trap: absent memory is closed by region, and by markers inside a region once it has been touched.
 
-For large guests. A closed memslot (`kvmdp.paging.trap.slots`) covers a region of 2 MiB, all of them made at arming: no
-page table and no marker for memory that nobody touches. The first page admitted in a region puts markers on the whole
-of it in the guest view, where nothing of it can be mapped yet, and only then replaces the closed slot by an ordinary
-one. From there its pages trap as under `marker`. No vCPU has to be stopped: all that the slot's replacement lets it see
-is markers, and in the gap between the two slots an exit as for device I/O.
+For large guests. A closed memslot (`kvmdp.paging.trap.slots`) covers a region of 2 MiB or more, all of them made at
+arming: no page table and no marker for memory that nobody touches. The first page admitted in a region puts markers on
+the whole of it in the guest view, where nothing of it can be mapped yet, and only then replaces the closed slot by an
+ordinary one. From there its pages trap as under `marker`. No vCPU has to be stopped: all that the slot's replacement
+lets it see is markers, and in the gap between the two slots an exit as for device I/O.
 
 Shared memory only: there a page shut out keeps its bytes in the memory file, and nothing is staged.
 Needs what `marker` and `memory-fault` need: Linux 6.18, no privilege beyond /dev/kvm.
@@ -16,13 +16,28 @@ import dataclasses
 
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.marker import MarkerTrap
 from kvmdp.paging.trap.memory_fault import require_closed_slots
 from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Block, Kind, Piece
 from kvmdp.paging.trap.slots import RamSlots
+
+_LEAST_REGION = 2 << 20
+_MOST_REGIONS = 512
+
+
+def region_size(layout: GuestLayout) -> int:
+    """Return how many bytes a closed memslot covers: 2 MiB, or the least power of two that makes at most 512 of them.
+
+    The first touch of a region costs several times what another does, for its memslot is replaced. With few regions
+    that is a small share of all faults; the price is page tables, 2 KiB a MiB, for what a touched region has beside.
+    """
+    size = _LEAST_REGION
+    while -(-layout.memory_bytes // size) > _MOST_REGIONS:
+        size *= 2
+    return size
 
 
 class LayeredTrap(MarkerTrap):

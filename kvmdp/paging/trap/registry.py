@@ -12,12 +12,12 @@ from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.trap.base import Trap
 from kvmdp.paging.trap.device import DeviceFaults
 from kvmdp.paging.trap.hybrid import HybridTrap
-from kvmdp.paging.trap.layered import LayeredTrap
+from kvmdp.paging.trap.layered import LayeredTrap, region_size
 from kvmdp.paging.trap.marker import MarkerTrap
 from kvmdp.paging.trap.memory_fault import MemoryFaultTrap
 from kvmdp.paging.trap.mmio import MmioTrap
 from kvmdp.paging.trap.slot_trap import SlotOptions
-from kvmdp.paging.trap.slots import REGION_PAGES, RamSlots, least_granule
+from kvmdp.paging.trap.slots import RamSlots, least_granule
 from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 
 
@@ -119,7 +119,7 @@ def create_trap(
     if name not in SLOT_TRAPS:
         if granule is not None and granule != PAGE_SIZE:
             raise ValueError(f"the trap {name} always works by pages: leave the granule out")
-        slots = RamSlots(vm, layout, backing, REGION_PAGES * PAGE_SIZE)
+        slots = RamSlots(vm, layout, backing, region_size(layout))
     else:
         slots = RamSlots(vm, layout, backing, granule or least_granule(layout, backing.page_size))
     try:
