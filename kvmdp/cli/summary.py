@@ -33,6 +33,8 @@ def results(result: RunResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "exits": result.exits,
         "stalls": result.stalls,
+        "stops": result.stops,
+        "longest_stop_us": round(1e6 * result.longest_stop, 1),
         "latency_us": _latency(result),
         "memslots": result.memslots,
         "slot_bytes": result.slot_bytes,
@@ -110,6 +112,8 @@ def print_summary(document: dict[str, Any]) -> None:
     print(f"set-up ms  {phases}")
     if document["collapse"] is not None:
         _print_collapse(document["collapse"])
+    if document["stops"]:
+        print(f"stops      {document['stops']} of the vCPUs, the longest {document['longest_stop_us']} us")
     if document["stalls"]:
         print(
             f"stalls     {document['stalls']} times KVM spun on an access without an exit; the watchdog resolved it"

@@ -7,7 +7,7 @@ import re
 import termios
 
 import pytest
-from command import Running, kvmdp
+from command import Running, kvmdp, require_trap
 from programs import LOOP, RETURN, SLOW_WALK
 
 pytestmark = pytest.mark.kvm
@@ -435,3 +435,15 @@ def test_poison_for_a_program_that_does_not_expect_it_is_reported(tmp_path):
     done = kvmdp("run", "--memory", "2M", "--guest", path, "--poison", 192, "--timeout", 20)
     assert done.status == 1
     assert "guest exception #MC at RIP 0xd01" in done.error
+
+
+def test_how_often_and_how_long_vcpus_were_stopped():
+    require_trap("memory-fault")
+    limited = ("run", "--memory", "2M", "--resident-limit", "512K", "--vcpus", 2)
+    document = kvmdp(*limited, "--trap", "memory-fault", "--json", "-").document
+    assert document["stops"] > 0
+    assert document["longest_stop_us"] > 0
+    out = kvmdp(*limited, "--trap", "memory-fault").out
+    assert re.search(r"stops +\d+ of the vCPUs, the longest [0-9.]+ us", out)
+    document = kvmdp("run", "--memory", "2M", "--trap", "marker", "--json", "-").document
+    assert document["stops"] == document["longest_stop_us"] == 0
