@@ -580,6 +580,7 @@ def test_accesses_under_revocation_and_freezes_lose_nothing_and_are_never_torn(s
                 pager.thaw()
                 time.sleep(0.001)
 
+        pager.mark_present(0, 24)  # a fetch that began before a freeze goes on in it, and is no access
         others = [threading.Thread(target=revoker), threading.Thread(target=freezer)]
         for other in others:
             other.start()
