@@ -41,6 +41,25 @@ class JoinableThread:
         return not self._thread.is_alive()
 
 
+def run_in_thread(work: Callable[[], None], name: str) -> None:
+    """Do `work` in a thread called `name` and wait for its end; raises what it raised."""
+    errors: list[Exception] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    thread = JoinableThread(guarded, name)
+    try:
+        thread.start()
+    finally:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
 @contextlib.contextmanager
 def _put_off() -> Iterator[None]:
     """Have SIGINT and SIGTERM handled after the block; they are handled in the main thread alone."""

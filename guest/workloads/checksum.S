@@ -29,19 +29,11 @@ sum_page_range:
     shl rdx, 9                          # WORDS_PER_PAGE
     xor eax, eax
     xor ebx, ebx
-1:  mov r8, r12
+2:  mov r8, r12
     page_address r8, r9
-    mov ecx, WORDS_PER_PAGE / 16
-2:  .set step, 0
-    .rept 16
-    accumulate [r8+8*step]
-    .set step, step + 1
-    .endr
-    add r8, 16 * 8
-    dec ecx
-    jnz 2b
+    accumulate_page r8, ecx
     inc r12
     inc qword ptr [rdi + BLOCK_PROGRESS]
     dec r13
-    jnz 1b
+    jnz 2b
     ret

@@ -15,24 +15,16 @@ workload_poison:
     xor edx, edx
     xor eax, eax
     xor ebx, ebx
-1:  mov r14, rax                        # the checksum without this page
+2:  mov r14, rax                        # the checksum without this page
     mov r15, rbx
     mov r8, r12
     page_address r8, r9
-    mov ecx, WORDS_PER_PAGE / 16
-2:  .set step, 0
-    .rept 16
-    accumulate [r8+8*step]
-    .set step, step + 1
-    .endr
-    add r8, 16 * 8
-    dec ecx
-    jnz 2b
+    accumulate_page r8, ecx
     add rdx, WORDS_PER_PAGE
 3:  inc r12
     inc qword ptr [rdi + BLOCK_PROGRESS]
     dec r13
-    jnz 1b
+    jnz 2b
     mov [rdi + BLOCK_MC_RESUME], r13
     finish_checksum
     ret

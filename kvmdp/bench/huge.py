@@ -33,6 +33,7 @@ from kvmdp.memory.size import format_size
 from kvmdp.paging.claim import Claim
 from kvmdp.paging.fault import PageFault, UnsupportedError
 from kvmdp.source.base import PageSource
+from kvmdp.source.wrapper import SourceWrapper
 
 SCHEMA = "kvmdp.bench-huge/1"
 CONTENDERS = ("memory-fault", "mmio", "marker", "userfaultfd")
@@ -60,37 +61,19 @@ NETWORKS = (
 )
 
 
-class CountingSource:
+class CountingSource(SourceWrapper):
     """Delivers what `inner` delivers, and counts the bytes that have arrived: `bytes`."""
 
     def __init__(self, inner: PageSource) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self._mutex = threading.Lock()
         self.bytes = 0
 
-    @property
-    def name(self) -> str:
-        """The inner source's name."""
-        return self.inner.name
-
-    @property
-    def size(self) -> int:
-        """The inner source's size."""
-        return self.inner.size
-
-    def extents(self) -> list[tuple[int, int]]:
-        """Return the inner source's extents."""
-        return self.inner.extents()
-
     def fill(self, offset: int, destination: memoryview) -> None:
         """Fill from the inner source, then count."""
-        self.inner.fill(offset, destination)
+        super().fill(offset, destination)
         with self._mutex:
             self.bytes += len(destination)
-
-    def close(self) -> None:
-        """Close the inner source."""
-        self.inner.close()
 
 
 class _FirstProgress:

@@ -31,7 +31,7 @@ from kvmdp.source.base import PageSource
 from kvmdp.source.network import NetworkSource
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.thread import JoinableThread
+from kvmdp.thread import run_in_thread
 
 _TIMEOUT = 300.0
 _FLOOR_EXITS = 2000
@@ -215,8 +215,6 @@ def floor(contender: Contender) -> float | None:
         vcpu = machine.threads[0].vcpu
         seconds: list[float] = []
 
-        errors: list[Exception] = []
-
         def enter() -> None:
             while isinstance(exit := vcpu.run(), Interrupted):
                 pass
@@ -227,21 +225,12 @@ def floor(contender: Contender) -> float | None:
                 seconds.append((time.perf_counter() - started) / _FLOOR_EXITS)
 
         def run() -> None:
+            vcpu.attach_thread()
             try:
-                vcpu.attach_thread()
-                try:
-                    enter()
-                finally:
-                    vcpu.detach_thread()
-            except Exception as error:
-                errors.append(error)
+                enter()
+            finally:
+                vcpu.detach_thread()
 
         # In a thread like any vCPU's: the signals it blocks stay blocked for the thread's life.
-        thread = JoinableThread(run, "floor")
-        try:
-            thread.start()
-        finally:
-            thread.join()
-        if errors:
-            raise errors[0]
+        run_in_thread(run, "floor")
         return seconds[0] if seconds else None

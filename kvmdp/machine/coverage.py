@@ -48,7 +48,7 @@ from kvmdp.paging.trap.userfaultfd import UserfaultfdTrap
 from kvmdp.source.base import read_pages
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.thread import JoinableThread
+from kvmdp.thread import run_in_thread
 
 _MEMORY = 2 << 20
 _PAGES = 8
@@ -280,7 +280,7 @@ def _device(access: str, trap: str) -> Cell:
                 device.write(gpa, data)
             read.extend(device.read(page * PAGE_SIZE + 50, 2000) for page in range(0, _PAGES, 2))
 
-        _in_a_thread(transfer)
+        run_in_thread(transfer, "device")
         requests = origins[Origin.DEVICE]
         machine.run(_TIMEOUT)
         after = PatchedSource(source, writes)
@@ -365,24 +365,6 @@ def _observed(machine: Machine) -> Iterator[Counter[Origin]]:
     machine.pager.observer = observe
     yield origins
     machine.pager.observer = None
-
-
-def _in_a_thread(work: Callable[[], None]) -> None:
-    errors: list[Exception] = []
-
-    def guarded() -> None:
-        try:
-            work()
-        except Exception as error:
-            errors.append(error)
-
-    thread = JoinableThread(guarded, "device")
-    try:
-        thread.start()
-    finally:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 ACCESSES: dict[str, Callable[[str, str], Cell]] = {

@@ -94,6 +94,9 @@ class ResidentLimit:
             except PagingError as error:
                 self._pager.abort(error)
                 return
+            except Exception as error:  # the machine must hear of it: nobody joins this thread before its end
+                self._pager.abort(PagingError(f"the resident limit cannot be kept: {error!r}"))
+                return
 
     def _keep_to_it(self) -> None:
         """Take pages out until the limit is kept, or nothing can be taken. Raises PagingError if the sink is full."""

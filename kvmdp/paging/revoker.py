@@ -28,7 +28,6 @@ from kvmdp.source.base import PageSource, SourceError, WritableSource
 
 _REVOKE_BATCH = 512  # pages revoked at once: bounds how long vCPUs are kept out of KVM_RUN
 
-_IN_RAM = (int(State.PRESENT), int(State.BACKED))
 _PRESENT = int(State.PRESENT)
 _SHUT_OFF = takeable()
 _EVICTABLE = takeable(State.BACKED)
@@ -132,10 +131,8 @@ class Revoker(Resolver):
         Returns the unit, (first, count). Raises PagingError if it is poisoned already or retained, BusyError as
         `mark_nonpresent`.
         """
-        self._checked(page, 1)
-        unit = self.ledger.unit
-        first = page // unit * unit
-        count = min(unit, self.layout.pages - first)
+        first, end = self._widened(page, 1)
+        count = end - first
         taken = self._take_away(first, count, timeout, _POISONABLE, self._spoil)
         if taken != count and not self.ledger.cancelled:
             why = "poisoned already" if self.ledger.states[page] == State.POISON else "in use by KVM itself"
@@ -182,11 +179,11 @@ class Revoker(Resolver):
         count: int,
         timeout: float | None,
         kinds: bytes,
-        finish: Callable[[int, int, int], State],
+        finish: Callable[[int, int], State],
     ) -> int:
         """Take the pages of a range away that `kinds` names; returns how many.
 
-        `finish` is told of each run of them that was in one state, (first, count, state), and says what they are now.
+        `finish` is told of each run of them that was in one state, (first, count), and says what they are now.
         """
         page, end = self._widened(first, count)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -226,16 +223,19 @@ class Revoker(Resolver):
         claim: Claim,
         deadline: float | None,
         kinds: bytes,
-        finish: Callable[[int, int, int], State],
+        finish: Callable[[int, int], State],
     ) -> int:
         states = bytearray(claim.before)
         if claim.before[0] == _PRESENT:
             self._revoke(claim, deadline)
             states = bytearray((State.BACKED,)) * claim.count  # what they are until they are finished
         taken = 0
+        gone: list[tuple[int, int]] = []  # whose bytes need not be in RAM any more
         try:
             for start, count in _runs_to_take(claim.before, kinds):
-                done = finish(claim.first + start, count, claim.before[start])
+                done = finish(claim.first + start, count)
+                if states[start] == State.BACKED and done is not State.BACKED:
+                    gone.append((claim.first + start, count))
                 states[start : start + count] = bytes((done,)) * count
                 taken += count
         except (OSError, SourceError) as error:
@@ -244,8 +244,17 @@ class Revoker(Resolver):
                 f"pages from gpa {gpa:#x} on stay in RAM, they cannot be saved: {error}"
             ) from error
         finally:
-            self._end(claim, bytes(states))
+            self._end(claim, bytes(states), self._forget(gone))
         return taken
+
+    def _forget(self, runs: list[tuple[int, int]]) -> PagingError | None:
+        """Free the memory of pages that are still claimed; returns what to pause the machine with if that fails."""
+        try:
+            for first, count in runs:
+                self.trap.forget(first, count)
+        except OSError as error:
+            return PagingError(f"the memory of pages that were taken away cannot be freed: {error}")
+        return None
 
     def _revoke(self, claim: Claim, deadline: float | None) -> None:
         """Shut everybody out of present pages. If that fails the claim has ended."""
@@ -285,39 +294,35 @@ class Revoker(Resolver):
 
     # What becomes of the bytes of pages that nobody can touch
 
-    def _keep(self, _first: int, _count: int, _state: int) -> State:
+    def _keep(self, _first: int, _count: int) -> State:
         return State.BACKED
 
-    def _store(self, first: int, count: int, _state: int) -> State:
+    def _store(self, first: int, count: int) -> State:
         assert self.sink is not None
-        offset, length = first * PAGE_SIZE, count * PAGE_SIZE
-        self.sink.store(offset, self._fill_view[offset : offset + length])
-        return self._evicted(first, count, State.SINK)
-
-    def _give_back(self, first: int, count: int, _state: int) -> State:
-        assert isinstance(self._source, WritableSource)
-        offset, length = first * PAGE_SIZE, count * PAGE_SIZE
-        self._source.store(offset, self._fill_view[offset : offset + length])
-        return self._evicted(first, count, State.SOURCE)
-
-    def _evicted(self, first: int, count: int, state: State) -> State:
-        self.trap.forget(first, count)
+        self.sink.store(first * PAGE_SIZE, self._bytes_of(first, count))
         with self.mutex:
             self.counters.pages_evicted += count
-        return state
+        return State.SINK
 
-    def _drop(self, first: int, count: int, state: int) -> State:
-        return self._thrown_away(first, count, state, State.ZERO)
+    def _give_back(self, first: int, count: int) -> State:
+        assert isinstance(self._source, WritableSource)
+        self._source.store(first * PAGE_SIZE, self._bytes_of(first, count))
+        with self.mutex:
+            self.counters.pages_evicted += count
+        return State.SOURCE
 
-    def _spoil(self, first: int, count: int, state: int) -> State:
-        return self._thrown_away(first, count, state, State.POISON)
+    def _bytes_of(self, first: int, count: int) -> memoryview:
+        return self._fill_view[first * PAGE_SIZE : (first + count) * PAGE_SIZE]
 
-    def _thrown_away(self, first: int, count: int, before: int, state: State) -> State:
-        if before in _IN_RAM:
-            self.trap.forget(first, count)
+    def _drop(self, _first: int, count: int) -> State:
         with self.mutex:
             self.counters.pages_discarded += count
-        return state
+        return State.ZERO
+
+    def _spoil(self, _first: int, count: int) -> State:
+        with self.mutex:
+            self.counters.pages_discarded += count
+        return State.POISON
 
     def _widened(self, first: int, count: int) -> tuple[int, int]:
         """Return the (first, end) pages of the whole units that hold a range. Raises IndexError outside RAM."""

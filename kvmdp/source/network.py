@@ -12,6 +12,7 @@ import time
 
 from kvmdp.abi.libc import libc
 from kvmdp.source.base import PageSource
+from kvmdp.source.wrapper import SourceWrapper
 
 _PR_SET_TIMERSLACK = 29  # linux/prctl.h
 _SHORTEST_SLACK = 1  # nanoseconds; the default of 50,000 would add that to each delay
@@ -20,20 +21,20 @@ _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _BITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
-class NetworkSource:
+class NetworkSource(SourceWrapper):
     """Delivers what `inner` delivers, as late as a network would.
 
     A fetch sends a request, which takes `latency` seconds there and back, and then occupies the link for its bytes
     at `bandwidth` bytes a second (0: no limit), after those asked for before it. Fetches of several threads overlap
     but for that. The delay is a sleep without the GIL.
 
-    `inner` is that source, `in_flight` the mean number of fetches under way while there was at least one.
+    `in_flight` is the mean number of fetches under way while there was at least one.
     """
 
     def __init__(self, inner: PageSource, latency: float, bandwidth: float = 0.0) -> None:
         if latency < 0 or bandwidth < 0:
             raise ValueError("latency and bandwidth of a network cannot be negative")
-        self.inner = inner
+        super().__init__(inner)
         self._latency = latency
         self._seconds_a_byte = 1 / bandwidth if bandwidth else 0.0
         self._slack = threading.local()
@@ -43,20 +44,6 @@ class NetworkSource:
         self._changed = 0.0  # when _flying last changed
         self._busy = 0.0  # seconds with a fetch under way
         self._area = 0.0  # fetches under way, summed over these seconds
-
-    @property
-    def name(self) -> str:
-        """The inner source's name."""
-        return self.inner.name
-
-    @property
-    def size(self) -> int:
-        """The inner source's size."""
-        return self.inner.size
-
-    def extents(self) -> list[tuple[int, int]]:
-        """Return the inner source's extents: which pages are holes is known in advance."""
-        return self.inner.extents()
 
     def fill(self, offset: int, destination: memoryview) -> None:
         """Fill from the inner source, then wait until the network would have delivered."""
@@ -93,10 +80,6 @@ class NetworkSource:
         if not getattr(self._slack, "set", False):
             libc.prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_SHORTEST_SLACK), 0, 0, 0)
             self._slack.set = True
-
-    def close(self) -> None:
-        """Close the inner source."""
-        self.inner.close()
 
 
 def parse_latency(text: str) -> float:

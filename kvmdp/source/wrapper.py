@@ -1,0 +1,37 @@
+"""A source that wraps another, `inner`, and is it in everything; who derives from it says what it does otherwise."""
+
+from __future__ import annotations
+
+from kvmdp.source.base import PageSource
+
+
+class SourceWrapper:
+    """A `PageSource` that is `inner` under its name; closing it closes that.
+
+    `kvmdp.source.base.ram_source` finds what is wrapped in `inner`.
+    """
+
+    def __init__(self, inner: PageSource) -> None:
+        self.inner = inner
+
+    @property
+    def name(self) -> str:
+        """The inner source's name."""
+        return self.inner.name
+
+    @property
+    def size(self) -> int:
+        """The inner source's size."""
+        return self.inner.size
+
+    def extents(self) -> list[tuple[int, int]]:
+        """Return the inner source's extents: which pages are holes is known in advance."""
+        return self.inner.extents()
+
+    def fill(self, offset: int, destination: memoryview) -> None:
+        """Fill from the inner source. Raises what that does."""
+        self.inner.fill(offset, destination)
+
+    def close(self) -> None:
+        """Close the inner source."""
+        self.inner.close()
