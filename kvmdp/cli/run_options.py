@@ -35,6 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add them all."""
     _add_page_options(parser.add_argument_group("pages"))
     _add_machine_options(parser.add_argument_group("machine"))
+    _add_memory_options(parser.add_argument_group("memory"))
+    _add_trap_options(parser.add_argument_group("traps"))
     _add_work_options(parser.add_argument_group("work"))
     add_disk_options(parser.add_argument_group("disk"))
     option = parser.add_argument
@@ -79,6 +81,20 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         metavar="TRAP",
         help=f"auto, {', '.join(ALL_TRAPS)} (default: auto, the fastest proven one with exits)",
     )
+    option("--vcpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 16 (default: 1)")
+    option(
+        "--ring", type=int, default=3, metavar="R", help="privilege ring of the workload, 3 or 0 (default: 3)"
+    )
+    option(
+        "--page-tables",
+        default="boot",
+        choices=("boot", "paged"),
+        help="where the guest's lie: in the boot slot, or paged, in RAM's last pages (default: boot)",
+    )
+
+
+def _add_memory_options(group: argparse._ArgumentGroup) -> None:
+    option = group.add_argument
     option(
         "--backing",
         default="memfd",
@@ -101,20 +117,34 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="hugetlb: reserve the huge pages that are missing, give them back at the end; as root (default: no)",
     )
-    option("--vcpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 16 (default: 1)")
     option(
-        "--ring", type=int, default=3, metavar="R", help="privilege ring of the workload, 3 or 0 (default: 3)"
+        "--resident-limit",
+        metavar="SIZE",
+        help="evict pages when more than SIZE of RAM are in memory (default: no limit)",
     )
+    option(
+        "--fault-around",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pages fetched a fault, a power of two to 512 (default: 1)",
+    )
+    option(
+        "--collapse",
+        default="off",
+        choices=POLICIES,
+        help="when present pages are put together into huge ones: never, as each 2 MiB fill, in the background, or at "
+        "the end (default: off)",
+    )
+
+
+def _add_trap_options(group: argparse._ArgumentGroup) -> None:
+    option = group.add_argument
     option(
         "--granule",
         metavar="SIZE",
         help="memory a memslot covers, for memory-fault and mmio, hybrid or not (default: least that "
         "makes at most 16384 memslots)",
-    )
-    option(
-        "--resident-limit",
-        metavar="SIZE",
-        help="evict pages when more than SIZE of RAM are in memory (default: no limit)",
     )
     option(
         "--split",
@@ -129,12 +159,6 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="kernel memory that the memslots of such regions may take before the fullest are completed and merged "
         f"(default: {format_size(DEFAULT_SLOT_MEMORY)})",
-    )
-    option(
-        "--page-tables",
-        default="boot",
-        choices=("boot", "paged"),
-        help="where the guest's lie: in the boot slot, or paged, in RAM's last pages (default: boot)",
     )
     option(
         "--readers",
@@ -153,20 +177,6 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         metavar="MODE",
         help="userfaultfd: missing (filled by UFFDIO_COPY) or minor (filled in place, mapped by UFFDIO_CONTINUE) "
         "(default: minor; missing on anonymous)",
-    )
-    option(
-        "--fault-around",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pages fetched a fault, a power of two to 512 (default: 1)",
-    )
-    option(
-        "--collapse",
-        default="off",
-        choices=POLICIES,
-        help="when present pages are put together into huge ones: never, as each 2 MiB fill, in the background, or at "
-        "the end (default: off)",
     )
 
 
