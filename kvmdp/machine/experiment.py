@@ -127,12 +127,7 @@ def run_workload(
         reference = source
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(Machine(options, patched(source)))
-        tables = machine.page_tables
-        if tables.pages and len(workload.touched) and workload.touched[-1] >= tables.first_page:
-            raise ValueError(
-                f"{workload.name} would use page {workload.touched[-1]} of RAM, and from {tables.first_page} on there "
-                "are page tables: plan it for less memory"
-            )
+        _check_page_tables(machine, workload)
         if device is None and workload.disk_bytes:
             device = in_process_disk(workload.disk_bytes)
         if device is not None:
@@ -153,21 +148,37 @@ def run_workload(
         if reference is None:
             return measured(None, 0, [])
         expected_image = patched(reference)
-        if tables.patches:
-            expected_image = PatchedSource(expected_image, tables.patches)
+        if machine.page_tables.patches:
+            expected_image = PatchedSource(expected_image, machine.page_tables.patches)
+        return measured(*_compare(machine, workload, expected_image))
 
-        def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-            return read_pages(expected_image, pages)
 
-        expected = combined_checksum(workload.expected_checksums(image))
-        checked, wrong = 0, []
-        for pages in _pages_with_bytes(machine):
-            checked += len(pages)
-            difference = _contents(machine, pages) ^ workload.expected_pages(image, pages)
-            tables.ignore_walks(pages, difference)
-            machine.pv.ignore_writes(pages, difference)
-            wrong += [machine.layout.gpa_of_page(page) for page in pages[difference.any(axis=1)].tolist()]
-        return measured(expected, checked, wrong[:_MAX_NAMED])
+def _check_page_tables(machine: Machine, workload: Workload) -> None:
+    tables = machine.page_tables
+    if tables.pages and len(workload.touched) and workload.touched[-1] >= tables.first_page:
+        raise ValueError(
+            f"{workload.name} would use page {workload.touched[-1]} of RAM, and from {tables.first_page} on there "
+            "are page tables: plan it for less memory"
+        )
+
+
+def _compare(machine: Machine, workload: Workload, source: PageSource) -> tuple[int, int, list[int]]:
+    """Compare all bytes with what the workload makes of `source`.
+
+    Returns the checksum to expect, how many pages were compared, and the gpas of the first wrong ones.
+    """
+
+    def image(pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        return read_pages(source, pages)
+
+    checked, wrong = 0, []
+    for pages in _pages_with_bytes(machine):
+        checked += len(pages)
+        difference = _contents(machine, pages) ^ workload.expected_pages(image, pages)
+        machine.page_tables.ignore_walks(pages, difference)
+        machine.pv.ignore_writes(pages, difference)
+        wrong += [machine.layout.gpa_of_page(page) for page in pages[difference.any(axis=1)].tolist()]
+    return combined_checksum(workload.expected_checksums(image)), checked, wrong[:_MAX_NAMED]
 
 
 def in_process_disk(size: int, path: str | None = None) -> DeviceFactory:

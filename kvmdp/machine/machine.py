@@ -167,31 +167,34 @@ class Machine:
             self._secure_page_tables()
             self.limit = self._limit_resident(stack)
         with self._phase("vcpus"):
-            self.pv = PvMsrs(
-                kvm,
-                self.vm,
-                self.layout,
-                self.pager,
-                lambda gpa, length: boot.read(gpa, length) is not None,
-                intercepts=options.intercept_msrs,
-            )
-            cpuid = guest_cpuid(kvm, self.pv.features)
-            vector = vector_flags(kvm)
-            mcg_cap = guest_mcg_cap(kvm.mce_capabilities()) if kvm.check_extension(KVM_CAP_MCE) else None
-            self.has_machine_checks = mcg_cap is not None
-            self.ports = Ports()
-            Loopback(self.ports, options.vcpus)
-            self.threads: list[VcpuThread] = []
-            self._at_boot: list[tuple[kvm_sregs, kvm_vcpu_events, kvm_regs]] = []
-            for index in range(options.vcpus):
-                vcpu = stack.enter_context(self.vm.create_vcpu(index))
-                set_boot_state(vcpu, cpuid, vector, self.page_tables)
-                if mcg_cap is not None:
-                    vcpu.setup_mce(mcg_cap)
-                if kvm.check_extension(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS:
-                    vcpu.sync_registers()
-                self._at_boot.append((vcpu.sregs, vcpu.events, kvm_regs.from_buffer_copy(vcpu.regs)))
-                self.threads.append(self._thread_of(vcpu))
+            self._make_vcpus(kvm, stack)
+
+    def _make_vcpus(self, kvm: Kvm, stack: contextlib.ExitStack) -> None:
+        self.pv = PvMsrs(
+            kvm,
+            self.vm,
+            self.layout,
+            self.pager,
+            lambda gpa, length: self._boot.read(gpa, length) is not None,
+            intercepts=self.options.intercept_msrs,
+        )
+        cpuid = guest_cpuid(kvm, self.pv.features)
+        vector = vector_flags(kvm)
+        mcg_cap = guest_mcg_cap(kvm.mce_capabilities()) if kvm.check_extension(KVM_CAP_MCE) else None
+        self.has_machine_checks = mcg_cap is not None
+        self.ports = Ports()
+        Loopback(self.ports, self.options.vcpus)
+        self.threads: list[VcpuThread] = []
+        self._at_boot: list[tuple[kvm_sregs, kvm_vcpu_events, kvm_regs]] = []
+        for index in range(self.options.vcpus):
+            vcpu = stack.enter_context(self.vm.create_vcpu(index))
+            set_boot_state(vcpu, cpuid, vector, self.page_tables)
+            if mcg_cap is not None:
+                vcpu.setup_mce(mcg_cap)
+            if kvm.check_extension(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS:
+                vcpu.sync_registers()
+            self._at_boot.append((vcpu.sregs, vcpu.events, kvm_regs.from_buffer_copy(vcpu.regs)))
+            self.threads.append(self._thread_of(vcpu))
 
     def _secure_page_tables(self) -> None:
         """See to it that paged page tables stay, and are there before a walk that would not trap."""
