@@ -79,7 +79,7 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         "--trap",
         default="auto",
         metavar="TRAP",
-        help=f"auto, {', '.join(ALL_TRAPS)} (default: auto, the fastest proven one with exits)",
+        help=f"auto, {', '.join(ALL_TRAPS)} (default: auto, the fastest proven one with exits; layered from 8G on)",
     )
     option("--vcpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 16 (default: 1)")
     option(
@@ -308,7 +308,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
     check_mode(mode, BACKINGS[options.backing])
     if not options.reserve_hugepages:
         check_huge_pages(options.backing, memory)
-    trap = choose_trap(options.backing) if options.trap == "auto" else options.trap
+    trap = choose_trap(options.backing, memory) if options.trap == "auto" else options.trap
     granule = None if options.granule is None else parse_size(options.granule)
     if trap in SLOT_TRAPS:
         layout = GuestLayout(memory)

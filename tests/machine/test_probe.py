@@ -4,7 +4,7 @@ import errno
 import os
 
 import pytest
-from harness import BACKINGS, TRAPS, require_trap
+from harness import BACKINGS, MEMORY, TRAPS, require_trap
 
 from kvmdp.machine import probe
 from kvmdp.machine.probe import ACCESSES, choose_trap, prove, userfaultfd_facts, working_traps, works
@@ -102,18 +102,29 @@ def test_auto_takes_the_first_that_works(broken):
     working = [trap for trap in working_traps("memfd") if trap in EXIT_TRAPS]
     assert "mmio" in working
     for trap in working[:-1]:
-        assert choose_trap("memfd") == trap
+        assert choose_trap("memfd", MEMORY) == trap
         broken(trap, UnsupportedError(f"no {trap} today"))
         probe.proofs.cache_clear()
         assert not works(trap, "memfd")
-    assert choose_trap("memfd") == working[-1]
+    assert choose_trap("memfd", MEMORY) == working[-1]
+
+
+def test_auto_takes_layered_for_large_memory_that_is_shared(broken):
+    if not works("layered", "memfd"):
+        pytest.skip("layered does not work here: use Linux 6.18 or later")
+    assert choose_trap("memfd", 8 << 30) == "layered"
+    assert choose_trap("memfd", (8 << 30) - 4096) != "layered"
+    assert choose_trap("anonymous", 8 << 30) != "layered"
+    broken("layered", UnsupportedError("no layered today"))
+    probe.proofs.cache_clear()
+    assert choose_trap("memfd", 8 << 30) != "layered"
 
 
 def test_where_no_trap_works_each_reason_is_told(broken):
     for trap in EXIT_TRAPS:
         broken(trap, UnsupportedError(f"no {trap} today"))
     with pytest.raises(UnsupportedError) as caught:
-        choose_trap("memfd")
+        choose_trap("memfd", MEMORY)
     message = str(caught.value)
     assert message.startswith("no trap works on this host (")
     assert message.endswith("): kvmdp probe says what would help")
@@ -131,12 +142,12 @@ def test_the_reason_told_is_the_first_access_that_failed(monkeypatch):
 
     monkeypatch.setattr(probe, "prove", prove_all_but_atomic)
     with pytest.raises(UnsupportedError, match="mmio: increments were lost"):
-        choose_trap("memfd")
+        choose_trap("memfd", MEMORY)
 
 
 def test_an_unknown_backing_is_told_which_there_are():
     with pytest.raises(ValueError, match="there is no backing 'paper': choose from memfd, anonymous"):
-        choose_trap("paper")
+        choose_trap("paper", MEMORY)
 
 
 def test_facts_about_userfaultfd_agree_with_each_other():

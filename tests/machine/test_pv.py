@@ -121,6 +121,10 @@ def test_demand_paging_can_be_switched_off_while_the_clock_runs(trap):
     with run(trap, (MSR_KVM_SYSTEM_TIME_NEW, CLOCK | 1)) as machine:
         machine.pager.mark_present(0, machine.layout.pages)
         machine.pager.disable()
+        assert not machine.pager.enabled
+        assert machine.pager.trap.memslots == 1
+        machine.pager.enable()
+        assert machine.pager.mark_nonpresent(PAGE, 1, timeout=5) == 0  # the clock's page stays, now as before
 
 
 def test_both_pages_of_a_structure_that_crosses_are_made_present_and_stay():
