@@ -15,6 +15,7 @@ from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.claim import State
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
@@ -126,6 +127,24 @@ def all_of_ram(machine):
         view = machine.backing.vmm.view if present[page] else machine.pager.trap.fill_view
         rows[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = view[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
     return ram
+
+
+def contents(machine, pages):
+    """Return the bytes of pages that are in RAM or in the sink, without making them present: uint64[n, 512]."""
+    rows = np.empty((len(pages), PAGE_SIZE // 8), dtype=np.uint64)
+    for row, page in zip(rows, pages, strict=True):
+        part = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
+        state = machine.pager.ledger.states[page]
+        if state == State.PRESENT:
+            row[:] = np.frombuffer(machine.backing.vmm.view[part], dtype=np.uint64)
+        elif state == State.BACKED:
+            row[:] = np.frombuffer(machine.pager.trap.fill_view[part], dtype=np.uint64)
+        else:
+            assert state == State.SINK
+            buffer = bytearray(PAGE_SIZE)
+            machine.pager.sink.fill(page * PAGE_SIZE, memoryview(buffer))
+            row[:] = np.frombuffer(buffer, dtype=np.uint64)
+    return rows
 
 
 @contextlib.contextmanager

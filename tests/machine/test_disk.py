@@ -111,6 +111,9 @@ class Bench:
         self.view = memoryview(bytearray(MEMORY))
         self.memory = PlainMemory(self.view, GuestLayout(MEMORY))
         self.device = DiskDevice(self.memory, file)
+        self.reset()
+
+    def reset(self):
         self.put(RING, "<QIIIIQ", guest.DISK_MAGIC, guest.DISK_VERSION, 0, 4, 0, REQUESTS)
         self.put(TABLE, "<QQ", BUFFER, guest.DISK_SECTOR)
         for number in range(4):
@@ -219,7 +222,7 @@ def test_what_is_no_ring_is_not_touched(bench, ring):
     assert bytes(bench.view) == before
 
 
-def test_random_rings_raise_nothing(bench):
+def test_random_rings_raise_nothing_and_a_good_one_is_served_after_them(bench):
     random = np.random.default_rng(SEED)
     for _ in range(2000):
         bench.view[RING + 8 : RING + 0x20] = (
@@ -227,6 +230,14 @@ def test_random_rings_raise_nothing(bench):
         )
         bench.view[REQUESTS : REQUESTS + 128] = random.bytes(128)
         bench.submit(int(random.integers(1 << 62)) if random.integers(2) else bench.completed + 4)
+    bench.reset()
+    bench.request(1, operation=guest.DISK_READ)
+    sector = bench.view[BUFFER : BUFFER + guest.DISK_SECTOR]
+    sector[:] = b"\x5a" * guest.DISK_SECTOR
+    assert (bench.submit(1), bench.status(0)) == (1, DiskStatus.OK)
+    sector[:] = bytes(guest.DISK_SECTOR)
+    assert (bench.submit(2), bench.status(1)) == (1, DiskStatus.OK)
+    assert sector == b"\x5a" * guest.DISK_SECTOR
 
 
 def test_a_full_file_system_is_a_status(bench, monkeypatch):

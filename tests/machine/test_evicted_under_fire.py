@@ -11,8 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from harness import SEED, TIMEOUT, TRAPS, make_machine, meanwhile, plan
-from test_eviction import contents
+from harness import BACKINGS, SEED, TIMEOUT, TRAPS, contents, make_machine, meanwhile, plan
 
 from kvmdp.machine.hostinfo import cpu_model
 from kvmdp.machine.workloads import combined_checksum
@@ -30,7 +29,8 @@ MEMORY = max(PAGES * PAGE_SIZE, MIN_MEMORY)
 
 
 @pytest.mark.parametrize("trap", [*TRAPS, pytest.param("userfaultfd", marks=pytest.mark.userfaultfd)])
-def test_no_addition_is_lost_while_pages_are_evicted(trap, tmp_path):
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_no_addition_is_lost_while_pages_are_evicted(trap, backing, tmp_path):
     image = SyntheticSource(MEMORY, SEED)
     content = read_pages(image, np.arange(MEMORY // PAGE_SIZE))
     path = tmp_path / "image"
@@ -39,23 +39,22 @@ def test_no_addition_is_lost_while_pages_are_evicted(trap, tmp_path):
     while guests == 0 or time.monotonic() < end:
         path.write_bytes(content.tobytes())
         with contextlib.closing(WritableImageSource(path)) as source:
-            evict_meanwhile(trap, source, image, guests)
+            evict_meanwhile(trap, backing, source, image, guests)
         guests += 1
 
 
-def evict_meanwhile(trap, source, image, seed):
+def evict_meanwhile(trap, backing, source, image, seed):
     workload = plan("atomic", vcpus=2, memory=MEMORY, pages=PAGES, iterations=3)
     draw = random.Random(seed)
-    with make_machine(trap, workload=workload, source=source) as machine:
+    with make_machine(trap, backing, workload=workload, source=source) as machine:
         pager = machine.pager
 
         def take(_number):
             first = draw.randrange(PAGES)
             count = min(draw.choice((1, 8, 64)), PAGES - first)
             draw.choice((pager.evict, pager.evict, pager.write_back, pager.mark_nonpresent))(first, count)
-            time.sleep(
-                0.01
-            )  # or the guest gets nowhere: every stop of the vCPUs costs more than the next fault
+            # Or the guest gets nowhere: every stop of the vCPUs costs more than the next fault.
+            time.sleep(0.01)
 
         with meanwhile(take):
             machine.run(4 * TIMEOUT)

@@ -2,13 +2,11 @@
 
 import contextlib
 import os
-import random
 
 import numpy as np
 import pytest
-from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, make_machine, meanwhile, plan
+from harness import BACKINGS, MEMORY, SEED, TRAPS, make_machine
 
-from kvmdp.machine.workloads import combined_checksum
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import State
 from kvmdp.paging.fault import BusyError, PagingError, PoisonedError
@@ -171,43 +169,3 @@ def test_a_sink_that_is_full_loses_nothing(trap, backing):
             machine.pager.evict(0, 1)
         assert machine.pager.error is None
         assert machine.memory.read(0, 4) == b"kept"
-
-
-@every_trap
-@pytest.mark.parametrize("backing", BACKINGS)
-def test_evicted_under_fire(trap, backing):
-    workload = plan("atomic", vcpus=2, pages=64, iterations=20)
-    draw = random.Random(SEED)
-    with make_machine(trap, backing, workload=workload) as machine:
-        pager = machine.pager
-
-        def take(_number):
-            first = draw.randrange(64)
-            draw.choice([pager.evict, pager.evict, pager.mark_nonpresent])(first, draw.randint(1, 64 - first))
-
-        with meanwhile(take):
-            machine.run(TIMEOUT)
-        image = SyntheticSource(MEMORY, SEED)
-        expected = combined_checksum(workload.expected_checksums(lambda pages: read_pages(image, pages)))
-        assert combined_checksum(thread.parameters.checksum for thread in machine.threads) == expected
-        # After the stop nothing becomes present any more: what is away is looked up where it is.
-        wanted = workload.expected_pages(lambda pages: read_pages(image, pages), np.arange(64))
-        assert (contents(machine, range(64)) == wanted).all()
-
-
-def contents(machine, pages):
-    """Return the bytes of pages wherever they are, without making them present: uint64[n, 512]."""
-    rows = np.empty((len(pages), PAGE_SIZE // 8), dtype=np.uint64)
-    for row, page in zip(rows, pages, strict=True):
-        part = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
-        state = machine.pager.ledger.states[page]
-        if state == State.PRESENT:
-            row[:] = np.frombuffer(machine.backing.vmm.view[part], dtype=np.uint64)
-        elif state == State.BACKED:
-            row[:] = np.frombuffer(machine.pager.trap.fill_view[part], dtype=np.uint64)
-        else:
-            assert state == State.SINK
-            buffer = bytearray(PAGE_SIZE)
-            machine.pager.sink.fill(page * PAGE_SIZE, memoryview(buffer))
-            row[:] = np.frombuffer(buffer, dtype=np.uint64)
-    return rows
