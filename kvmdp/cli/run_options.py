@@ -289,18 +289,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
     check_backing_options(
         options.backing, memory, thp=thp, path=options.backing_file, reserve=options.reserve_hugepages
     )
-    if options.trap != "auto" and options.trap not in ALL_TRAPS:
-        proven = ", ".join(working_traps(options.backing)) or "none"
-        raise ValueError(
-            f"there is no trap {options.trap!r}: there are auto, {', '.join(ALL_TRAPS)}; this host proves {proven}"
-        )
-    if options.guest is None and options.workload not in WORKLOADS:
-        raise ValueError(f"there is no workload {options.workload!r}: choose from {', '.join(WORKLOADS)}")
-    if options.poison and options.guest is None and options.workload != Poison.name:
-        raise ValueError(
-            f"--poison is for the workload poison and for programs of your own: {options.workload} does not survive a "
-            "machine check; give --workload poison, or leave it out"
-        )
+    _check_names(options)
     mode = None if options.uffd_mode is None else parse_mode(options.uffd_mode)
     if mode is not None and options.trap != "userfaultfd":
         raise ValueError("--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out")
@@ -309,16 +298,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
     if not options.reserve_hugepages:
         check_huge_pages(options.backing, memory)
     trap = choose_trap(options.backing, memory) if options.trap == "auto" else options.trap
-    granule = None if options.granule is None else parse_size(options.granule)
-    if trap in SLOT_TRAPS:
-        layout = GuestLayout(memory)
-        # What is fetched together is one memslot: the fewer flips the better.
-        granule = granule or max(
-            least_granule(layout, BACKINGS[options.backing].page_size), options.fault_around * PAGE_SIZE
-        )
-        check_granule(granule)
-    elif granule not in (None, PAGE_SIZE):
-        raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
+    granule = _granule(options, trap, memory)
     check_poison(options.poison, granule or PAGE_SIZE)
     limit = None if options.resident_limit is None else parse_size(options.resident_limit)
     if limit is not None:
@@ -341,3 +321,34 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         backing_file=options.backing_file,
         reserve_hugepages=options.reserve_hugepages,
     )
+
+
+def _check_names(options: argparse.Namespace) -> None:
+    """Raise ValueError for a trap or workload that there is none of, or workloads that do not go with the rest."""
+    if options.trap != "auto" and options.trap not in ALL_TRAPS:
+        proven = ", ".join(working_traps(options.backing)) or "none"
+        raise ValueError(
+            f"there is no trap {options.trap!r}: there are auto, {', '.join(ALL_TRAPS)}; this host proves {proven}"
+        )
+    if options.guest is None and options.workload not in WORKLOADS:
+        raise ValueError(f"there is no workload {options.workload!r}: choose from {', '.join(WORKLOADS)}")
+    if options.poison and options.guest is None and options.workload != Poison.name:
+        raise ValueError(
+            f"--poison is for the workload poison and for programs of your own: {options.workload} does not survive a "
+            "machine check; give --workload poison, or leave it out"
+        )
+
+
+def _granule(options: argparse.Namespace, trap: str, memory: int) -> int | None:
+    """Return the granule in bytes, None for a trap that has none of its own to choose. Raises ValueError."""
+    granule = None if options.granule is None else parse_size(options.granule)
+    if trap in SLOT_TRAPS:
+        layout = GuestLayout(memory)
+        # What is fetched together is one memslot: the fewer flips the better.
+        granule = granule or max(
+            least_granule(layout, BACKINGS[options.backing].page_size), options.fault_around * PAGE_SIZE
+        )
+        check_granule(granule)
+    elif granule not in (None, PAGE_SIZE):
+        raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
+    return granule

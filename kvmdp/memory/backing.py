@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import stat
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,7 +38,7 @@ from kvmdp.memory.unsupported import UnsupportedError
 from kvmdp.source.base import PAGE_SIZE
 
 
-class Backing:
+class Backing(ABC):
     """Guest RAM of `size` bytes; owns its mappings.
 
     Of the kind: `name`; `page_size`, bytes of the pages the host has it in, the least that userfaultfd can map;
@@ -81,12 +82,12 @@ class Backing:
             for view in {guest.hva: guest, vmm.hva: vmm}.values():
                 _advise_transparent(view, thp)
 
+    @abstractmethod
     def forget(self, offset: int, length: int) -> None:
         """Give up the bytes of absent pages, and the memory they take where it can be freed.
 
         They read as zeros then, or as they were where nothing could be freed: nobody is to look.
         """
-        raise NotImplementedError
 
     def close(self) -> None:
         """Unmap all views; a second call does nothing."""

@@ -27,6 +27,7 @@ from kvmdp.abi.mman import F_GET_SEALS, F_SEAL_SHRINK, MADV_DONTFORK
 from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
+from kvmdp.memory.ram_map import RamMap
 from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError, PoisonedError
 from kvmdp.thread import JoinableThread
 from kvmdp.wire.handover import Descriptors, Handover
@@ -72,7 +73,7 @@ class RemoteMemory:
         self.handover = handover
         self._number = number
         self._timeout = timeout
-        self._regions = handover.regions
+        self._map = RamMap(handover.regions)
         self._credits = threading.Semaphore(handover.credits)
         # Guards what follows, and with it every access to RAM. Notified for `wait_doorbell`.
         self._mutex = threading.Lock()
@@ -128,7 +129,7 @@ class RemoteMemory:
 
     def _readv(self, segments: Sequence[tuple[int, int]], nowait: bool) -> bytes:
         data = bytearray()
-        for batch in self._batches(segments):
+        for batch in self._map.batches(segments, _AT_ONCE):
             with self._present(batch, Access.READ, nowait):
                 for offset, length in batch:
                     data += self._view[offset : offset + length]
@@ -136,7 +137,7 @@ class RemoteMemory:
 
     def _writev(self, segments: Sequence[tuple[int, int]], data: BytesLike, nowait: bool) -> None:
         source, start = memoryview(data).cast("B"), 0
-        for batch in self._batches(segments):
+        for batch in self._map.batches(segments, _AT_ONCE):
             with self._present(batch, Access.WRITE, nowait):
                 for offset, length in batch:
                     self._view[offset : offset + length] = source[start : start + length]
@@ -158,7 +159,7 @@ class RemoteMemory:
     @contextlib.contextmanager
     def view(self, gpa: int, length: int) -> Iterator[memoryview]:
         """Give the bytes themselves, writable, for the time of a `with` block: none can become absent meanwhile."""
-        pieces = list(self._pieces(gpa, length))
+        pieces = list(self._map.pieces(gpa, length))
         if len(pieces) != 1:
             raise ValueError(f"{length} bytes at gpa {gpa:#x} are not contiguous in the RAM file")
         offset = pieces[0][0]
@@ -249,41 +250,10 @@ class RemoteMemory:
     def _aligned(self, gpa: int) -> int:
         if gpa % 8:
             raise ValueError(f"gpa {gpa:#x} is not a multiple of 8")
-        return next(self._pieces(gpa, 8))[0]
-
-    def _pieces(self, gpa: int, length: int) -> Iterator[tuple[int, int]]:
-        """Cut a range at the borders of regions: (offset in RAM, bytes). Raises ValueError outside RAM."""
-        if length < 0:
-            raise ValueError(f"{length} bytes at gpa {gpa:#x}")
-        while length:
-            for base, size, offset in self._regions:
-                if base <= gpa < base + size:
-                    count = min(length, base + size - gpa)
-                    yield offset + gpa - base, count
-                    gpa, length = gpa + count, length - count
-                    break
-            else:
-                raise ValueError(f"gpa {gpa:#x} is not guest RAM")
-
-    def _batches(self, segments: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Cut segments into lists of (offset in RAM, bytes) of at most `_AT_ONCE` bytes; all are checked first."""
-        pieces = [piece for gpa, length in segments for piece in self._pieces(gpa, length)]
-        batch: list[tuple[int, int]] = []
-        room = _AT_ONCE
-        for offset, length in pieces:
-            while length:
-                count = min(length, room)
-                batch.append((offset, count))
-                offset, length, room = offset + count, length - count, room - count
-                if not room:
-                    yield batch
-                    batch, room = [], _AT_ONCE
-        if batch:
-            yield batch
+        return next(self._map.pieces(gpa, 8))[0]
 
     def _gpa_of(self, page: int) -> int:
-        at = page << PAGE_SHIFT
-        return next(gpa + at - offset for gpa, size, offset in self._regions if offset <= at < offset + size)
+        return self._map.gpa_at(page << PAGE_SHIFT)
 
     # The device's side of the session
 
@@ -402,7 +372,7 @@ class RemoteMemory:
                 fault.outcome = record.outcome
                 fault.done.set()
             elif kind is Kind.INVALIDATE:
-                first = next(self._pieces(record.gpa, record.size))[0] >> PAGE_SHIFT
+                first = next(self._map.pieces(record.gpa, record.size))[0] >> PAGE_SHIFT
                 self._owed.append((record.token, first, first + (record.size >> PAGE_SHIFT)))
             elif kind is Kind.FREEZE:
                 self._frozen = True

@@ -30,6 +30,7 @@ from kvmdp.abi.mman import MADV_DONTDUMP, MADV_DONTFORK, MADV_NOHUGEPAGE
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.mapping import Mapping
+from kvmdp.memory.ram_map import RamMap
 from kvmdp.paging.claim import Waiter
 from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.trap.base import Presence
@@ -53,7 +54,7 @@ class DeviceView:
     """
 
     def __init__(self, layout: GuestLayout, view: Mapping) -> None:
-        self._layout = layout
+        self._map = RamMap((each.gpa, each.size, each.offset) for each in layout.regions)
         self._view = view
         # Guards what follows; held for a few statements only.
         self._changed = threading.Condition(threading.Lock())
@@ -79,18 +80,9 @@ class DeviceView:
 
     def _pieces(self, gpa: int, length: int) -> list[tuple[int, int, int]]:
         """Cut a range at the ends of regions: (hva, offset in the range, bytes) each."""
-        pieces = []
-        start = 0
-        while start < length:
-            address = gpa + start
-            for region in self._layout.regions:
-                within = address - region.gpa
-                if 0 <= within < region.size:
-                    count = min(region.size - within, length - start)
-                    pieces.append((self._view.hva + region.offset + within, start, count))
-                    break
-            else:
-                raise ValueError(f"gpa {address:#x} is not guest RAM")
+        pieces, start = [], 0
+        for offset, count in self._map.pieces(gpa, length):
+            pieces.append((self._view.hva + offset, start, count))
             start += count
         return pieces
 

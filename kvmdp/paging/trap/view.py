@@ -22,6 +22,7 @@ import os
 import select
 import threading
 import time
+from abc import ABC, abstractmethod
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ from kvmdp.thread import JoinableThread
 _BATCH = 32  # events taken with one read
 
 
-class UffdView:
+class UffdView(ABC):
     """A mapping of all of RAM whose faults on absent pages go to userfaultfd.
 
     `vmm` is the VMM view, `page_size` the bytes that can be mapped at the least: what is admitted, dropped or woken is
@@ -145,11 +146,11 @@ class UffdView:
 
     # The readers
 
+    @abstractmethod
     def _reader(self) -> Callable[[int, int], None]:
         """Return what serves a fault at an address (hva) that was read at a time (ns), one a reader thread."""
-        raise NotImplementedError
 
-    def _removed(self, start: int, end: int) -> None:
+    def _removed(self, start: int, end: int) -> None:  # noqa: B027 - most ask for no such event
         """Take note that the range (hva) is being discarded; only where that event was asked for."""
 
     def _read(self, uffd: Uffd) -> None:
