@@ -29,9 +29,8 @@ from typing import Self
 from kvmdp.memory.size import format_size
 from kvmdp.memory.unsupported import UnsupportedError
 
-_OVERCOMMITTED = (
-    2 << 20
-)  # the largest size of which the kernel makes pages on demand: larger ones are gigantic
+# The largest size of which the kernel makes pages on demand: larger ones are gigantic.
+_OVERCOMMITTED = 2 << 20
 _Entry = dict[str, int | str | bool]
 _serial = itertools.count()
 

@@ -358,3 +358,16 @@ def test_the_guests_disk_reports_it_and_the_machine_goes_on():
         with pytest.raises(GuestError, match=r"vCPU 0: the guest's disk failed: request \d+, status POISON"):
             machine.run(TIMEOUT)
         assert machine.pager.error is None
+
+
+@pytest.mark.root
+@pytest.mark.hugepages
+@pytest.mark.parametrize("backing", ["hugetlb-2m", "private-hugetlb-2m"])
+@every_trap
+def test_a_poisoned_huge_page_is_a_machine_check_too(trap, backing):
+    workload = plan("poison", memory=4 << 20, pages=1)
+    with make_machine(trap, backing, workload=workload, reserve_hugepages=True) as machine:
+        machine.pager.poison(0)
+        machine.run(TIMEOUT)
+        parameters = machine.threads[0].parameters
+        assert (parameters.mc_count, parameters.mc_addresses[0]) == (1, 0)

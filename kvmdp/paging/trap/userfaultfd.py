@@ -207,7 +207,7 @@ class UserfaultfdTrap(UffdTrap):
         """
         assert self._presence is not None
         if supported_features() & abi.UFFD_FEATURE_POISON:
-            self._uffd_of(page).poison(self._hva(page), PAGE_SIZE)
+            self._uffd_of(page).poison(self._hva(page), self._unit_bytes)
         else:
             self._presence.abort(PagingError(NO_POISON))
 
