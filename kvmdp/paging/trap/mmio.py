@@ -2,7 +2,7 @@
 
 KVM takes an access there for device I/O: it emulates the instruction and exits with KVM_EXIT_MMIO, or with an
 emulation failure for instructions its emulator does not know. So the access is *completed*, not retried
-(`kvmdp.paging.complete`). Works on every kernel with memslots, needs nothing but /dev/kvm.
+(`kvmdp.paging.vcpu`). Works on every kernel with memslots, needs nothing but /dev/kvm.
 """
 
 from __future__ import annotations
