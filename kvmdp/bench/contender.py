@@ -16,11 +16,12 @@ from kvmdp.bench.work import Work
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import parse_size
-from kvmdp.paging.trap.registry import ALL_TRAPS, check_backing
+from kvmdp.paging.trap.registry import ALL_TRAPS, TRAPS, check_backing
 from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
 PRESENT = "present"
+OFF = "off-"
 SHARDED = "userfaultfd-sharded"
 MISSING = "userfaultfd-missing"
 _READERS = re.compile(r"userfaultfd-r([1-9][0-9]?)")
@@ -49,8 +50,9 @@ _OVERRIDES: dict[str, tuple[str, Callable[[str], Any]]] = {
 class Contender:
     """One way to do some work.
 
-    `trap` is None for `present`: all memory is in place and demand paging switched off. `readers` and `sharded` are
-    for userfaultfd: threads a descriptor, and whether each vCPU's share of RAM has a descriptor of its own.
+    `trap` is None where all memory is in place, and nothing traps: for `present`, which never had demand paging, and
+    where it has been switched off, with the trap `off`. `readers` and `sharded` are for userfaultfd: threads a
+    descriptor, and whether each vCPU's share of RAM has a descriptor of its own.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Contender:
     work: Work
     readers: int = 1
     sharded: bool = False
+    off: str | None = None
 
     @property
     def uffd_options(self) -> UffdOptions:
@@ -68,9 +71,9 @@ class Contender:
 def contender(text: str, work: Work) -> Contender:
     """Return the contender that `text` names, which does `work` but for what `text` says.
 
-    Names are `present`, those of the traps, `userfaultfd-rN` (N readers), `userfaultfd-sharded` and
-    `userfaultfd-missing` (in that mode also where memory is shared). Raises ValueError, one sentence, for anything
-    else, and for a device thread that reads more pages than there are.
+    Names are `present`, those of the traps, `off-TRAP` (everything present, the trap switched off), `userfaultfd-rN`
+    (N readers), `userfaultfd-sharded` and `userfaultfd-missing` (in that mode also where memory is shared). Raises
+    ValueError, one sentence, for anything else, and for a device thread that reads more pages than there are.
     """
     name, _, overrides = text.partition(":")
     for override in filter(None, overrides.split(",")):
@@ -92,6 +95,8 @@ def _named(name: str, text: str, work: Work) -> Contender:
         return Contender(text, None, work)
     if name in ALL_TRAPS:
         return Contender(text, name, work)
+    if name.removeprefix(OFF) in TRAPS:
+        return Contender(text, None, work, off=name.removeprefix(OFF))
     if name == SHARDED:
         return Contender(text, "userfaultfd", work, sharded=True)
     if name == MISSING:
@@ -99,7 +104,7 @@ def _named(name: str, text: str, work: Work) -> Contender:
     readers = _READERS.fullmatch(name)
     if readers:
         return Contender(text, "userfaultfd", work, readers=int(readers[1]))
-    known = ", ".join((PRESENT, *ALL_TRAPS, "userfaultfd-rN", SHARDED, MISSING))
+    known = ", ".join((PRESENT, *ALL_TRAPS, "userfaultfd-rN", SHARDED, MISSING, f"{OFF}TRAP"))
     raise ValueError(f"there is no contender {name!r}: choose from {known}")
 
 
@@ -110,8 +115,8 @@ def _check(found: Contender) -> None:
         raise ValueError(
             f"{found.name!r}: there is no backing {work.backing!r}; there are {', '.join(BACKINGS)}"
         )
-    if found.trap is not None:
-        check_backing(found.trap, BACKINGS[work.backing])
+    if trap := found.trap or found.off:
+        check_backing(trap, BACKINGS[work.backing])
     check_mode(work.uffd_mode, BACKINGS[work.backing])
     pages = work.memory_bytes // PAGE_SIZE
     if not 0 <= work.device_pages <= max(pages, 0):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,8 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
     if workload.patches:
         source = PatchedSource(source, workload.patches)
     tables, resident = page_table_memory(), proportional_memory()
-    with Machine(machine_options(contender), source) as machine:
+    never = contender.trap is None and contender.off is None
+    with Machine(replace(machine_options(contender), demand_paging=not never), source) as machine:
         vmalloc = vmalloc_used()
         if contender.trap is None:
             make_plain(machine)
@@ -104,6 +105,7 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
         latencies = [thread.latencies for thread in machine.threads]
         latencies += machine.pager.trap.latencies
         touched = workload.touched
+        in_place, fetched = machine.layout.pages, machine.pager.counters.pages_fetched
         return Measurement(
             Round(
                 seconds=machine.guest_seconds,
@@ -123,7 +125,7 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
             slot_bytes=machine.slot_bytes + max(vmalloc_used() - vmalloc, 0),
             arm_seconds=machine.setup_seconds["arm"],
             resident_beyond_bytes=max(
-                proportional_memory() - resident - machine.pager.counters.pages_fetched * PAGE_SIZE, 0
+                proportional_memory() - resident - (in_place if never else fetched) * PAGE_SIZE, 0
             ),
             in_flight=network.in_flight if network else 0.0,
             memory_bytes=work.memory_bytes,
@@ -175,7 +177,7 @@ def check(contender: Contender) -> None:
 def machine_options(contender: Contender) -> MachineOptions:
     """Return the machine a contender runs in; slot traps are armed at the granule of what is fetched together."""
     work = contender.work
-    trap = contender.trap or "mmio"  # present: any trap whose disarming leaves nothing behind
+    trap = contender.trap or contender.off or "mmio"  # present: any trap by memslot, for it is never armed
     granule = None
     if trap in SLOT_TRAPS:
         least = least_granule(GuestLayout(work.memory_bytes))
@@ -194,11 +196,14 @@ def machine_options(contender: Contender) -> MachineOptions:
 
 
 def make_plain(machine: Machine) -> None:
-    """Put everything in place and switch demand paging off. Raises what the pager does."""
-    outcome = machine.pager.mark_present(0, machine.layout.pages)
-    if outcome is not Outcome.PRESENT:
-        raise machine.pager.error or PagingError(f"memory could not be made present: {outcome.name.lower()}")
-    machine.pager.disable()
+    """Put everything in place, and switch demand paging off where it is on. Raises what the pager does."""
+    if machine.pager.enabled:
+        outcome = machine.pager.mark_present(0, machine.layout.pages)
+        if outcome is not Outcome.PRESENT:
+            raise machine.pager.error or PagingError(
+                f"memory could not be made present: {outcome.name.lower()}"
+            )
+        machine.pager.disable()
     machine.backing.guest.populate(0, machine.backing.size)
 
 

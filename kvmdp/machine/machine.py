@@ -34,7 +34,7 @@ from kvmdp.paging.resident import ResidentLimit, check_limit
 from kvmdp.paging.trap.device import DeviceView
 from kvmdp.paging.trap.hybrid import HybridTrap
 from kvmdp.paging.trap.mmio import MmioTrap
-from kvmdp.paging.trap.registry import create_trap, exit_trap_of
+from kvmdp.paging.trap.registry import SLOT_TRAPS, create_trap, exit_trap_of
 from kvmdp.paging.trap.slot_trap import SlotOptions
 from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 from kvmdp.paging.vcpu import VcpuPaging
@@ -44,6 +44,7 @@ from kvmdp.source.patched import PatchedSource
 _TICK_SECONDS = 0.1
 _STALL_SECONDS = 1.0
 _JOIN_SECONDS = 30.0
+_FILLED_AT_ONCE = 2 << 20
 
 PageTablePlace = Literal["boot", "paged", "absent"]
 
@@ -63,6 +64,8 @@ class MachineOptions:
     is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see what comes of it.
     So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`). `resident_limit`
     is how many bytes of RAM may be in memory at once. `slots` is for the traps that work by memslot.
+    With `demand_paging` False the guest never has it: RAM is filled before it runs. That is something to compare with,
+    for a trap that works by memslot, and a source in this process.
     `thp`, `backing_file` and `reserve_hugepages` are the options of backings (`kvmdp.memory.backings`).
     """
 
@@ -77,6 +80,7 @@ class MachineOptions:
     pin: tuple[int, ...] = ()
     page_tables: PageTablePlace = "boot"
     intercept_msrs: bool = True
+    demand_paging: bool = True
     resident_limit: int | None = None
     slots: SlotOptions = field(default_factory=SlotOptions)
     thp: bool = False
@@ -162,7 +166,10 @@ class Machine:
             self._bind(source)
         with self._phase("arm"):
             before = vmalloc_used()
-            self.pager.enable()
+            if options.demand_paging:
+                self.pager.enable()
+            else:
+                self._fill()
             self.slot_bytes = max(vmalloc_used() - before, 0)
             self._secure_page_tables()
             self.limit = self._limit_resident(stack)
@@ -195,6 +202,19 @@ class Machine:
                 vcpu.sync_registers()
             self._at_boot.append((vcpu.sregs, vcpu.events, kvm_regs.from_buffer_copy(vcpu.regs)))
             self.threads.append(self._thread_of(vcpu))
+
+    def _fill(self) -> None:
+        """Put all of RAM in place, where nothing is ever armed."""
+        if self.options.trap not in SLOT_TRAPS or ram_source(self.source) is not None:
+            raise ValueError(
+                "a machine without demand paging needs a trap by memslot and a source in this process"
+            )
+        view = self.backing.vmm.view
+        for offset, length in self.source.extents():
+            end = offset + length
+            for start in range(offset, end, _FILLED_AT_ONCE):
+                self.source.fill(start, view[start : min(start + _FILLED_AT_ONCE, end)])
+        self.pager.start_plain()
 
     def _secure_page_tables(self) -> None:
         """See to it that paged page tables stay, and are there before a walk that would not trap."""

@@ -66,6 +66,12 @@ class Ledger:
         self._pins: dict[tuple[int, int], int] = {}  # how often each run is pinned
         self._retained: list[tuple[int, int]] = []  # (first, end) of whole units; a few
 
+    def adopt(self) -> None:
+        """Take all pages for present: their bytes are in RAM, and nobody has begun anything."""
+        self.states[:] = _PRESENT * self.pages
+        self.bitmap.set_range(0, self.pages)
+        self.resident = self.pages
+
     # Faults
 
     def obstacle(self, page: int) -> Claim | Outcome | None:

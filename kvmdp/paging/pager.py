@@ -198,6 +198,15 @@ class DemandPager(Revoker):
 
     # Switching on and off, stopping
 
+    def start_plain(self) -> None:
+        """Begin as after `disable`, with nothing ever armed: the bytes of all RAM are in place; before any vCPU runs.
+
+        For a trap that works by memslot; `enable` ends it.
+        """
+        with self.mutex:
+            self.ledger.adopt()
+        self.trap.disarm()
+
     def enable(self) -> None:
         """Arm the trap: from now on an access to an absent page is a fault."""
         if self.enabled:

@@ -146,3 +146,17 @@ def test_a_command_line_that_makes_no_sense_is_refused_in_one_sentence(arguments
     assert done.err.startswith("kvmdp: ")
     assert sentence in done.err
     assert done.err.count("\n") == 1
+
+
+def test_a_trap_that_is_switched_off_beside_a_guest_that_never_had_one():
+    arguments = ("bench", "-b", "2M", "--rounds", 1, "--warm-up", 0, "present", "off-marker", "off-mmio")
+    done = kvmdp(*arguments)
+    assert done.status == 0
+    assert "p99  x present" in done.out
+    document = kvmdp(*arguments, "--json", "-").document
+    for each in document["contenders"]:
+        assert (each["trap"], each["rounds"][0]["pages"], each["rounds"][0]["faults"]) == (None, 512, 0)
+        assert each["memory"]["memslots"] == 1
+    pairs = {(row["a"], row["b"]) for row in document["ratios"]}
+    assert {("off-marker", "present"), ("off-mmio", "present")} <= pairs
+    assert kvmdp("bench", "off-hybrid-mmio").status == 2
