@@ -353,7 +353,10 @@ class Machine:
         return f"the guest was not done within {timeout:g} seconds ({where}): give it more with --timeout"
 
     def stop(self) -> None:
-        """Get every vCPU out of the guest and wait for the threads' end. Raises PagingError if one stays."""
+        """Get every vCPU out of the guest and wait for the threads' end. Raises PagingError if one stays.
+
+        Pages that are being evicted have got where they go when this returns.
+        """
         self.gate.stop()
         self.pager.cancel()
         for thread in self.threads:
@@ -362,6 +365,10 @@ class Machine:
                     f"vCPU {thread.vcpu.index} did not stop within {_JOIN_SECONDS:.0f} seconds: the source or "
                     "the kernel holds it"
                 )
+        if self.limit is not None and not self.limit.settle(_JOIN_SECONDS):
+            raise PagingError(
+                f"an eviction did not end within {_JOIN_SECONDS:.0f} seconds: the kernel holds it"
+            )
 
     def restart(self, blocks: Sequence[guest.ParameterBlock]) -> None:
         """Make the vCPUs ready for another `run`, from the guest's entry, with RAM as it is; after one that went well.

@@ -60,6 +60,8 @@ class ResidentLimit:
         self._aged: deque[tuple[int, int]] = deque()
         self._waiting = 0  # pages in the queue
         self._exceeded = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
         self._closing = False
         self._thread = JoinableThread(self._keep, "resident-limit")
         self._thread.start()
@@ -71,6 +73,13 @@ class ResidentLimit:
         self._closing = True
         self._exceeded.set()
         self._thread.join()
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until the thread takes nothing away, once the pager is cancelled; False after `timeout` seconds.
+
+        A cancelled pager lets nobody begin, so what the thread begins after this changes nothing.
+        """
+        return self._idle.wait(timeout)
 
     def _is_exceeded(self) -> bool:
         resident = self._pager.ledger.resident
@@ -88,6 +97,7 @@ class ResidentLimit:
     def _keep(self) -> None:
         while not self._closing:
             self._exceeded.wait()
+            self._idle.clear()
             self._exceeded.clear()
             try:
                 self._keep_to_it()
@@ -97,6 +107,8 @@ class ResidentLimit:
             except Exception as error:  # the machine must hear of it: nobody joins this thread before its end
                 self._pager.abort(PagingError(f"the resident limit cannot be kept: {error!r}"))
                 return
+            finally:
+                self._idle.set()
 
     def _keep_to_it(self) -> None:
         """Take pages out until the limit is kept, or nothing can be taken. Raises PagingError if the sink is full."""
