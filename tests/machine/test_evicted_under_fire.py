@@ -28,8 +28,14 @@ PAGES = 8192 if SECONDS else 256 if cpu_model().startswith("QEMU TCG") else 1024
 MEMORY = max(PAGES * PAGE_SIZE, MIN_MEMORY)
 
 
-@pytest.mark.parametrize("trap", [*TRAPS, pytest.param("userfaultfd", marks=pytest.mark.userfaultfd)])
-@pytest.mark.parametrize("backing", BACKINGS)
+@pytest.mark.parametrize(
+    ("trap", "backing"),
+    [
+        *((trap, backing) for trap in TRAPS for backing in BACKINGS),
+        ("layered", "memfd"),
+        *(pytest.param("userfaultfd", backing, marks=pytest.mark.userfaultfd) for backing in BACKINGS),
+    ],
+)
 def test_no_addition_is_lost_while_pages_are_evicted(trap, backing, tmp_path):
     image = SyntheticSource(MEMORY, SEED)
     content = read_pages(image, np.arange(MEMORY // PAGE_SIZE))
