@@ -326,14 +326,22 @@ class Ledger:
 
 
 def takeable(*absent: State, present: bool = True) -> bytes:
-    """Return the table for `Ledger.begin_take`: which pages are taken, present ones and absent ones in these states."""
+    """Return the table for `Ledger.begin_take`: which pages are taken, present ones and absent ones in these states.
+
+    It also says whose claims are waited for: only those that leave a page in a state that was asked for. A page that is
+    being fetched is none, unless pages are taken that were never fetched: else who only wants the guest shut out would
+    wait for the source.
+    """
     table = bytearray((_PASS_OVER,)) * 256
-    for state in (State.INFLIGHT, State.EVICTING, State.ADMITTING):
-        table[state] = _WAIT
     for state in absent:
         table[state] = _TAKE
     if present:
         table[State.PRESENT] = _REVOKE
+        table[State.ADMITTING] = _WAIT
+        if absent:
+            table[State.EVICTING] = _WAIT
+        if State.SOURCE in absent:
+            table[State.INFLIGHT] = _WAIT
     return bytes(table)
 
 

@@ -90,6 +90,8 @@ def test_collapse_and_revocation_at_random_lose_no_update_of_running_vcpus(machi
 
     def collapse(_number):
         collapsed.append(pager.collapse(0, PAGES))
+        # Memslots are merged with the vCPUs stopped, again and again: the guest is to get on between.
+        time.sleep(0.02)
 
     def shut_off(_number):
         for _ in range(chance.randrange(4)):

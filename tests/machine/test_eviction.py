@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import threading
 
 import numpy as np
 import pytest
-from harness import BACKINGS, MEMORY, SEED, TRAPS, make_machine
+from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, make_machine
 
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import State
@@ -169,3 +170,37 @@ def test_a_sink_that_is_full_loses_nothing(trap, backing):
             machine.pager.evict(0, 1)
         assert machine.pager.error is None
         assert machine.memory.read(0, 4) == b"kept"
+
+
+class Held(SyntheticSource):
+    """Holds the fetch of page 3 until it is let go."""
+
+    def __init__(self):
+        super().__init__(MEMORY, SEED)
+        self.asked, self.released = threading.Event(), threading.Event()
+
+    def fill(self, offset, destination):
+        if offset == 3 * PAGE_SIZE:
+            self.asked.set()
+            assert self.released.wait(TIMEOUT)
+        super().fill(offset, destination)
+
+
+@every_trap
+def test_who_takes_pages_that_are_in_ram_does_not_wait_for_one_that_is_being_fetched(trap):
+    source = Held()
+    with make_machine(trap, source=source) as machine:
+        machine.memory.read(0, 2 * PAGE_SIZE)
+        reader = threading.Thread(target=machine.memory.read, args=(3 * PAGE_SIZE, 8))
+        reader.start()
+        try:
+            assert source.asked.wait(TIMEOUT)
+            assert machine.pager.mark_nonpresent(0, 8, timeout=5) == 2
+            assert machine.pager.evict(0, 8, timeout=5) == 2
+            # But bytes that are on their way are not to survive a discard.
+            with pytest.raises(BusyError, match="gpa 0x3000 is being fetched"):
+                machine.pager.discard(0, 8, timeout=0.05)
+        finally:
+            source.released.set()
+            reader.join()
+        assert machine.memory.read(3 * PAGE_SIZE, PAGE_SIZE) == page_of_image(3)

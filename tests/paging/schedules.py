@@ -254,11 +254,14 @@ class Schedule:
 
     def begin_take(self, page, end, most, away):
         found = claim, in_the_way, go_on = self.ledger.begin_take(page, end, most, takeable(*away))
-        states, stops = self.states, (INFLIGHT, EVICTING, ADMITTING, PRESENT, *away)
+        # Who only shuts the guest out waits for an admit; who evicts, for another revocation too; who wants the bytes
+        # gone wherever they are, for a fetch as well.
+        waits = (ADMITTING, *[EVICTING] * bool(away), *[INFLIGHT] * (SOURCE in away))
+        states, stops = self.states, (*waits, PRESENT, *away)
         first = next((each for each in range(page, end) if states[each] in stops), end)
         if self.cancelled or first == end:
             assert found == (None, None, end)
-        elif IS_CLAIMED[states[first]]:
+        elif states[first] in waits:
             assert found == (None, self.claim_on(first), first)
         elif states[first] == PRESENT and self.is_retained(first):
             assert (claim, in_the_way) == (None, None)
