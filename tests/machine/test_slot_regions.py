@@ -145,6 +145,23 @@ def test_the_fullest_regions_are_completed_when_the_pieces_take_too_much_memory(
 
 
 @every_trap
+def test_pages_that_go_here_and_there_do_not_use_up_the_memslots_that_kvm_has(
+    in_regions, monkeypatch, trap
+):
+    memory, spare = 24 << 20, 3000
+    monkeypatch.setattr(slots, "_FIRST_RAM_SLOT", 32764 - spare)
+    with machine_of(trap, memory_bytes=memory, slot_memory=1 << 30) as machine:
+        pages = machine.layout.pages
+        assert machine.pager.mark_present(0, pages) is Outcome.PRESENT
+        machine.pager.collapse(0, pages)
+        for page in range(0, pages, 2):
+            machine.pager.evict(page, 1)
+            assert machine.pager.trap.memslots <= spare
+        assert machine.pager.counters.pages_evicted == pages // 2
+        check_content(machine)
+
+
+@every_trap
 def test_a_page_taken_out_of_a_merged_block_leaves_the_rest_in_two(in_regions, trap):
     closed = trap == "memory-fault"
     with machine_of(trap) as machine:

@@ -90,7 +90,7 @@ class MemoryFaultTrap(SlotTrap):
         """
         low, high, size = first, first + count, self.granule // PAGE_SIZE
         if self._slots.in_regions:
-            size = REGION_PAGES
+            size = self._slots.closed_pages
             low = first // size * size
             high = min(-(-high // size) * size, self._backing.size // PAGE_SIZE)
         with self._slots.claimed(low, high - low):

@@ -2,7 +2,8 @@
 
 A region of which some pages are present and some absent takes a memslot for each of its pieces. When its last page
 comes it is merged, with its neighbours as far as they are full too. When all partial regions together take more kernel
-memory than they may, the fullest are completed: what they lack is fetched, and they are merged.
+memory than they may, or more memslots than KVM can spare, the fullest are completed: what they lack is fetched, and
+they are merged.
 
 That is not done where the page becomes present, but by `housekeep`, with no claim held: it stops the vCPUs and may
 fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`Presence.complete`), because
@@ -21,6 +22,8 @@ from kvmdp.paging.trap.slots import REGION_PAGES, RamSlots
 
 SLOT_BYTES = 26 << 10  # kernel memory of a memslot, the most that was measured
 DEFAULT_SLOT_MEMORY = 256 << 20
+# What several threads may cut up before the one that keeps house has merged something: regions, each to its pages.
+_MARGIN = 4 * REGION_PAGES
 
 
 class PartialRegions:
@@ -30,7 +33,7 @@ class PartialRegions:
         self._slots = slots
         self._presence = presence
         self._pages = pages
-        self._most = memory // SLOT_BYTES
+        self._most = min(memory // SLOT_BYTES, slots.spare - _MARGIN)
         self._mutex = threading.Lock()  # guards all that follows
         self._partial: dict[int, int] = {}  # region -> memslots that have pages of it
         self._taken = 0  # the sum of them

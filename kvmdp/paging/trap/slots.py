@@ -83,9 +83,10 @@ def check_granule(granule: int) -> None:
 class RamSlots:
     """The memslots that put RAM into the VM's guest-physical space.
 
-    `granule` is bytes; `count` is how many there are now. Whoever changes blocks has claimed them, but for
-    `map_plain` and `unmap`, which are for a time when nobody else is active. Where RAM is in a guest_memfd the open
-    ones are bound to it: KVM then maps by that, and only its own accesses use the guest view.
+    `granule` is bytes; `count` is how many there are now, `spare` how many KVM has beyond those that close absent
+    memory. Whoever changes blocks has claimed them, but for `map_plain` and `unmap`, which are for a time when nobody
+    else is active. Where RAM is in a guest_memfd the open ones are bound to it: KVM then maps by that, and only its own
+    accesses use the guest view.
     """
 
     def __init__(self, vm: Vm, layout: GuestLayout, backing: Backing, granule: int) -> None:
@@ -99,10 +100,9 @@ class RamSlots:
         self._guest_memfd = backing.guest_memfd
         self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)
-        self._map = SlotMap(
-            range(_FIRST_RAM_SLOT, vm.check_extension(KVM_CAP_NR_MEMSLOTS)),
-            [region.offset // PAGE_SIZE for region in layout.regions],
-        )
+        ids = range(_FIRST_RAM_SLOT, vm.check_extension(KVM_CAP_NR_MEMSLOTS))
+        self.spare = len(ids) - MAX_GRANULE_SLOTS
+        self._map = SlotMap(ids, [region.offset // PAGE_SIZE for region in layout.regions])
         self._claims: list[tuple[int, int]] = []
         # What the memslot of a closed block names as its memory. KVM itself reads and writes there (its
         # emulator, its paravirtual MSRs), and must fail, not find unfilled memory.
