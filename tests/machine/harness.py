@@ -27,6 +27,19 @@ SEED = 11
 LOOP_FOREVER = b"\xeb\xfe"  # a program that never reports: jmp to itself
 TIMEOUT = 60  # seconds: a guest that hangs fails its test, it does not hang the suite
 
+_USERFAULTFD = pytest.mark.userfaultfd
+every_trap = pytest.mark.parametrize(
+    "trap", [*TRAPS, "layered", pytest.param("userfaultfd", marks=_USERFAULTFD)]
+)
+every_trap_and_backing = pytest.mark.parametrize(
+    ("trap", "backing"),
+    [
+        *((trap, backing) for trap in TRAPS for backing in BACKINGS),
+        ("layered", "memfd"),  # for shared memory alone
+        *(pytest.param("userfaultfd", backing, marks=_USERFAULTFD) for backing in BACKINGS),
+    ],
+)
+
 
 @functools.cache
 def _lacks(trap):

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from harness import BACKINGS, SEED, TIMEOUT, TRAPS, contents, make_machine, meanwhile, plan
+from harness import SEED, TIMEOUT, contents, every_trap_and_backing, make_machine, meanwhile, plan
 
 from kvmdp.machine.hostinfo import cpu_model
 from kvmdp.machine.workloads import combined_checksum
@@ -28,14 +28,7 @@ PAGES = 8192 if SECONDS else 256 if cpu_model().startswith("QEMU TCG") else 1024
 MEMORY = max(PAGES * PAGE_SIZE, MIN_MEMORY)
 
 
-@pytest.mark.parametrize(
-    ("trap", "backing"),
-    [
-        *((trap, backing) for trap in TRAPS for backing in BACKINGS),
-        ("layered", "memfd"),
-        *(pytest.param("userfaultfd", backing, marks=pytest.mark.userfaultfd) for backing in BACKINGS),
-    ],
-)
+@every_trap_and_backing
 def test_no_addition_is_lost_while_pages_are_evicted(trap, backing, tmp_path):
     image = SyntheticSource(MEMORY, SEED)
     content = read_pages(image, np.arange(MEMORY // PAGE_SIZE))

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, make_machine
+from harness import MEMORY, SEED, TIMEOUT, every_trap, every_trap_and_backing, make_machine
 
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import State
@@ -17,9 +17,6 @@ from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
 
-ALL_TRAPS = (*TRAPS, pytest.param("userfaultfd", marks=pytest.mark.userfaultfd))
-every_trap = pytest.mark.parametrize("trap", ALL_TRAPS)
-every_backing = pytest.mark.parametrize("backing", BACKINGS)
 IMAGE = read_pages(SyntheticSource(MEMORY, SEED), np.arange(MEMORY // PAGE_SIZE)).tobytes()
 ZEROS = bytes(PAGE_SIZE)
 
@@ -28,8 +25,7 @@ def page_of_image(page):
     return IMAGE[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
 
 
-@every_trap
-@every_backing
+@every_trap_and_backing
 def test_evicted_pages_come_back_as_they_were(trap, backing):
     with make_machine(trap, backing) as machine:
         machine.memory.write(5 * PAGE_SIZE + 100, b"written")
@@ -53,8 +49,7 @@ def test_pages_that_are_only_shut_off_can_be_evicted(trap):
         assert machine.memory.read(3 * PAGE_SIZE, 4) == b"kept"
 
 
-@every_trap
-@every_backing
+@every_trap_and_backing
 def test_discarded_pages_read_as_zeros_whatever_they_were(trap, backing):
     with make_machine(trap, backing) as machine:
         for page in (0, 1, 2):
@@ -118,8 +113,7 @@ def test_pages_behind_the_end_of_the_image_cannot_go_back(tmp_path):
         assert path.stat().st_size == 100 * PAGE_SIZE
 
 
-@every_trap
-@every_backing
+@every_trap_and_backing
 def test_poison(trap, backing):
     with make_machine(trap, backing) as machine:
         machine.memory.read(0, 2 * PAGE_SIZE)
@@ -160,8 +154,7 @@ class FullSink:
         pass
 
 
-@every_trap
-@every_backing
+@every_trap_and_backing
 def test_a_sink_that_is_full_loses_nothing(trap, backing):
     with make_machine(trap, backing) as machine:
         machine.pager.sink = FullSink()

@@ -10,12 +10,12 @@ import time
 import numpy as np
 import pytest
 from harness import (
-    BACKINGS,
     MEMORY,
     SEED,
     TIMEOUT,
-    TRAPS,
     all_of_ram,
+    every_trap,
+    every_trap_and_backing,
     make_machine,
     meanwhile,
     plan,
@@ -30,10 +30,6 @@ from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
-
-ALL_TRAPS = (*TRAPS, pytest.param("userfaultfd", marks=pytest.mark.userfaultfd))
-every_trap = pytest.mark.parametrize("trap", ALL_TRAPS)
-every_backing = pytest.mark.parametrize("backing", BACKINGS)
 
 
 def image_of(source):
@@ -61,8 +57,7 @@ def _short_turns():
 # Absent pages
 
 
-@every_backing
-@every_trap
+@every_trap_and_backing
 def test_reads_of_absent_pages_have_what_the_source_has(trap, backing):
     source = SyntheticSource(MEMORY, SEED)
     image = image_of(source)
@@ -85,8 +80,7 @@ def test_reads_of_absent_pages_have_what_the_source_has(trap, backing):
         assert machine.pager.counters.pages_fetched == MEMORY // PAGE_SIZE
 
 
-@every_backing
-@every_trap
+@every_trap_and_backing
 def test_writes_to_absent_pages_change_their_bytes_and_no_others(trap, backing):
     source = SyntheticSource(MEMORY, SEED)
     expected = bytearray(image_of(source))
@@ -113,8 +107,7 @@ def test_writes_to_absent_pages_change_their_bytes_and_no_others(trap, backing):
         assert machine.pager.counters.pages_fetched == MEMORY // PAGE_SIZE
 
 
-@every_backing
-@every_trap
+@every_trap_and_backing
 def test_nowait_fetches_nothing_and_touches_nothing(trap, backing):
     source = SyntheticSource(MEMORY, SEED)
     image = image_of(source)
@@ -249,8 +242,7 @@ def revoking(machine, pages):
     return revoke
 
 
-@every_backing
-@every_trap
+@every_trap_and_backing
 def test_devices_and_vcpus_lose_nothing_while_pages_come_and_go(trap, backing):
     workload = plan("atomic", vcpus=2, pages=64, iterations=ITERATIONS)
     source = SyntheticSource(MEMORY, SEED)
@@ -316,8 +308,7 @@ STORE_AND_LOOK = bytes.fromhex(
 )
 
 
-@every_backing
-@every_trap
+@every_trap_and_backing
 def test_words_are_stored_and_loaded_as_one(trap, backing):
     # Guest and devices store numbers whose halves are the same, and look for one whose halves are not.
     word, end = 0x5000, 0x5008

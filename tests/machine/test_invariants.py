@@ -1,7 +1,7 @@
 """The checker itself: it finds nothing where all is well, and what is broken on purpose it names."""
 
 import pytest
-from harness import BACKINGS, TRAPS, make_machine, require_trap
+from harness import TRAPS, every_trap_and_backing, make_machine, require_trap
 
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import State
@@ -9,14 +9,9 @@ from kvmdp.paging.invariants import violations
 
 pytestmark = pytest.mark.kvm
 
-USERFAULTFD = pytest.param("userfaultfd", marks=pytest.mark.userfaultfd)
 
-
-@pytest.mark.parametrize("backing", BACKINGS)
-@pytest.mark.parametrize("trap", [*TRAPS, USERFAULTFD, "layered"])
+@every_trap_and_backing
 def test_nothing_is_found_where_pages_come_and_go(trap, backing):
-    if (trap, backing) == ("layered", "anonymous"):
-        pytest.skip("layered is for shared memory")
     with make_machine(trap, backing) as machine:
         pager = machine.pager
         steps = [

@@ -7,11 +7,12 @@ import time
 import numpy as np
 import pytest
 from harness import (
-    BACKINGS,
     MEMORY,
     SEED,
     TIMEOUT,
     TRAPS,
+    every_trap,
+    every_trap_and_backing,
     host_vectors,
     make_machine,
     meanwhile,
@@ -38,8 +39,6 @@ from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
 
-ALL_TRAPS = (*TRAPS, pytest.param("userfaultfd", marks=pytest.mark.userfaultfd))
-every_trap = pytest.mark.parametrize("trap", ALL_TRAPS)
 every_ring = pytest.mark.parametrize("ring", [3, 0])
 
 PAGE, OFFSET = 3, 16  # what the programs of one access touch
@@ -68,9 +67,8 @@ IN_TURN = bytes.fromhex(
 )
 
 
-@every_trap
+@every_trap_and_backing
 @every_ring
-@pytest.mark.parametrize("backing", BACKINGS)
 def test_fifty_pages_in_turn_give_one_machine_check_each_and_then_what_healed_them(trap, ring, backing):
     new = random.Random(SEED).randbytes(PAGES_IN_TURN * PAGE_SIZE)
 
@@ -233,8 +231,7 @@ AROUND = bytes.fromhex(
 )
 
 
-@every_trap
-@pytest.mark.parametrize("backing", BACKINGS)
+@every_trap_and_backing
 def test_pages_poisoned_and_healed_under_running_vcpus(trap, backing):
     chance, rounds, poisoned = random.Random(SEED), 60, set()
     zeros = bytes(PAGE_SIZE)
@@ -363,7 +360,7 @@ def test_the_guests_disk_reports_it_and_the_machine_goes_on():
 @pytest.mark.root
 @pytest.mark.hugepages
 @pytest.mark.parametrize("backing", ["hugetlb-2m", "private-hugetlb-2m"])
-@every_trap
+@pytest.mark.parametrize("trap", [*TRAPS, pytest.param("userfaultfd", marks=pytest.mark.userfaultfd)])
 def test_a_poisoned_huge_page_is_a_machine_check_too(trap, backing):
     workload = plan("poison", memory=4 << 20, pages=1)
     with make_machine(trap, backing, workload=workload, reserve_hugepages=True) as machine:

@@ -1,7 +1,16 @@
 """A guest that has a quarter of its working set in memory: slower, and exact."""
 
 import pytest
-from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, host_vectors, plan, require_trap
+from harness import (
+    MEMORY,
+    SEED,
+    TIMEOUT,
+    every_trap,
+    every_trap_and_backing,
+    host_vectors,
+    plan,
+    require_trap,
+)
 
 from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.machine import Machine, MachineOptions
@@ -12,7 +21,6 @@ from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
 
-ALL_TRAPS = (*TRAPS, "layered", pytest.param("userfaultfd", marks=pytest.mark.userfaultfd))
 LIMIT = MEMORY // 4
 
 
@@ -26,7 +34,7 @@ def run_limited(trap, workload, backing="memfd", **options):
     return result
 
 
-@pytest.mark.parametrize("trap", ALL_TRAPS)
+@every_trap
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_workload_is_exact(trap, name):
     workload = plan(name, vcpus=2, vector=host_vectors())
@@ -36,11 +44,8 @@ def test_every_workload_is_exact(trap, name):
     assert result.pages_checked >= len(workload.touched)
 
 
-@pytest.mark.parametrize("trap", ALL_TRAPS)
-@pytest.mark.parametrize("backing", BACKINGS)
+@every_trap_and_backing
 def test_what_comes_again_has_been_written(trap, backing):
-    if (trap, backing) == ("layered", "anonymous"):
-        pytest.skip("layered is for shared memory")
     workload = plan("atomic", vcpus=2, iterations=3)
     result = run_limited(trap, workload, backing)
     counters = result.counters
@@ -70,7 +75,7 @@ class FullSink:
         pass
 
 
-@pytest.mark.parametrize("trap", ALL_TRAPS)
+@every_trap
 def test_a_sink_that_is_full_ends_the_run(trap):
     require_trap(trap)
 

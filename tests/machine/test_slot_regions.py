@@ -145,9 +145,7 @@ def test_the_fullest_regions_are_completed_when_the_pieces_take_too_much_memory(
 
 
 @every_trap
-def test_pages_that_go_here_and_there_do_not_use_up_the_memslots_that_kvm_has(
-    in_regions, monkeypatch, trap
-):
+def test_pages_that_go_here_and_there_do_not_use_up_the_memslots_that_kvm_has(in_regions, monkeypatch, trap):
     memory, spare = 24 << 20, 3000
     monkeypatch.setattr(slots, "_FIRST_RAM_SLOT", 32764 - spare)
     with machine_of(trap, memory_bytes=memory, slot_memory=1 << 30) as machine:
