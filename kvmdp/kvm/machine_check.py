@@ -1,4 +1,4 @@
-"""Machine checks for uncorrected memory errors, as the hardware reports one that a load has met.
+"""Machine checks for uncorrected memory errors, as the hardware reports one that a load or a fetch has met.
 
 That is a *software recoverable action required* error (SRAR): the data is lost, the CPU's state is not. Sources: Intel
 SDM volume 3, chapter "Machine-Check Architecture": IA32_MCG_CAP, IA32_MCG_STATUS, IA32_MCi_STATUS, IA32_MCi_MISC,
@@ -31,13 +31,15 @@ MCI_STATUS_ADDRV = 1 << 58
 MCI_STATUS_S = 1 << 56  # signalled by #MC
 MCI_STATUS_AR = 1 << 55  # action required: the access cannot be made good
 MCACOD_DATA_LOAD = 0x134  # cache hierarchy: data, read, level 0
+MCACOD_INSTRUCTION_FETCH = 0x150  # cache hierarchy: instruction fetch, level 0
 
 # IA32_MCi_MISC: how many low bits of the address mean nothing, and that it is a physical one
 _MISC_PAGE_LSB = 12
 _MISC_PHYSICAL = 2 << 6
 
 BANKS = 10  # as many as an ordinary CPU has
-MEMORY_BANK = 1  # the data cache's: it is the load that meets the error
+FETCH_BANK = 0  # the instruction fetch unit's
+DATA_BANK = 1  # the data cache's: it is the load that meets the error
 
 
 def guest_mcg_cap(supported: int) -> int | None:
@@ -45,18 +47,18 @@ def guest_mcg_cap(supported: int) -> int | None:
     return BANKS | MCG_SER_P if supported & MCG_SER_P else None
 
 
-def load_error(gpa: int, *, at_access: bool) -> kvm_x86_mce:
-    """Return the report of a load from the poisoned page that holds `gpa`.
+def memory_error(gpa: int, *, is_fetch: bool, at_access: bool) -> kvm_x86_mce:
+    """Return the report of an access to the poisoned page that holds `gpa`: an instruction fetch, or a load.
 
     `at_access` says that the machine check comes with RIP at the instruction that made it; else it comes later, after
     an instruction that is done with.
     """
     status = MCI_STATUS_VAL | MCI_STATUS_UC | MCI_STATUS_EN | MCI_STATUS_MISCV | MCI_STATUS_ADDRV
-    status |= MCI_STATUS_S | MCI_STATUS_AR | MCACOD_DATA_LOAD
+    status |= MCI_STATUS_S | MCI_STATUS_AR | (MCACOD_INSTRUCTION_FETCH if is_fetch else MCACOD_DATA_LOAD)
     return kvm_x86_mce(
         status=status,
         addr=gpa >> _MISC_PAGE_LSB << _MISC_PAGE_LSB,
         misc=_MISC_PHYSICAL | _MISC_PAGE_LSB,
         mcg_status=MCG_STATUS_MCIP | MCG_STATUS_RIPV | (MCG_STATUS_EIPV if at_access else 0),
-        bank=MEMORY_BANK,
+        bank=FETCH_BANK if is_fetch else DATA_BANK,
     )

@@ -184,7 +184,8 @@ class VcpuPaging:
         gpa = self._layout.gpa_of_page(page)
         where = f"vCPU {self._vcpu.index} at RIP {self._vcpu.regs.rip:#x} touched gpa {gpa:#x}, which is poisoned, and"
         try:
-            taken = self._vcpu.inject_machine_check(gpa, at_access=at_access)
+            is_fetch = at_access and self._is_fetched(page)
+            taken = self._vcpu.inject_machine_check(gpa, is_fetch=is_fetch, at_access=at_access)
         except KvmError as error:
             raise PagingError(f"{where} this KVM cannot tell it so by a machine check: {error}") from error
         if not taken:
@@ -192,6 +193,15 @@ class VcpuPaging:
                 f"{where} its guest cannot be told so: it has machine checks switched off (CR4.MCE, MCi_CTL), or has "
                 "not cleared MCG_STATUS after the last one"
             )
+
+    def _is_fetched(self, page: int) -> bool:
+        """Whether the instruction at RIP needs an absent page for its own bytes, and not for an operand."""
+        rip = self._vcpu.regs.rip
+        if self._ram_page(rip) == page:
+            return True
+        code = self._code_at(rip)
+        goes_on_there = len(code) < MAX_INSTRUCTION and self._ram_page(rip + len(code)) == page
+        return goes_on_there and page not in self._pages_of_operands(code)
 
     def _complete_poisoned(self, mmio: Mmio, page: int) -> Exit | None:
         """Get an access that KVM took for device I/O out of the way, then have the guest take its machine check.
@@ -258,19 +268,24 @@ class VcpuPaging:
         if page is not None and not self._pager.bitmap.test(page):
             return [page]
         code = self._code_at(rip)
-        sregs = self._vcpu.sregs
-        pages = []
-        try:
-            operands = memory_operands(code, self._vcpu.regs, sregs.fs.base, sregs.gs.base)
-        except TruncatedError:
-            operands = ()
-        for operand in operands:
-            last = operand.address + operand.length - 1
-            pages += [self._ram_page(address) for address in (operand.address, last)]
+        pages = self._pages_of_operands(code)
         if len(code) < MAX_INSTRUCTION:
             # It may go on in the next page. Last, because a short one does not.
             pages.append(self._ram_page(rip + len(code)))
         return [page for page in pages if page is not None]
+
+    def _pages_of_operands(self, code: bytes) -> list[int | None]:
+        """Return where the memory operands of the instruction at RIP begin and end; none if `code` is not all of it."""
+        sregs = self._vcpu.sregs
+        try:
+            operands = memory_operands(code, self._vcpu.regs, sregs.fs.base, sregs.gs.base)
+        except TruncatedError:
+            return []
+        return [
+            self._ram_page(address)
+            for operand in operands
+            for address in (operand.address, operand.address + operand.length - 1)
+        ]
 
     def _ram_page(self, address: int) -> int | None:
         gpa = self._vcpu.translate(address)

@@ -141,6 +141,8 @@ def access_program(code):
     return resume + setup + code + b"\x31\xd2\xc3", guest.PROGRAM_BASE + at
 
 
+# Bank and status: VAL UC EN MISCV ADDRV S AR (SDM volume 3), and what kind of access it was
+FETCHED, LOADED = (0, 0xBD80000000000150), (1, 0xBD80000000000134)
 LOADS = {
     "mov": "488b03",
     "over two pages": "488b83ecffffff",  # mov rax, [rbx - 20]
@@ -183,10 +185,30 @@ def test_a_load_has_not_happened_when_its_machine_check_comes(trap, ring, name):
     assert (block.exception_count, block.exception_vector, block.exception_rip) == (1, 18, where)
     assert block.exception_cs & 3 == ring
     assert block.checksum == RAX
-    # SDM volume 3: VAL UC EN MISCV ADDRV S AR, data load; physical address of a page; MCIP EIPV RIPV
-    assert block.mc_status == 0xBD80000000000134
+    assert (block.mc_bank, block.mc_status) == (FETCHED if name == "call" else LOADED)
+    # The physical address of a page; MCIP EIPV RIPV
     assert (block.mc_misc, block.mc_mcg_status) == (0x8C, 0b111)
     assert before == image_of([PAGE - 1]).tobytes()
+
+
+@every_trap
+@every_ring
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [("48b81122", FETCHED), ("480fb603", LOADED), ("f20f", FETCHED), ("8b04254030", FETCHED)],
+    ids=["immediate", "a load at the end", "opcode", "displacement"],
+)
+def test_an_instruction_that_goes_on_in_a_poisoned_page_is_fetched_there(trap, ring, code, kind):
+    at = GPA - len(code) // 2
+    # mov ecx, at; jmp rcx
+    program, _ = access_program(b"\xb9" + struct.pack("<I", at) + b"\xff\xe1")
+    with program_machine(trap, program, ring=ring, patches=[(at, bytes.fromhex(code))]) as machine:
+        machine.memory.read(GPA - PAGE_SIZE, PAGE_SIZE)
+        machine.pager.poison(PAGE)
+        machine.run(TIMEOUT)
+        block = machine.threads[0].parameters
+        assert taken(block) == [GPA]
+        assert (block.exception_rip, block.mc_bank, block.mc_status) == (at, *kind)
 
 
 @every_trap
