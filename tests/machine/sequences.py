@@ -3,7 +3,8 @@
 The model has the bytes of every page, whether they are lost, where they are, and what the pager has to have counted;
 one rule for each operation, page by page. After each step the machine has to agree with it about all of RAM.
 
-A vCPU runs all the time: it asks a port for an address, and what to store there, and answers with what it loads.
+A vCPU runs all the time: it asks a port for an address, and what to store there, and answers with what it loads, or
+that it has had a machine check instead.
 """
 
 import queue
@@ -11,6 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -46,10 +48,22 @@ COUNTED_AS = {
 FAULT_EXITS = (BusError, InternalError, MemoryFault, Mmio)
 
 PORT = 0x300
+MACHINE_CHECK_PORT = PORT + 1
 END = 0xFFFFFFFF
+# lea rax, [4f]; mov [rdi + 0x190], rax: where a machine check goes on
 # 1: mov edx, PORT; in eax, dx; mov ecx, eax; cmp ecx, -1; je 3f; in eax, dx; test eax, eax; jz 2f; mov [rcx], eax
 # 2: mov eax, [rcx]; out dx, eax; jmp 1b; 3: xor eax, eax; ret
-PROGRAM = bytes.fromhex("ba00030000ed89c183f9ff740ced85c0740289018b01efebe731c0c3")
+# 4: mov edx, MACHINE_CHECK_PORT; out dx, eax; jmp 1b
+PROGRAM = bytes.fromhex(
+    "488d052300000048898790010000 ba00030000ed89c183f9ff740ced85c0740289018b01efebe731c0c3 ba01030000efebdc"
+)
+
+
+@dataclass
+class MachineCheck:
+    """The vCPU's answer if an access gave one, with what the guest was told."""
+
+    gpa: int
 
 
 class GuestWord:
@@ -61,12 +75,17 @@ class GuestWord:
         self._error = None
         self._thread = threading.Thread(target=self._run)
         machine.ports.add(PORT, self._serve)
+        machine.ports.add(MACHINE_CHECK_PORT, self._serve_machine_check)
 
     def _serve(self, _vcpu, io):
         if io.direction == "in":
             io.data[:] = self._asked.get().to_bytes(4, "little")
         else:
             self._answers.put(int.from_bytes(io.data, "little"))
+
+    def _serve_machine_check(self, _vcpu, _io):
+        block = self._machine.threads[0].parameters
+        self._answers.put(MachineCheck(block.mc_addresses[block.mc_count - 1]))
 
     def _run(self):
         try:
@@ -86,7 +105,10 @@ class GuestWord:
             raise self._error
 
     def access(self, gpa, value=0):
-        """Store `value` unless it is 0; returns what is loaded then, and how many exits for paging that took."""
+        """Store `value` unless it is 0; returns what is loaded then, and how many exits for paging that took.
+
+        A machine check instead of what is loaded, if that came.
+        """
         before = self._exits()
         self._asked.put(gpa)
         self._asked.put(value)
@@ -165,6 +187,7 @@ class RandomSequence:
         self.chance = random.Random(seed)
         self.trap, self.backing = trap, backing
         self.steps = []
+        self.machine_checks = 0
         self._image = folder / "image"
 
     def run(self):
@@ -245,12 +268,16 @@ class RandomSequence:
                 self.memory.write(at, data)
 
     def vcpu(self):
-        """A load, or a store and a load, of the vCPU; a poisoned page would be a machine check."""
-        page = self.some_page(SOURCE, PRESENT, BACKED, ZERO, SINK)
+        """A load, or a store and a load, of the vCPU; the one or the other of a poisoned page is a machine check."""
+        page = self.some_page(*self.chance.choice(((), (POISON,))))
         if page is None:
             return
         at = page * PAGE_SIZE + 4 * self.chance.randrange(PAGE_SIZE // 4)
         value = self.chance.choice((0, self.chance.randrange(1, 1 << 32)))
+        if self.model.states[page] == POISON:
+            assert self.guest.access(at, value)[0] == MachineCheck(page * PAGE_SIZE)
+            self.machine_checks += 1
+            return
         absent = self.model.states[page] != PRESENT
         self.model.admit(page, 1, faults=True)
         if value:
@@ -386,6 +413,7 @@ class RandomSequence:
         assert ledger.resident == sum(map(states.count, IN_RAM))
         assert pager.enabled == model.enabled
         assert pager.error is None
+        assert self.machine.threads[0].parameters.mc_count == self.machine_checks
         assert violations(pager) == []
         bits = bytearray(PAGES)
         for first, count in pager.bitmap.present_runs().tolist():
