@@ -127,7 +127,8 @@ def print_summary(document: dict[str, Any]) -> None:
     same = "equal" if document["guest_checksum"] == document["expected_checksum"] else "DIFFERENT"
     print(f"checksum   guest {document['guest_checksum']}, host {document['expected_checksum']}: {same}")
     wrong = f"WRONG at gpa {', '.join(document['wrong_pages'])}" if document["wrong_pages"] else "all exact"
-    print(f"bytes      {document['pages_checked']} present pages compared with the source: {wrong}")
+    which = "present pages" if document["resident_limit_bytes"] is None else "pages, present or evicted,"
+    print(f"bytes      {document['pages_checked']} {which} compared with the source: {wrong}")
 
 
 def _print_poison(poison: dict[str, Any]) -> None:

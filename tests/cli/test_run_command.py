@@ -405,6 +405,7 @@ def test_a_limit_to_what_is_in_memory():
     assert document["pages_checked"] == 1024
     done = kvmdp("run", "--memory", "4M", "--resident-limit", "1M")
     assert re.search(r"limit +1M in memory, 1\.0 MiB at the most: \d+ evicted, \d+ fetched again", done.out)
+    assert "bytes      1024 pages, present or evicted, compared with the source: all exact" in done.out
     assert "limit " not in kvmdp("run", "--memory", "2M", "--pages", 4).out
 
 
