@@ -18,7 +18,7 @@ _INTERRUPTED = 130
 
 def entry() -> NoReturn:
     """Run the command and exit with its status."""
-    _on_interruption(_leave)
+    _on_interruption(leave)
     open_streams()
     from kvmdp.cli.main import main  # here, for this is what takes the time
 
@@ -39,7 +39,8 @@ def _on_interruption(handler: signal._HANDLER) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
-def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+def leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    """End the process here and now, as interrupted: a signal handler for when there is nothing to clean up."""
     try:
         os.write(2, b"kvmdp: interrupted\n")
     except OSError:

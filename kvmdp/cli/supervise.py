@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -131,7 +132,7 @@ def _verdict(child: subprocess.Popen[bytes], stalled: bool, stacks: int) -> int:
 def child(stacks: int, beating: int) -> NoReturn:
     """Run the command line in this process, supervised: stacks go to the file `stacks`, beats to `beating`."""
     global _supervised
-    from kvmdp.cli.entry import open_streams
+    from kvmdp.cli.entry import leave, open_streams
     from kvmdp.cli.main import main
 
     _supervised = True
@@ -142,16 +143,20 @@ def child(stacks: int, beating: int) -> NoReturn:
     faulthandler.register(_STACKS_SIGNAL, stacks, all_threads=True)
     _note_address(stacks)
     threading.Thread(target=_beat, args=(beating,), name="heartbeat", daemon=True).start()
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    _on_interruption(leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_FORWARDED, signal.SIGCHLD})
     open_streams()
-    sys.exit(main())
+    sys.exit(main(started=lambda: _on_interruption(_interrupt)))
+
+
+def _on_interruption(handler: Callable[[int, FrameType | None], object]) -> None:
+    for each in _FORWARDED:
+        signal.signal(each, handler)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     for each in _FORWARDED:
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, signal.SIG_IGN)  # the first is heeded
     raise KeyboardInterrupt
 
 

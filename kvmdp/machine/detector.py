@@ -19,6 +19,7 @@ from kvmdp.machine.leaks import Leak, absent_msr_pages, data_leak, runs_with_dat
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.pv import PV_MSRS
 from kvmdp.machine.workloads.arithmetic import Bools
+from kvmdp.memory.backing import FileBacking
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 
@@ -87,13 +88,12 @@ class LeakDetector:
             return  # a fill that failed half-way has left something where nothing is
         for at, count in runs_with_data(before, resident, after):
             page = first + at
-            huge = backing.page_size > pager.trap.granule or backing.thp
-            huge = huge or (backing.shared and tmpfs_has_huge_pages())
-            if huge and not self._has_bytes(machine, page, count):
+            around = _has_memory_around_pages(machine)
+            if around and not self._has_bytes(machine, page, count):
                 continue  # the zeros around a page that was filled
             with pager.mutex:
                 now = bytes(pager.ledger.states[page : page + count])
-            if huge and now != after[at : at + count]:
+            if around and now != after[at : at + count]:
                 continue  # the bytes may have come since; what is a leak is there at the next look too
             in_view = bool(_mapped(backing.guest, page, page + 1)[0])
             self._add([data_leak(machine.layout, page, count, in_guest_view=in_view)])
@@ -101,6 +101,14 @@ class LeakDetector:
     def _has_bytes(self, machine: Machine, page: int, count: int) -> bool:
         view = machine.backing.vmm.view[page * PAGE_SIZE : (page + count) * PAGE_SIZE]
         return bool(np.frombuffer(view, dtype=np.uint64).any())
+
+
+def _has_memory_around_pages(machine: Machine) -> bool:
+    """Whether the kernel may give memory to what lies beside a page that is filled: huge pages, a disk's page cache."""
+    backing = machine.backing
+    if backing.page_size > machine.pager.trap.granule or backing.thp or isinstance(backing, FileBacking):
+        return True
+    return backing.shared and tmpfs_has_huge_pages()
 
 
 def _in_memory_file(mapping: Mapping, first: int, end: int) -> Bools:

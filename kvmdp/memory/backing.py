@@ -187,12 +187,14 @@ class FileBacking(Backing):
 
     def __init__(self, size: int, path: str | None = None, *, thp: bool = False) -> None:
         with contextlib.ExitStack() as stack:
-            self._file = _open_file(path)  # not `fd`, which may be handed over
+            self._file, created = _open_file(path)  # not `fd`, which may be handed over
             stack.callback(os.close, self._file)
             try:
                 os.posix_fallocate(self._file, 0, size)
             except OSError as error:
                 os.ftruncate(self._file, 0)
+                if created is not None:
+                    created.unlink()
                 where = path or "the folder of temporary files"
                 raise UnsupportedError(
                     f"{where} has no room for {format_size(size)} of RAM ({error.strerror}): free some, or name a file "
@@ -220,14 +222,19 @@ class FileBacking(Backing):
             self._file = -1
 
 
-def _open_file(path: str | None) -> int:
-    if path is not None:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    import tempfile  # here, for few runs have a use for it
+def _open_file(path: str | None) -> tuple[int, Path | None]:
+    """Return the descriptor, and the file's path if it was not there before."""
+    if path is None:
+        import tempfile  # here, for few runs have a use for it
 
-    fd, name = tempfile.mkstemp(prefix="kvmdp-ram-")
-    Path(name).unlink()
-    return fd
+        fd, name = tempfile.mkstemp(prefix="kvmdp-ram-")
+        Path(name).unlink()
+        return fd, None
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), Path(path)
+    except FileExistsError:
+        return os.open(path, flags), None
 
 
 def check_file(path: str) -> None:

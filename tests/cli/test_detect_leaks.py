@@ -53,6 +53,16 @@ def test_nothing_is_found_where_nothing_is_wrong(workload, trap):
     assert done.out.endswith("leaks      none found\n")
 
 
+@pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
+def test_what_the_page_cache_reads_ahead_is_no_leak(trap):
+    require_trap(trap)
+    done = kvmdp(
+        "run", "--memory", "4M", "--trap", trap, "--backing", "file", "--order", "random", "--detect-leaks"
+    )
+    assert done.status == 0, done.err
+    assert done.out.endswith("leaks      none found\n")
+
+
 def test_the_document_has_the_leaks_and_null_if_nobody_looked():
     assert kvmdp(*SMALL, "--json", "-").document["leaks"] == []
     assert kvmdp(*SMALL[:-1], "--json", "-").document["leaks"] is None

@@ -27,14 +27,28 @@ def test_an_interruption_while_a_module_is_loaded(module, number):
     assert (done.status, done.error, done.out) == (130, "interrupted", "")
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2])
-def test_an_interruption_soon_after_the_entry(delay):
-    prelude = """import sys
+READY = """import sys
 import kvmdp.cli.entry as entry
-entry._on_interruption(entry._leave)
+entry._on_interruption(entry.leave)
 print("ready", file=sys.stderr, flush=True)
 """
-    with Running("run", "--memory", "256M", prelude=prelude) as command:
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("tenths", range(1, 8))
+def test_an_interruption_while_a_supervised_run_starts(tenths, number):
+    with Running("run", "--memory", "1G", "--detect-leaks", prelude=READY) as command:
+        command.wait_for_progress("ready")
+        time.sleep(tenths / 10)
+        command.process.send_signal(number)
+        done = command.finish()
+    assert done.status in (130, 4)  # 4: no KVM here, and it was said before the signal came
+    assert done.error == "interrupted" or done.status == 4
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2])
+def test_an_interruption_soon_after_the_entry(delay):
+    with Running("run", "--memory", "256M", prelude=READY) as command:
         command.wait_for_progress("ready")
         time.sleep(delay)
         command.process.send_signal(signal.SIGINT)

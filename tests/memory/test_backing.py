@@ -122,6 +122,10 @@ def test_a_disk_without_room_is_said_before_a_fault_could_find_out(tmp_path):
         UnsupportedError, match=rf"{path} has no room for 1048576T of RAM \(.+\): free some, or name"
     ):
         FileBacking(1 << 60, str(path))
+    assert not path.exists()
+    path.touch()
+    with pytest.raises(UnsupportedError):
+        FileBacking(1 << 60, str(path))
     assert path.stat().st_size == 0
 
 
