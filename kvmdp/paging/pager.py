@@ -36,8 +36,9 @@ class DemandPager(Revoker):
     Arguments: where RAM lies; the trap, not yet armed; the source; the policy; the gate the vCPUs pass.
     `bitmap` is the projection of the states: bit set if and only if the guest may enter, or is about to be let in.
     `error` is None until the source has failed for good; from then on nothing absent becomes present. `observer`, if
-    set, is told of each fault that was resolved, the claim that did it, and when that began (time.perf_counter_ns);
-    it must not block. `peers`, if set, is asked before pages are taken away, and before accesses are frozen.
+    set, is told of each fault that was resolved, or what stands for it where a page was marked or healed, the claim
+    that did it, and when that began (time.perf_counter_ns); it must not block. `peers`, if set, is asked before pages
+    are taken away, and before accesses are frozen.
 
     `mutex` guards the ledger, `error`, `enabled` and the gates of accesses. `kvmdp.paging.access` takes it too, for a
     copy of a page at the most.
@@ -262,7 +263,7 @@ class DemandPager(Revoker):
 
         Why it comes to an end: the gate is open, so whoever is waited for may stop the vCPUs. Who is at a present page
         admits it and needs no more of anybody; a revocation would (the pins), but its pages are absent from its
-        beginning. Who keeps house waits for no claim and no pin, so not for the views that the caller or the
+        beginning. Who keeps house does not insist on a claim or a pin, so not on the views that the caller or the
         housekeeper itself may hold; it finds nothing absent to fetch and is refused what it would take away. And
         what was begun before that is a claim, and has ended.
         """

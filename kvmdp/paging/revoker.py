@@ -17,7 +17,7 @@ from typing import Protocol
 
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.claim import Claim, State, Wait
-from kvmdp.paging.fault import BusyError, CancelledError, PagingError, SwitchedOffError
+from kvmdp.paging.fault import BusyError, CancelledError, PageFault, PagingError, SwitchedOffError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.ledger import takeable
 from kvmdp.paging.policy import FaultPolicy
@@ -158,7 +158,12 @@ class Revoker(Resolver):
                 f"{len(content)} bytes for gpa {gpa:#x}, where {length} are poisoned: give all of them"
             )
         self._fill_view[offset : offset + length] = content
+        began = time.perf_counter_ns()
         self.commit(claim)
+        if (
+            self.observer is not None
+        ):  # as when any other page becomes present: it may be the last of a region
+            self.observer(PageFault(page), claim, began)
 
     def _have_sink(self) -> None:
         with self.mutex:

@@ -1,13 +1,22 @@
 """A guest that has a quarter of its working set in memory: slower, and exact."""
 
+import contextlib
+import threading
+import time
+
+import numpy as np
 import pytest
 from harness import (
     MEMORY,
     SEED,
     TIMEOUT,
+    TRAPS,
+    contents,
     every_trap,
     every_trap_and_backing,
     host_vectors,
+    make_machine,
+    meanwhile,
     plan,
     require_trap,
 )
@@ -16,7 +25,9 @@ from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import PagingError
+from kvmdp.paging import resident
+from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.paging.resident import ResidentLimit, check_limit
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
@@ -63,7 +74,7 @@ def test_pages_that_are_used_are_spared():
 
 def test_a_limit_below_what_the_guest_can_run_in():
     options = MachineOptions(MEMORY, "mmio", vcpus=2, resident_limit=64 << 10)
-    with pytest.raises(ValueError, match="less than this guest can run in: give 304K or more"):
+    with pytest.raises(ValueError, match="less than this guest can run in: give 344K or more"):
         Machine(options, SyntheticSource(MEMORY))
 
 
@@ -86,3 +97,91 @@ def test_a_sink_that_is_full_ends_the_run(trap):
     machine = MachineOptions(MEMORY, trap, resident_limit=LIMIT)
     with pytest.raises(PagingError, match="No space left on device"):
         run_workload(machine, workload, SyntheticSource(MEMORY, SEED), timeout=TIMEOUT, on_start=fill_up)
+
+
+@every_trap
+def test_a_fault_over_the_limit_passes_over_the_pages_that_somebody_is_at(monkeypatch, trap):
+    for name in ("_PAUSE_SECONDS", "_ANSWER_SECONDS"):  # for the thread, and for devices elsewhere
+        monkeypatch.setattr(resident, name, 10 * TIMEOUT)
+    with make_machine(trap, resident_limit=LIMIT) as machine:
+        pager = machine.pager
+        machine.memory.read(0, LIMIT)
+        with machine.memory.view(0, LIMIT // 2):
+            reader = threading.Thread(target=machine.memory.read, args=(LIMIT, LIMIT // 4), daemon=True)
+            reader.start()
+            reader.join(TIMEOUT)
+            assert not reader.is_alive()
+            assert pager.ledger.resident <= LIMIT // PAGE_SIZE
+            assert pager.bitmap.count_range(0, LIMIT // PAGE_SIZE // 2) == LIMIT // PAGE_SIZE // 2
+
+
+def settles_at_the_limit(pager):
+    """The thread may have been at it."""
+    deadline = time.monotonic() + TIMEOUT
+    while pager.ledger.resident > LIMIT // PAGE_SIZE and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert pager.ledger.resident <= LIMIT // PAGE_SIZE
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_of_what_others_have_shut_off_no_more_is_evicted_than_must_be(trap):
+    with make_machine(trap) as machine:
+        pager, limit = machine.pager, LIMIT // PAGE_SIZE
+        pager.mark_present(0, machine.layout.pages)
+        pager.mark_nonpresent(0, machine.layout.pages)
+        with contextlib.closing(ResidentLimit(pager, limit)):
+            machine.memory.read(0, 8)
+            settles_at_the_limit(pager)
+        assert pager.ledger.resident > limit - 2 * 32
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_switching_off_does_not_end_a_run_with_a_limit(trap):
+    # Off asks for all of RAM: then nobody is refused what he wants to take out, it is simply not taken.
+    workload = plan("atomic", vcpus=2, iterations=10)
+    with make_machine(trap, workload=workload, resident_limit=LIMIT) as machine:
+        pager, switched = machine.pager, []
+
+        def switch(_number):
+            with contextlib.suppress(PagingError):  # a page has gone again
+                if pager.mark_present(0, machine.layout.pages) is not Outcome.PRESENT:
+                    return False
+                pager.disable()
+                switched.append(True)
+                time.sleep(0.002)
+                pager.enable()
+            return None
+
+        with meanwhile(switch):
+            machine.run(TIMEOUT)
+        assert pager.error is None
+        pages = np.arange(machine.layout.pages)
+        expected = workload.expected_pages(SyntheticSource(MEMORY, SEED).pages, pages)
+        assert np.array_equal(contents(machine, pages), expected)
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "fault_around", "unit", "retained", "least"),
+    [
+        (1, 1, 1, 0, 64 + 6 + 5),
+        (1, 1, 1, 3, 64 + 6 + 5 + 3),
+        (2, 8, 1, 0, 64 + 2 * (6 * 8 + 5)),
+        (1, 1, 16, 3, 64 + 16 * (6 + 5 + 2)),  # three table pages in a row can lie in two units
+        (1, 1, 16, 17, 64 + 16 * (6 + 5 + 2)),
+        (1, 1, 16, 18, 64 + 16 * (6 + 5 + 3)),
+    ],
+)
+def test_what_can_never_leave_counts_in_whole_units(vcpus, fault_around, unit, retained, least):
+    check_limit(least, vcpus, fault_around, unit, retained)
+    with pytest.raises(ValueError, match=f"give {least * 4}K or more"):
+        check_limit(least - 1, vcpus, fault_around, unit, retained)
+
+
+@pytest.mark.root
+@pytest.mark.hugepages
+def test_there_is_no_limit_to_memory_that_is_never_freed():
+    options = MachineOptions(
+        MEMORY, "mmio", "hugetlb-2m", granule=PAGE_SIZE, resident_limit=LIMIT, reserve_hugepages=True
+    )
+    with pytest.raises(ValueError, match="hugetlb-2m memory is held to the end"):
+        Machine(options, SyntheticSource(MEMORY))

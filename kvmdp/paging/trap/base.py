@@ -43,8 +43,8 @@ class Presence(Protocol):
     def housekeeping(self) -> list[Callable[[], None]]:
         """What is called after a commit by threads that may sleep, with no claim held; for a trap to add to.
 
-        Such a call may stop the vCPUs, but waits for no claim and no pin: its thread may hold a view of pages, and
-        who disarms the trap waits until nobody is in one.
+        Such a call may stop the vCPUs, but waits for no claim and no pin, for more than a moment: its thread may hold
+        a view of pages, and who disarms the trap waits until nobody is in such a call.
         """
         ...
 
