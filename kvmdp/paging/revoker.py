@@ -160,9 +160,8 @@ class Revoker(Resolver):
         self._fill_view[offset : offset + length] = content
         began = time.perf_counter_ns()
         self.commit(claim)
-        if (
-            self.observer is not None
-        ):  # as when any other page becomes present: it may be the last of a region
+        # As when any other page becomes present: it may be the last of a region.
+        if self.observer is not None:
             self.observer(PageFault(page), claim, began)
 
     def _have_sink(self) -> None:

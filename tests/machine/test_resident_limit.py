@@ -4,19 +4,16 @@ import contextlib
 import threading
 import time
 
-import numpy as np
 import pytest
 from harness import (
     MEMORY,
     SEED,
     TIMEOUT,
     TRAPS,
-    contents,
     every_trap,
     every_trap_and_backing,
     host_vectors,
     make_machine,
-    meanwhile,
     plan,
     require_trap,
 )
@@ -26,7 +23,7 @@ from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging import resident
-from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.paging.fault import PagingError
 from kvmdp.paging.resident import ResidentLimit, check_limit
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -135,29 +132,29 @@ def test_of_what_others_have_shut_off_no_more_is_evicted_than_must_be(trap):
         assert pager.ledger.resident > limit - 2 * 32
 
 
-@pytest.mark.parametrize("trap", TRAPS)
-def test_switching_off_does_not_end_a_run_with_a_limit(trap):
-    # Off asks for all of RAM: then nobody is refused what he wants to take out, it is simply not taken.
-    workload = plan("atomic", vcpus=2, iterations=10)
-    with make_machine(trap, workload=workload, resident_limit=LIMIT) as machine:
-        pager, switched = machine.pager, []
+@every_trap
+def test_a_limit_gives_way_to_switching_off(monkeypatch, trap):
+    # Off wants all of RAM. Who is about to take pages out for the limit when it comes is refused, and that is no error.
+    with make_machine(trap, resident_limit=LIMIT) as machine:
+        pager, pages = machine.pager, machine.layout.pages
+        off, take = threading.Thread(target=pager.disable), pager.mark_nonpresent
 
-        def switch(_number):
-            with contextlib.suppress(PagingError):  # a page has gone again
-                if pager.mark_present(0, machine.layout.pages) is not Outcome.PRESENT:
-                    return False
-                pager.disable()
-                switched.append(True)
-                time.sleep(0.002)
-                pager.enable()
-            return None
+        def take_once_it_is_off(first, count, timeout):
+            off.start()
+            while pager.enabled:
+                time.sleep(0.001)
+            return take(first, count, timeout)
 
-        with meanwhile(switch):
-            machine.run(TIMEOUT)
-        assert pager.error is None
-        pages = np.arange(machine.layout.pages)
-        expected = workload.expected_pages(SyntheticSource(MEMORY, SEED).pages, pages)
-        assert np.array_equal(contents(machine, pages), expected)
+        pager.mark_present(0, pages - 1)
+        monkeypatch.setattr(pager, "mark_nonpresent", take_once_it_is_off)
+        machine.memory.read((pages - 1) * PAGE_SIZE, 8)
+        off.join()
+        assert (pager.enabled, pager.error, pager.bitmap.count()) == (False, None, pages)
+        monkeypatch.undo()
+        pager.enable()
+        pager.evict(0, 1)
+        machine.memory.read(0, 8)
+        settles_at_the_limit(pager)
 
 
 @pytest.mark.parametrize(
