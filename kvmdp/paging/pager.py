@@ -228,17 +228,12 @@ class DemandPager(Revoker):
 
         Raises PagingError while pages are absent: nothing would fetch them any more. Not for who keeps house.
         """
-        with self._switching(), contextlib.ExitStack() as stack:
+        with self._switching():
             if not self.enabled:
                 return
-            self._let_nobody_begin()
-            try:
-                stack.enter_context(self.gate.quiesced())
-            except BaseException:  # a vCPU stays in KVM_RUN
-                with self.mutex:
-                    self.enabled = True  # as before: the trap has not been touched
-                raise
-            self.trap.disarm()
+            with self.gate.quiesced():
+                self._let_nobody_begin()
+                self.trap.disarm()
 
     @contextlib.contextmanager
     def _switching(self) -> Iterator[None]:
@@ -261,11 +256,11 @@ class DemandPager(Revoker):
         disarm meanwhile would delete the same memslots. So who is at that is waited for as well, and nobody begins once
         `enabled` is False, which is set in the step that finds no page absent and no claim.
 
-        Why it comes to an end: the gate is open, so whoever is waited for may stop the vCPUs. Who is at a present page
-        admits it and needs no more of anybody; a revocation would (the pins), but its pages are absent from its
-        beginning. Who keeps house does not insist on a claim or a pin, so not on the views that the caller or the
-        housekeeper itself may hold; it finds nothing absent to fetch and is refused what it would take away. And
-        what was begun before that is a claim, and has ended.
+        Why it comes to an end although the caller keeps the vCPUs out: whoever is waited for is outside the gate, needs
+        none of them to get on, and may stop them too (the gate counts who closes it). Who is at a present page admits
+        it; a revocation would wait (for pins), but its pages are absent from its beginning. Who keeps house does not
+        insist on a claim or a pin, so not on the views that the caller or the housekeeper itself may hold; it finds
+        nothing absent to fetch, and is refused what it would take away. What was begun before is a claim and has ended.
         """
         while True:
             with self.mutex:
