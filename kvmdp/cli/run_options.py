@@ -21,7 +21,7 @@ from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.collapse import POLICIES
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.policy import FaultAround
-from kvmdp.paging.resident import check_limit
+from kvmdp.paging.resident import check_frees, check_limit
 from kvmdp.paging.trap.partial_regions import DEFAULT_SLOT_MEMORY
 from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
 from kvmdp.paging.trap.slot_trap import SlotOptions, Split
@@ -295,6 +295,8 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         raise ValueError("--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out")
     check_backing(options.trap, BACKINGS[options.backing])
     check_mode(mode, BACKINGS[options.backing])
+    if options.resident_limit is not None:
+        check_frees(BACKINGS[options.backing])
     if not options.reserve_hugepages:
         check_huge_pages(options.backing, memory)
     trap = choose_trap(options.backing, memory) if options.trap == "auto" else options.trap
@@ -303,8 +305,8 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
     limit = None if options.resident_limit is None else parse_size(options.resident_limit)
     if limit is not None:
         retained = memory - usable_memory(memory, options.page_tables)
-        pages_a_fault = max(options.fault_around, (granule or PAGE_SIZE) // PAGE_SIZE)
-        check_limit(limit // PAGE_SIZE, options.vcpus, pages_a_fault, retained // PAGE_SIZE)
+        unit = (granule or PAGE_SIZE) // PAGE_SIZE
+        check_limit(limit // PAGE_SIZE, options.vcpus, options.fault_around, unit, retained // PAGE_SIZE)
     return MachineOptions(
         memory_bytes=memory,
         resident_limit=limit,

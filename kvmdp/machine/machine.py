@@ -30,7 +30,7 @@ from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.peers import DeviceServer, check_shareable
 from kvmdp.paging.policy import FaultAround
-from kvmdp.paging.resident import ResidentLimit, check_limit
+from kvmdp.paging.resident import ResidentLimit, check_frees, check_limit
 from kvmdp.paging.trap.device import DeviceView
 from kvmdp.paging.trap.hybrid import HybridTrap
 from kvmdp.paging.trap.mmio import MmioTrap
@@ -232,8 +232,9 @@ class Machine:
         if self.options.resident_limit is None:
             return None
         pages = self.options.resident_limit // PAGE_SIZE
-        pages_a_fault = max(self.options.fault_around, self.pager.ledger.unit)
-        check_limit(pages, self.options.vcpus, pages_a_fault, self.page_tables.pages)
+        check_frees(self.backing)
+        unit = self.pager.ledger.unit
+        check_limit(pages, self.options.vcpus, self.options.fault_around, unit, self.page_tables.pages)
         limit = ResidentLimit(self.pager, pages)
         stack.callback(limit.close)
         return limit

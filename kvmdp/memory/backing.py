@@ -44,7 +44,7 @@ class Backing(ABC):
     Of the kind: `name`; `page_size`, bytes of the pages the host has it in, the least that userfaultfd can map;
     `shared`, whether there are two views of the same pages; `sealed`, whether it is a memory file of sealed size,
     fit to be handed to other processes; `registrable`, whether userfaultfd takes it; `transparent`, whether its pages
-    can be put together into huge ones (`thp`).
+    can be put together into huge ones (`thp`); `frees`, whether `forget` gives memory back to the host.
 
     Of the object: `size`; `thp`; `fd`, the sealed memory file, and `guest_memfd`, a guest_memfd that memslots are to be
     bound to, -1 where there is none; `guest` and `vmm`, the mappings.
@@ -56,6 +56,7 @@ class Backing(ABC):
     sealed: bool = False
     registrable: bool = True
     transparent: bool = False
+    frees: bool = True
 
     def __init__(
         self,

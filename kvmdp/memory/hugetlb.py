@@ -30,6 +30,8 @@ class HugetlbBacking(Backing):
     Raises UnsupportedError where the kernel has no such pages, or too few of them.
     """
 
+    frees = False
+
     def __init__(self, size: int, *, reserve: bool = False) -> None:
         check_pool(self.page_size)
         count = -(-size // self.page_size)

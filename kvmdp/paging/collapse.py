@@ -25,14 +25,16 @@ POLICIES: tuple[CollapsePolicy, ...] = get_args(CollapsePolicy)
 
 _ROUND_SECONDS = 0.1  # from one look of the background thread at all of RAM to the next
 _ROUND_REGIONS = 16  # what it puts together at most before it pauses
+_ATTEMPTS = 5  # at a region that has filled; a round's time lies between two
 
 
 class Collapser:
     """Collapses what a machine's pager has made present, by a policy, for the time of a `with` block.
 
-    "full": a thread collapses a region as soon as its last page has been admitted. No vCPU and no reader does it: the
-    kernel moves 2 MiB for it. "background": a thread looks ten times a second for full regions, and takes 16 at most
-    each time. "end" and "off": nothing happens by itself; who uses it calls `collapse_all`.
+    "full": a thread collapses a region as soon as its last page has been admitted, and tries a few times more if
+    somebody was at a page of it. No vCPU and no reader does it: the kernel moves 2 MiB for it. "background": a thread
+    looks ten times a second for full regions, and takes 16 at most each time. "end" and "off": nothing happens by
+    itself; who uses it calls `collapse_all`.
 
     `pages` have been put together in `seconds` of work. To be made when nobody changes `pager.observer` any more.
     """
@@ -93,6 +95,7 @@ class Collapser:
 
         Two claims may fill a region at the same time, and the first to end finds the bits of the other set, whose
         pages are only being admitted: then the thread finds a page claimed. The second to end notes the region again.
+        Who claims a page for another reason (`DemandPager.reassert`) notes nothing: the thread tries again by itself.
         """
         if self._observer is not None:
             self._observer(fault, claim, began)
@@ -102,8 +105,24 @@ class Collapser:
                 self._filled.put(number)
 
     def _collapse_filled(self) -> None:
-        while (number := self._filled.get()) is not None and not self._stopped.is_set():
-            self._collapse(number * REGION, REGION)
+        attempts: dict[int, int] = {}  # left, at regions that could not be had
+        while not self._stopped.is_set():
+            try:
+                number = self._filled.get(timeout=_ROUND_SECONDS if attempts else None)
+            except queue.Empty:
+                for region in list(attempts):
+                    self._attempt(region, attempts)
+                continue
+            if number is not None:
+                attempts[number] = _ATTEMPTS
+                self._attempt(number, attempts)
+
+    def _attempt(self, number: int, attempts: dict[int, int]) -> None:
+        """Collapse a region, and take note of how many attempts are left; none if it need not be tried again."""
+        attempts[number] -= 1
+        is_full = self._pager.bitmap.test_range(number * REGION, REGION)
+        if not is_full or self._collapse(number * REGION, REGION) or not attempts[number]:
+            del attempts[number]
 
     # In the background
 

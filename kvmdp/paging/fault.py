@@ -15,6 +15,7 @@ __all__ = [
     "PageFault",
     "PagingError",
     "PoisonedError",
+    "SwitchedOffError",
     "UnsupportedError",
 ]
 
@@ -37,3 +38,7 @@ class CancelledError(PagingError):
 
 class PoisonedError(PagingError):
     """The page is poisoned: what was in it is lost. Nothing was touched."""
+
+
+class SwitchedOffError(PagingError):
+    """Demand paging is switched off: nothing can be taken away. Nothing was touched."""

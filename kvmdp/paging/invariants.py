@@ -1,8 +1,9 @@
 """What must hold between the states of the pages, the bitmap, the memslots and the guest view, whatever the trap.
 
-For tests, and for whoever doubts: it looks at what KVM and the page table were told, not at what was meant. Nobody else
-may be active meanwhile. The page table is read in /proc/self/pagemap: bit 63 is a mapped page, bit 62 a marker (an
-entry that is no page; memory that was swapped out looks the same).
+For tests, and for whoever doubts. Nobody else may be active meanwhile. The page table is the kernel's own, read in
+/proc/self/pagemap: bit 63 is a mapped page, bit 62 a marker (an entry that is no page; memory that was swapped out
+looks the same). The memslots are our own record of what KVM was told and did not refuse
+(`kvmdp.paging.trap.slot_map`): KVM has no call that lists them. That it has them so is shown by what guests find.
 
 Units: RAM pages.
 """

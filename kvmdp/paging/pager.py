@@ -7,7 +7,10 @@ Units: RAM pages, seconds.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -33,8 +36,9 @@ class DemandPager(Revoker):
     Arguments: where RAM lies; the trap, not yet armed; the source; the policy; the gate the vCPUs pass.
     `bitmap` is the projection of the states: bit set if and only if the guest may enter, or is about to be let in.
     `error` is None until the source has failed for good; from then on nothing absent becomes present. `observer`, if
-    set, is told of each fault that was resolved, the claim that did it, and when that began (time.perf_counter_ns);
-    it must not block. `peers`, if set, is asked before pages are taken away, and before accesses are frozen.
+    set, is told of each fault that was resolved, or what stands for it where a page was marked or healed, the claim
+    that did it, and when that began (time.perf_counter_ns); it must not block. `peers`, if set, is asked before pages
+    are taken away, and before accesses are frozen.
 
     `mutex` guards the ledger, `error`, `enabled` and the gates of accesses. `kvmdp.paging.access` takes it too, for a
     copy of a page at the most.
@@ -44,6 +48,8 @@ class DemandPager(Revoker):
         self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: VcpuGate
     ) -> None:
         super().__init__(layout, trap, source, policy, gate)
+        self._is_switching = False  # the claim on `enabled`: somebody arms or disarms the trap
+        self._switched = threading.Condition(self.mutex)
 
     # Pages that stay
 
@@ -208,30 +214,53 @@ class DemandPager(Revoker):
         self.trap.disarm()
 
     def enable(self) -> None:
-        """Arm the trap: from now on an access to an absent page is a fault."""
-        if self.enabled:
-            return
-        with self.gate.quiesced():
-            self.trap.arm(self)
-            with self.mutex:
-                self.enabled = True
+        """Arm the trap: from now on an access to an absent page is a fault. Does nothing if it is armed."""
+        with self._switching():
+            if self.enabled:
+                return
+            with self.gate.quiesced():
+                self.trap.arm(self)
+                with self.mutex:
+                    self.enabled = True
 
     def disable(self) -> None:
-        """Disarm the trap: RAM is plain memory again, with no overhead left.
+        """Disarm the trap: RAM is plain memory again, with no overhead left. Does nothing if it is disarmed.
 
-        Raises PagingError while pages are absent: nothing would fetch them any more.
+        Raises PagingError while pages are absent: nothing would fetch them any more. Not for who keeps house.
         """
-        if not self.enabled:
-            return
-        with self.gate.quiesced():
-            self._let_nobody_begin()
-            self.trap.disarm()
+        with self._switching():
+            if not self.enabled:
+                return
+            with self.gate.quiesced():
+                self._let_nobody_begin()
+                self.trap.disarm()
+
+    @contextlib.contextmanager
+    def _switching(self) -> Iterator[None]:
+        """Be the only one to arm or disarm the trap; who comes second waits and finds it done."""
+        with self.mutex:
+            while self._is_switching:
+                self._switched.wait()
+            self._is_switching = True
+        try:
+            yield
+        finally:
+            with self.mutex:
+                self._is_switching = False
+                self._switched.notify()
 
     def _let_nobody_begin(self) -> None:
-        """Switch off once nobody is at a page; raises PagingError if a page is absent.
+        """Switch off once nobody is at a page or keeps house; raises PagingError if a page is absent.
 
-        Who is at a present page admits it, outside the gate, and needs nothing of a vCPU that the closed gate
-        holds up. A revocation would (the pins), but its pages are absent from its beginning.
+        All pages are present is when the last regions of memslots are merged, with no claim held (`_keep_house`): to
+        disarm meanwhile would delete the same memslots. So who is at that is waited for as well, and nobody begins once
+        `enabled` is False, which is set in the step that finds no page absent and no claim.
+
+        Why it comes to an end although the caller keeps the vCPUs out: whoever is waited for is outside the gate, needs
+        none of them to get on, and may stop them too (the gate counts who closes it). Who is at a present page admits
+        it; a revocation would wait (for pins), but its pages are absent from its beginning. Who keeps house does not
+        insist on a claim or a pin, so not on the views that the caller or the housekeeper itself may hold; it finds
+        nothing absent to fetch, and is refused what it would take away. What was begun before is a claim and has ended.
         """
         while True:
             with self.mutex:
@@ -239,14 +268,24 @@ class DemandPager(Revoker):
                 if absent:
                     raise PagingError(
                         f"demand paging cannot be switched off while {absent} pages are absent: "
-                        "make them present first"
+                        f"make them present first{self._remedy_for_poison()}"
                     )
                 if not self.ledger.claims:
                     self.enabled = False
+                    while self._housekeepers:
+                        self._nobody_keeps_house.wait()
                     return
                 wait = Wait()
                 self.ledger.queue(self.ledger.claims[0], wait)
             wait.wait()
+
+    def _remedy_for_poison(self) -> str:
+        poisoned = self.ledger.states.count(State.POISON)
+        return (
+            f"; {poisoned} of them are poisoned, and have to be given new bytes (unpoison)"
+            if poisoned
+            else ""
+        )
 
     def cancel(self) -> None:
         """Begin no more claims: every fault on an absent page ends as CANCELLED.

@@ -6,8 +6,11 @@ That access is the reference bit. Aged pages wait in a queue; when one's turn co
 for it, and passed over if somebody has.
 
 Whoever has brought a page in over the limit takes others out again before it goes on. So the limit is exceeded by no
-more than what is being brought in at that moment. A userfaultfd reader cannot do that: taking pages out can mean to
-wait until a reader has taken note. A thread does it for those, and they slow down while it falls behind.
+more than what is being brought in at that moment, as long as there are pages to be had. It may be a vCPU in the middle
+of its work, or hold a view of pages itself: it waits for nobody who is at a page, and gives up after a while. Then the
+limit is exceeded for the time being, and a thread, which has the patience, goes on; it does not keep others from pages
+while it waits. A userfaultfd reader takes nothing out: that can mean to wait until a reader has taken note. The thread
+does it for those too. All slow down while it falls behind.
 
 Units: RAM pages, seconds.
 """
@@ -18,26 +21,47 @@ import threading
 import time
 from collections import deque
 
+from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
-from kvmdp.paging.fault import BusyError, PagingError
+from kvmdp.paging.claim import State
+from kvmdp.paging.fault import BusyError, PagingError, SwitchedOffError
 from kvmdp.paging.pager import DemandPager
 from kvmdp.thread import JoinableThread
 
+_BACKED = int(State.BACKED)
 _BATCH = 32  # aged or evicted at once: bounds how long vCPUs are kept out of KVM_RUN
 _AGED_SHARE = 4  # a quarter of the limit is aged and waits
-_PATIENCE_SECONDS = 0.2  # for a view that is open
-_SLOW_DOWN_SECONDS = 0.001  # a fault, for who cannot wait
+# What a thread on its way from a fault tries before it goes on: batches in all, and those that somebody was at.
+_MOST_STEPS, _MOST_BUSY = 256, 8
+_ANSWER_SECONDS = 0.005  # what is waited for a device in another process, whose answer takes its time
+_PAUSE_SECONDS = 0.01  # of the thread, when somebody was at what it wanted
+_SLOW_DOWN_SECONDS = 0.001  # a fault, for who leaves it to the thread
 # What one instruction can need at once: its own bytes and two operands, each across the border of two pages.
 _PAGES_OF_AN_INSTRUCTION = 6
+# What is retained for a vCPU because KVM writes there by itself (`kvmdp.machine.pv`): kvmclock, which may lie across
+# a border, steal time, which cannot, and what replaces one of them before that is let go.
+_PAGES_OF_KVM = 2 + 1 + 2
 
 
-def check_limit(limit: int, vcpus: int, pages_a_fault: int, retained: int) -> None:
+def check_frees(backing: Backing | type[Backing]) -> None:
+    """Raise ValueError if evicting pages of such RAM frees nothing."""
+    if not backing.frees:
+        raise ValueError(
+            f"{backing.name} memory is held to the end, and evicting pages frees none of it: leave --resident-limit "
+            "out, or use the backing memfd"
+        )
+
+
+def check_limit(limit: int, vcpus: int, fault_around: int, unit: int, retained: int) -> None:
     """Raise ValueError unless every vCPU can get an instruction done within the limit, with something left to age.
 
-    `pages_a_fault` come in at once; `retained` never leave.
+    `fault_around` pages come in at once; `unit` pages come and go as one. What never leaves is `retained` pages in a
+    row (page tables), and what KVM writes to by itself while the guest has it switched on: in whole units, all of it.
     """
-    least = retained + vcpus * _PAGES_OF_AN_INSTRUCTION * pages_a_fault + 2 * _BATCH
+    tables = (retained + unit - 2) // unit + 1 if retained else 0  # units they can touch, wherever they begin
+    of_a_vcpu = _PAGES_OF_AN_INSTRUCTION * max(fault_around, unit) + _PAGES_OF_KVM * unit
+    least = tables * unit + vcpus * of_a_vcpu + 2 * _BATCH
     if limit < least:
         raise ValueError(
             f"a resident limit of {format_size(limit * PAGE_SIZE)} is less than this guest can run in: give "
@@ -46,9 +70,10 @@ def check_limit(limit: int, vcpus: int, pages_a_fault: int, retained: int) -> No
 
 
 class ResidentLimit:
-    """Keeps at most `limit` pages of the pager's in memory, from now until `close`.
+    """Keeps at most `limit` pages of the pager's in memory, from now until `close`, as far as they can be had.
 
-    `peak` is the most that was resident after a fault.
+    `peak` is the most that was resident after a fault. A page that somebody has a view of cannot be had: whoever keeps
+    views of all but a few of `limit` pages leaves the others to take out each other's pages again and again.
     """
 
     def __init__(self, pager: DemandPager, limit: int) -> None:
@@ -59,18 +84,19 @@ class ResidentLimit:
         self._hand = 0
         self._aged: deque[tuple[int, int]] = deque()
         self._waiting = 0  # pages in the queue
+        self._shut_off_hand = 0
         self._exceeded = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
-        self._closing = False
+        self._closing = threading.Event()
         self._thread = JoinableThread(self._keep, "resident-limit")
         self._thread.start()
-        pager.housekeeping.append(self._keep_to_it)
+        pager.housekeeping.append(self._keep_to_it_on_the_way)
         pager.reminders.append(self._remind)
 
     def close(self) -> None:
         """Let everybody go on without a limit; a second call does nothing."""
-        self._closing = True
+        self._closing.set()
         self._exceeded.set()
         self._thread.join()
 
@@ -87,6 +113,25 @@ class ResidentLimit:
             self.peak = resident
         return resident > self.limit
 
+    # On the way from a fault
+
+    def _keep_to_it_on_the_way(self) -> None:
+        """Take out what can be had at once; leave the rest to the thread. Raises PagingError if the sink is full."""
+        if not self._is_exceeded():
+            return
+        steps = busy = 0
+        while self._pager.ledger.resident > self.limit and not self._closing.is_set():
+            if steps == _MOST_STEPS or busy == _MOST_BUSY:
+                self._remind()
+                return
+            try:
+                self._step()
+            except BusyError:
+                busy += 1
+            except SwitchedOffError:
+                return  # all of RAM is to be present
+            steps += 1
+
     def _remind(self) -> None:
         """Have the thread take pages out."""
         if self._is_exceeded():
@@ -94,13 +139,17 @@ class ResidentLimit:
             if self._pager.ledger.resident > self.limit + _BATCH:
                 time.sleep(_SLOW_DOWN_SECONDS)
 
+    # The thread
+
     def _keep(self) -> None:
-        while not self._closing:
+        while not self._closing.is_set():
             self._exceeded.wait()
             self._idle.clear()
             self._exceeded.clear()
             try:
                 self._keep_to_it()
+            except SwitchedOffError:
+                continue  # all of RAM is to be present; who brings a page in once it is on again says so
             except PagingError as error:
                 self._pager.abort(error)
                 return
@@ -112,41 +161,45 @@ class ResidentLimit:
 
     def _keep_to_it(self) -> None:
         """Take pages out until the limit is kept, or nothing can be taken. Raises PagingError if the sink is full."""
-        ledger = self._pager.ledger
-        if not self._is_exceeded():
-            return
         idle = 0
         while (
-            ledger.resident > self.limit
-            and not self._closing
+            self._is_exceeded()
+            and not self._closing.is_set()
             and idle < 2 * (self._pager.layout.pages // _BATCH + 1)
         ):
-            idle = 0 if self._step() else idle + 1
+            try:
+                idle = 0 if self._step() else idle + 1
+            except BusyError:
+                idle += 1
+                self._closing.wait(_PAUSE_SECONDS)
+
+    # Taking out
 
     def _step(self) -> bool:
-        """Age a few pages, or evict those that have waited longest; False if that changed nothing."""
+        """Age a few pages, or evict those that have waited longest; False if that changed nothing.
+
+        Raises BusyError, at once, if somebody is at one of them.
+        """
         pager = self._pager
+        patience = 0 if pager.peers is None else _ANSWER_SECONDS
         with self._mutex:
             run = None
             if self._waiting < self.limit // _AGED_SHARE or not self._aged:
                 run = self._next_present()
             evict = run is None
-            if run is None:
-                if not self._aged:
-                    run = 0, pager.layout.pages  # shut off by others
-                else:
-                    run = self._aged.popleft()
-                    self._waiting -= run[1]
+            if run is None and self._aged:
+                run = self._aged.popleft()
+                self._waiting -= run[1]
+        if evict:
+            run = run or self._next_shut_off()
+            return run is not None and pager.evict_shut_off(*run, timeout=patience) > 0
+        assert run is not None
         try:
-            if evict:
-                return pager.evict_shut_off(*run) > 0
-            taken = pager.mark_nonpresent(*run, timeout=_PATIENCE_SECONDS)
-        except BusyError:
-            return False
-        with self._mutex:
-            self._aged.append(run)
-            self._waiting += run[1]
-        return taken > 0
+            return pager.mark_nonpresent(*run, timeout=patience) > 0
+        finally:
+            with self._mutex:  # even if somebody was at a page: what was shut off before it waits too
+                self._aged.append(run)
+                self._waiting += run[1]
 
     def _next_present(self) -> tuple[int, int] | None:
         """Return the next run of present pages at the hand, and move the hand behind it."""
@@ -158,3 +211,17 @@ class ResidentLimit:
                 self._hand = (first + count) % pages
                 return first, count
         return None
+
+    def _next_shut_off(self) -> tuple[int, int] | None:
+        """Return where the next pages are that others have shut off, and that are in no queue here."""
+        pager = self._pager
+        with pager.mutex:
+            states, hand = pager.ledger.states, self._shut_off_hand
+            first = states.find(_BACKED, hand)
+            if first < 0:
+                first = states.find(_BACKED, 0, hand)
+            if first < 0:
+                return None
+            count = min(_BATCH, pager.layout.pages - first)
+            self._shut_off_hand = (first + count) % pager.layout.pages
+            return first, count

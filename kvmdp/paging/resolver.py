@@ -63,7 +63,7 @@ class Resolver:
     `accesses` is the gate of those that no vCPU makes, `vcpu_accesses` of what is done on a vCPU's account: never shut.
     `mutex` guards the ledger, `error` and the gates; the rest is as the pager has it. `housekeeping` is called after
     each fault that was resolved by a thread that may sleep, and after pages were taken away, with no claim held and no
-    pin; `reminders` are called after each other fault: they must not wait for anybody.
+    pin, while demand paging is `enabled`; `reminders` are called after each other fault and must not wait for anybody.
     """
 
     def __init__(self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy) -> None:
@@ -81,6 +81,7 @@ class Resolver:
             [(offset // PAGE_SIZE, length // PAGE_SIZE) for offset, length in source.extents()],
         )
         self.counters = self.ledger.counters
+        self.enabled = False
         self.error: PagingError | None = None
         self.observer: Callable[[PageFault, Claim, int], None] | None = None
         self.mutex = threading.Lock()
@@ -94,6 +95,8 @@ class Resolver:
         self.housekeeping: list[Callable[[], None]] = []
         self.reminders: list[Callable[[], None]] = []
         self._this_thread = threading.local()
+        self._housekeepers = 0  # threads in `_keep_house`
+        self._nobody_keeps_house = threading.Condition(self.mutex)
 
     # A fault
 
@@ -122,15 +125,27 @@ class Resolver:
                 return outcome
 
     def _keep_house(self) -> None:
-        """Do what is left to be done with no claim held; not again where that takes pages away itself."""
+        """Do what is left to be done with no claim held; not again where that takes pages away itself.
+
+        It may change what the trap has set up, and nothing in the ledger says so: it is counted instead, and who
+        switches demand paging off waits until nobody is at it (`DemandPager.disable`). Nobody begins after that.
+        """
         if getattr(self._this_thread, "keeps_house", False) or not self.housekeeping:
             return
+        with self.mutex:
+            if not self.enabled:
+                return
+            self._housekeepers += 1
         self._this_thread.keeps_house = True
         try:
             for work in self.housekeeping:
                 work()
         finally:
             self._this_thread.keeps_house = False
+            with self.mutex:
+                self._housekeepers -= 1
+                if not self._housekeepers:
+                    self._nobody_keeps_house.notify_all()
 
     def _sleep(
         self, wait: Wait, deadline: float | None, cancellation: Cancellation | None = None

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.claim import Claim, State, Wait
-from kvmdp.paging.fault import BusyError, CancelledError, PagingError
+from kvmdp.paging.fault import BusyError, CancelledError, PageFault, PagingError, SwitchedOffError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.ledger import takeable
 from kvmdp.paging.policy import FaultPolicy
@@ -66,7 +66,6 @@ class Revoker(Resolver):
     ) -> None:
         super().__init__(layout, trap, source, policy)
         self.gate = gate
-        self.enabled = False
         self.peers: Peers | None = None
 
     def quiesced(self) -> AbstractContextManager[None]:
@@ -80,7 +79,7 @@ class Revoker(Resolver):
 
         The range is widened to whole units; pages that are retained are passed over. Returns how many pages were shut
         off. Raises BusyError if somebody keeps a page for longer than `timeout` seconds (None waits): what was taken
-        away before that stays away, the rest is present. PagingError while demand paging is switched off. When the
+        away before that stays away, the rest is present. SwitchedOffError while demand paging is switched off. When the
         machine stops nothing more is taken away: it returns then too.
         """
         return self._take_away(first, count, timeout, _SHUT_OFF, self._keep)
@@ -159,7 +158,11 @@ class Revoker(Resolver):
                 f"{len(content)} bytes for gpa {gpa:#x}, where {length} are poisoned: give all of them"
             )
         self._fill_view[offset : offset + length] = content
+        began = time.perf_counter_ns()
         self.commit(claim)
+        # As when any other page becomes present: it may be the last of a region.
+        if self.observer is not None:
+            self.observer(PageFault(page), claim, began)
 
     def _have_sink(self) -> None:
         with self.mutex:
@@ -208,7 +211,7 @@ class Revoker(Resolver):
         """Claim the next run of [page, end) that `kinds` names; returns it, or what is in the way."""
         with self.mutex:
             if not self.enabled:
-                raise PagingError(
+                raise SwitchedOffError(
                     "pages cannot be marked while demand paging is switched off: enable it first"
                 )
             claim, in_the_way, page = self.ledger.begin_take(page, end, _REVOKE_BATCH, kinds)

@@ -1,4 +1,4 @@
-"""Where the bytes of evicted pages go, and come back from: a file of RAM's size that takes no more than what is in it.
+"""Where the bytes of evicted pages go, and come back from: a file that takes a page for each that was ever evicted.
 
 Units: bytes; offsets are into RAM, in the order of the RAM file, whole pages.
 """
@@ -29,6 +29,10 @@ class Sink(Protocol):
 
 class FileSink:
     """A `Sink` in an unlinked temporary file in `folder` (default: the system's), which goes with the process.
+
+    Pages that have come back keep their place in it, so that it grows to RAM's size at the most. To free each would be
+    one more change of the file on the way of its fault, and most go again and would take a new place: a guest that is
+    kept below its working set evicts what it has just brought back.
 
     Raises OSError if there can be none.
     """

@@ -35,6 +35,26 @@ def test_any_memory_is_proven(backing):
     assert document["pages_fetched"] == 512
 
 
+WITHOUT_MAPPED_GUEST_MEMFD = """
+from kvmdp.abi.kvm import KVM_CAP_GUEST_MEMFD_FLAGS
+from kvmdp.kvm import Vm
+ask = Vm.check_extension
+Vm.check_extension = lambda vm, capability: 0 if capability == KVM_CAP_GUEST_MEMFD_FLAGS else ask(vm, capability)
+"""
+
+
+def test_guest_memfd_on_a_kernel_that_cannot_map_it_is_one_sentence():
+    done = kvmdp(
+        *("run", "--memory", "2M", "--backing", "guest-memfd", "--trap", "mmio"),
+        prelude=WITHOUT_MAPPED_GUEST_MEMFD,
+    )
+    assert (done.status, done.out) == (4, "")
+    assert done.error == (
+        "the backing guest-memfd needs a guest_memfd that can be mapped (KVM_CAP_GUEST_MEMFD_FLAGS), which this "
+        "kernel's KVM lacks: use Linux 6.18 or later, or the backing memfd"
+    )
+
+
 def test_a_file_of_ones_own_has_what_ram_had(tmp_path):
     path = tmp_path / "ram"
     arguments = ("run", "--memory", "2M", "--workload", "fill", "--backing", "file", "--backing-file", path)

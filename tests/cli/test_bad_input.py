@@ -242,7 +242,14 @@ def test_help_is_no_error(arguments):
         ),
         (
             ("--resident-limit", "64K"),
-            "a resident limit of 64K is less than this guest can run in: give 280K or more",
+            "a resident limit of 64K is less than this guest can run in: give 300K or more",
+        ),
+        (
+            ("--resident-limit", "32M", "--backing", "hugetlb-2m"),
+            (
+                "hugetlb-2m memory is held to the end, and evicting pages frees none of it: leave --resident-limit "
+                "out, or use the backing memfd"
+            ),
         ),
         (
             ("--resident-limit", "much"),

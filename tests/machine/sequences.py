@@ -23,6 +23,7 @@ from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import Counters, State
 from kvmdp.paging.fault import BusyError, Outcome, PagingError, PoisonedError
 from kvmdp.paging.invariants import violations
+from kvmdp.paging.trap import memory_fault, partial_regions, slots
 from kvmdp.source.base import read_pages
 from kvmdp.source.image import WritableImageSource
 from kvmdp.source.synthetic import SyntheticSource
@@ -30,6 +31,7 @@ from kvmdp.source.synthetic import SyntheticSource
 PAGES = MEMORY // PAGE_SIZE
 IMAGE = read_pages(SyntheticSource(MEMORY, SEED), np.arange(PAGES)).tobytes()
 STEPS = 30
+REGION = 64  # pages, where memslots are cut and merged by regions
 SOURCE, PRESENT, BACKED, ZERO, SINK, POISON = (
     State.SOURCE,
     State.PRESENT,
@@ -188,10 +190,28 @@ class RandomSequence:
         self.trap, self.backing = trap, backing
         self.steps = []
         self.machine_checks = 0
+        self.in_regions = False
+        self.memslots = []  # how many there were after each step
         self._image = folder / "image"
 
     def run(self):
-        granule = self.chance.choice((PAGE_SIZE, PAGE_SIZE, 4 * PAGE_SIZE)) if self._works_by_slot() else None
+        with pytest.MonkeyPatch.context() as patches:
+            granule = self._choose_granule(patches) if self._works_by_slot() else None
+            self._run_machine(granule)
+
+    def _choose_granule(self, patches):
+        """Half of the machines take RAM for so large that not every granule has a memslot: cut and merged by regions.
+
+        Of regions there are to be some, with neighbours, in so little RAM.
+        """
+        if self.chance.random() < 0.5:
+            patches.setattr(slots, "MAX_GRANULE_SLOTS", 16)
+            for module in (slots, memory_fault, partial_regions):
+                patches.setattr(module, "REGION_PAGES", REGION)
+            self.in_regions = True
+        return self.chance.choice((PAGE_SIZE, PAGE_SIZE, 4 * PAGE_SIZE))
+
+    def _run_machine(self, granule):
         self._make_image()
         source = WritableImageSource(self._image)
         try:
@@ -415,6 +435,7 @@ class RandomSequence:
         assert pager.error is None
         assert self.machine.threads[0].parameters.mc_count == self.machine_checks
         assert violations(pager) == []
+        self.memslots.append(pager.trap.memslots)
         bits = bytearray(PAGES)
         for first, count in pager.bitmap.present_runs().tolist():
             bits[first : first + count] = b"\1" * count

@@ -1,6 +1,7 @@
 """Present pages put together into huge ones while the guest runs: nothing lost, and taken apart before one goes."""
 
 import random
+import threading
 import time
 
 import numpy as np
@@ -64,7 +65,10 @@ def mapped(machine):
         return statistics.get("pages_4k"), statistics.get("pages_2m")
 
 
-@BY_UFFD
+@pytest.mark.parametrize(
+    ("trap", "backing"),
+    [*UFFD, *((trap, backing) for trap in ("memory-fault", "mmio") for backing in ("memfd", "anonymous"))],
+)
 def test_kvm_maps_huge_pages_after_a_collapse(machine_of, trap, backing):
     workload = atomic()
     machine = machine_of(trap, backing, workload)
@@ -155,13 +159,60 @@ def test_a_policy_collapses_what_the_guest_fills(machine_of, trap, backing, poli
     machine.pager.observer = lambda fault, claim, began: seen.append(claim.count)
     with Collapser(machine.pager, policy) as collapser:
         machine.run(TIMEOUT)
-        for _ in range(200):
-            if collapser.pages == PAGES:
-                break
-            time.sleep(0.05)
-    assert collapser.pages == PAGES
+        await_pages(collapser, PAGES)
     assert sum(seen) == PAGES  # who observed faults before still does
     check(machine, workload)
+
+
+def await_pages(collapser, pages):
+    """Its thread puts them together in its own time."""
+    deadline = time.monotonic() + TIMEOUT
+    while collapser.pages != pages and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert collapser.pages == pages
+
+
+@EVERY
+def test_a_region_that_fills_while_somebody_is_at_a_page_of_it_is_collapsed_afterwards(
+    machine_of, monkeypatch, trap, backing
+):
+    machine = machine_of(trap, backing)
+    pager, entered, may_go_on = machine.pager, threading.Event(), threading.Event()
+    tried, collapse = threading.Event(), pager.collapse
+
+    def reassert_late(first, count):
+        entered.set()
+        assert may_go_on.wait(TIMEOUT)
+
+    def collapse_and_say(first, count):
+        done = collapse(first, count)
+        tried.set()
+        return done
+
+    monkeypatch.setattr(pager.trap, "reassert", reassert_late)
+    monkeypatch.setattr(pager, "collapse", collapse_and_say)
+    with Collapser(pager, "full") as collapser:
+        pager.mark_present(0, REGION - 1)
+        other = threading.Thread(target=pager.reassert, args=(5,))
+        other.start()
+        assert entered.wait(TIMEOUT)
+        pager.mark_present(REGION - 1, 1)
+        assert tried.wait(TIMEOUT)
+        assert collapser.pages == 0
+        may_go_on.set()
+        other.join()
+        await_pages(collapser, REGION)
+
+
+@EVERY
+def test_a_region_whose_last_page_is_healed_is_collapsed(machine_of, trap, backing):
+    pager = machine_of(trap, backing).pager
+    with Collapser(pager, "full") as collapser:
+        pager.poison(5)
+        pager.mark_present(0, 5)
+        pager.mark_present(6, REGION - 6)
+        pager.unpoison(5, bytes(4096))
+        await_pages(collapser, REGION)
 
 
 @EVERY

@@ -1,7 +1,7 @@
 """Pages that go away: evicted ones come back as they were, discarded ones as zeros, poisoned ones not at all."""
 
 import contextlib
-import os
+import ctypes
 import threading
 
 import numpy as np
@@ -63,18 +63,48 @@ def test_discarded_pages_read_as_zeros_whatever_they_were(trap, backing):
         assert machine.pager.discard(3, 1) == 0
 
 
-@pytest.mark.parametrize("trap", ["memory-fault", "marker"])
-def test_the_memory_of_evicted_pages_is_freed(trap):
+@every_trap
+def test_what_has_been_come_for_since_it_was_shut_off_is_not_evicted(trap):
     with make_machine(trap) as machine:
+        machine.memory.read(0, 8 * PAGE_SIZE)
+        machine.pager.mark_nonpresent(1, 4)
+        machine.memory.write(2 * PAGE_SIZE, b"kept")
+        assert machine.pager.evict_shut_off(0, 8) == 3
+        states = machine.pager.ledger.states[:8]
+        assert [page for page in range(8) if states[page] == State.SINK] == [1, 3, 4]
+        assert states.count(State.PRESENT) == 5
+        assert machine.memory.read(2 * PAGE_SIZE, 4, nowait=True) == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("trap", "backing"),
+    [
+        *((trap, "memfd") for trap in ("memory-fault", "marker", "layered")),
+        *(
+            (trap, backing)
+            for trap in ("memory-fault", "mmio")
+            for backing in ("anonymous", "guest-memfd", "file")
+        ),
+    ],
+)
+def test_the_memory_of_evicted_pages_is_freed(trap, backing):
+    with make_machine(trap, backing) as machine:
         machine.memory.read(0, 64 * PAGE_SIZE)
-        before = memory_of_file(machine)
+        assert in_memory(machine)[:64] == b"\1" * 64
         machine.pager.evict(0, 32)
         machine.pager.discard(32, 16)
-        assert memory_of_file(machine) == before - 48 * PAGE_SIZE
+        assert in_memory(machine)[:64] == bytes(48) + b"\1" * 16
 
 
-def memory_of_file(machine):
-    return os.fstat(machine.backing.fd).st_blocks * 512
+def in_memory(machine):
+    """A byte for each page of RAM that says whether the host has memory for it."""
+    found = (ctypes.c_ubyte * machine.layout.pages)()
+    view = machine.backing.vmm
+    if ctypes.CDLL(None, use_errno=True).mincore(
+        ctypes.c_void_p(view.hva), ctypes.c_size_t(view.length), found
+    ):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return bytes(each & 1 for each in found)
 
 
 @every_trap

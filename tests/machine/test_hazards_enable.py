@@ -2,12 +2,18 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan
 
+from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.paging.invariants import violations
+from kvmdp.paging.trap import slots
+from kvmdp.paging.trap.slot_trap import SlotOptions
+from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
@@ -172,3 +178,120 @@ def test_the_host_reads_and_writes_absent_pages_as_the_guest_would_find_them(tra
         machine.run(TIMEOUT)
         assert all_of_ram(machine)[4:6].tobytes()[0xFFC : 0xFFC + 14] == b"kvmdp was here"
         assert machine.pager.counters.pages_fetched == 16
+
+
+@EVERY
+def test_several_threads_that_switch_on_at_once_arm_it_once(monkeypatch, trap, backing):
+    with make_machine(trap, backing) as machine:
+        pager = machine.pager
+        pager.mark_present(0, PAGES)
+        arm, armed = pager.trap.arm, []
+
+        def arm_late(presence):
+            armed.append(time.sleep(0.002))  # long enough for the others to come
+            arm(presence)
+
+        monkeypatch.setattr(pager.trap, "arm", arm_late)
+        for number in range(1, 6):
+            pager.disable()
+            in_threads(pager.enable, pager.enable, pager.enable)
+            assert (pager.enabled, len(armed), violations(pager)) == (True, number, [])
+        pager.mark_nonpresent(7, 1)
+        assert machine.memory.read(7 * PAGE_SIZE, PAGE_SIZE) == SOURCE.pages(np.array([7])).tobytes()
+        assert pager.counters.pages_backed == 1
+
+
+@EVERY
+def test_switching_on_and_off_at_once_leaves_the_one_or_the_other(trap, backing):
+    with make_machine(trap, backing) as machine:
+        pager = machine.pager
+        pager.mark_present(0, PAGES)
+        for _ in range(10):
+            in_threads(pager.disable, pager.enable, pager.disable, pager.enable)
+            assert violations(pager) == []
+
+
+def in_threads(*actions):
+    """Do all of this at the same time; an error of any comes out."""
+    with ThreadPoolExecutor(len(actions)) as pool:
+        for each in [pool.submit(action) for action in actions]:
+            each.result(TIMEOUT)
+
+
+@pytest.mark.parametrize("split", ["gap", "region"])
+@pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
+def test_off_waits_for_memslots_that_are_being_merged(monkeypatch, trap, split):
+    # All pages are present is when the last regions are merged, by vCPUs and devices that hold no claim then.
+    monkeypatch.setattr(slots, "MAX_GRANULE_SLOTS", 64)
+    memory = 4 << 20
+    pages = memory // PAGE_SIZE
+    workload = plan("atomic", vcpus=2, memory=memory, pages=pages, iterations=20)
+    for _ in range(4):
+        options = {"granule": PAGE_SIZE, "slots": SlotOptions(split)}
+        with make_machine(trap, workload=workload, **options) as machine:
+            pager = machine.pager
+
+            def switch_off(_number, pager=pager):
+                if pager.bitmap.count() == pages:
+                    pager.disable()
+                    return False
+                time.sleep(0.0001)
+                return None
+
+            def read_with_a_view_open(number, machine=machine):
+                with machine.memory.view(0, 8):
+                    machine.memory.read((number * 7 + 1) % pages * PAGE_SIZE, 8)
+                time.sleep(0.0001)
+
+            with meanwhile(switch_off, read_with_a_view_open):
+                machine.run(TIMEOUT)
+            assert violations(pager) == []
+            if not pager.enabled:
+                assert pager.trap.memslots == 1
+            expected = workload.expected_pages(SyntheticSource(memory, SEED).pages, np.arange(pages))
+            assert np.array_equal(all_of_ram(machine), expected)
+
+
+@pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
+def test_off_does_not_disarm_before_a_merge_has_ended(monkeypatch, trap):
+    monkeypatch.setattr(slots, "MAX_GRANULE_SLOTS", 64)
+    with make_machine(trap, granule=PAGE_SIZE) as machine:
+        pager = machine.pager
+        merge, entered, may_go_on = RamSlots.merge, threading.Event(), threading.Event()
+
+        def merge_late(*arguments):
+            entered.set()
+            assert may_go_on.wait(TIMEOUT)
+            merge(*arguments)
+
+        pager.mark_present(0, PAGES - 1)
+        monkeypatch.setattr(RamSlots, "merge", merge_late)
+        last = threading.Thread(target=machine.memory.read, args=((PAGES - 1) * PAGE_SIZE, 8))
+        off = threading.Thread(target=pager.disable)
+        last.start()
+        assert entered.wait(TIMEOUT)
+        off.start()
+        off.join(0.1)
+        still_on = off.is_alive()
+        may_go_on.set()
+        last.join()
+        off.join()
+        assert still_on
+        assert (pager.enabled, pager.trap.memslots, violations(pager)) == (False, 1, [])
+
+
+@EVERY
+def test_off_is_refused_with_the_remedy_while_a_page_is_poisoned(trap, backing):
+    with make_machine(trap, backing) as machine:
+        pager = machine.pager
+        pager.mark_present(0, PAGES - 2)
+        pager.poison(5)
+        with pytest.raises(
+            PagingError,
+            match=r"while 3 pages are absent: .*; 1 of them are poisoned, and have to be given new bytes",
+        ):
+            pager.disable()
+        pager.unpoison(5, bytes(PAGE_SIZE))
+        pager.mark_present(0, PAGES)
+        pager.disable()
+        assert not pager.enabled

@@ -1,8 +1,10 @@
 """4 KiB faults on HugeTLB memory, and what KVM has mapped once all of it is present and put together.
 
-`KVMDP_HUGE_GUEST=1G` and `KVMDP_HUGE_BACKING=hugetlb-1g` make it as large as that.
+`KVMDP_HUGE_GUEST=1G` and `KVMDP_HUGE_BACKING=hugetlb-1g` make it as large as that. `KVMDP_HUGE_REGIONS=2G` is the size
+of the one with more granules than memslots: 48 of its regions are touched then, and 6 of a smaller one.
 """
 
+import contextlib
 import os
 
 import numpy as np
@@ -14,6 +16,7 @@ from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import parse_size
 from kvmdp.paging.fault import Outcome, UnsupportedError
 from kvmdp.paging.invariants import violations
+from kvmdp.paging.trap import slots
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -24,18 +27,26 @@ BACKING = os.environ.get("KVMDP_HUGE_BACKING", "hugetlb-2m")
 PAGES = MEMORY // PAGE_SIZE
 REGION = 512
 HUGE_PAGES = MEMORY >> 21
+MEMORY_IN_REGIONS = parse_size(os.environ.get("KVMDP_HUGE_REGIONS", "64M"))
+TOUCHED_REGIONS = 48 if MEMORY_IN_REGIONS >= 2 << 30 else 6
 
 
-@pytest.fixture
-def machine():
+@contextlib.contextmanager
+def machine_of(memory):
     require_trap("memory-fault")
-    options = MachineOptions(MEMORY, "memory-fault", BACKING, granule=PAGE_SIZE, reserve_hugepages=True)
+    options = MachineOptions(memory, "memory-fault", BACKING, granule=PAGE_SIZE, reserve_hugepages=True)
     try:
-        machine = Machine(options, SyntheticSource(MEMORY, SEED))
+        machine = Machine(options, SyntheticSource(memory, SEED))
     except UnsupportedError as error:
         pytest.skip(str(error))
     with machine:
         machine.gate.forget_stops()  # arming is one, of nobody
+        yield machine
+
+
+@pytest.fixture
+def machine():
+    with machine_of(MEMORY) as machine:
         yield machine
 
 
@@ -45,7 +56,7 @@ def touch(machine, workload):
 
 
 def check_content(machine, pages):
-    wanted = read_pages(SyntheticSource(MEMORY, SEED), pages)
+    wanted = read_pages(SyntheticSource(machine.layout.memory_bytes, SEED), pages)
     assert (machine.memory.read_pages(pages) == wanted).all()
 
 
@@ -56,6 +67,36 @@ def test_what_is_touched_inside_16_regions_is_fetched_and_nothing_else(machine):
     assert machine.pager.bitmap.count() == len(workload.touched)
     check_content(machine, workload.touched)
     assert violations(machine.pager) == []
+
+
+def test_what_is_touched_inside_regions_is_fetched_by_4_kib_where_not_every_granule_has_a_memslot(
+    monkeypatch,
+):
+    if MEMORY_IN_REGIONS <= slots.MAX_GRANULE_SLOTS * PAGE_SIZE:
+        monkeypatch.setattr(slots, "MAX_GRANULE_SLOTS", 64)
+    with machine_of(MEMORY_IN_REGIONS) as machine:
+        regions = MEMORY_IN_REGIONS // (REGION * PAGE_SIZE)
+        assert machine.pager.trap.memslots == regions
+        # As many as their memslots may take kernel memory for: beyond that a region would be completed.
+        workload = plan(
+            "touch",
+            memory=MEMORY_IN_REGIONS,
+            pages=TOUCHED_REGIONS * REGION,
+            order="random",
+            touches=100 * TOUCHED_REGIONS,
+        )
+        touch(machine, workload)
+        touched = np.unique(np.asarray(workload.touched) // REGION)
+        assert len(touched) == TOUCHED_REGIONS
+        assert machine.pager.counters.pages_fetched == len(workload.touched)
+        assert machine.pager.bitmap.count() == len(workload.touched)
+        assert machine.pager.trap.memslots > regions
+        print(
+            f"{len(workload.touched)} pages inside {len(touched)} of {regions} regions, longest stop "
+            f"{machine.gate.longest_stop * 1e6:.0f} us of {machine.gate.stops}"
+        )
+        check_content(machine, workload.touched)
+        assert violations(machine.pager) == []
 
 
 def test_all_of_it_is_mapped_by_huge_pages_once_it_is_complete(machine):

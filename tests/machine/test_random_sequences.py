@@ -3,11 +3,14 @@
 `KVMDP_SEQUENCES=1000` runs so many in all.
 """
 
+import itertools
 import os
 
 import pytest
 from harness import BACKINGS, TRAPS
-from sequences import RandomSequence
+from sequences import PAGES, REGION, RandomSequence
+
+REGIONS = PAGES // REGION
 
 pytestmark = pytest.mark.kvm
 
@@ -41,3 +44,16 @@ def test_a_seed_says_all(tmp_path):
     for each in sequences:
         each.run()
     assert sequences[0].steps == sequences[1].steps != []
+
+
+@pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
+def test_among_them_are_machines_whose_memslots_are_cut_and_merged_by_regions(trap, tmp_path):
+    counts = []
+    for seed in range(8):
+        sequence = RandomSequence(seed, trap, "memfd", tmp_path)
+        sequence.run()
+        if sequence.in_regions:
+            counts.append(sequence.memslots)
+    assert 0 < len(counts) < 8
+    assert max(map(max, counts)) > 2 * REGIONS
+    assert any(after < REGIONS < before for each in counts for before, after in itertools.pairwise(each))

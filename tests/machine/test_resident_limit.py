@@ -1,13 +1,19 @@
 """A guest that has a quarter of its working set in memory: slower, and exact."""
 
+import contextlib
+import threading
+import time
+
 import pytest
 from harness import (
     MEMORY,
     SEED,
     TIMEOUT,
+    TRAPS,
     every_trap,
     every_trap_and_backing,
     host_vectors,
+    make_machine,
     plan,
     require_trap,
 )
@@ -16,7 +22,9 @@ from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging import resident
 from kvmdp.paging.fault import PagingError
+from kvmdp.paging.resident import ResidentLimit, check_limit
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
@@ -63,7 +71,7 @@ def test_pages_that_are_used_are_spared():
 
 def test_a_limit_below_what_the_guest_can_run_in():
     options = MachineOptions(MEMORY, "mmio", vcpus=2, resident_limit=64 << 10)
-    with pytest.raises(ValueError, match="less than this guest can run in: give 304K or more"):
+    with pytest.raises(ValueError, match="less than this guest can run in: give 344K or more"):
         Machine(options, SyntheticSource(MEMORY))
 
 
@@ -86,3 +94,91 @@ def test_a_sink_that_is_full_ends_the_run(trap):
     machine = MachineOptions(MEMORY, trap, resident_limit=LIMIT)
     with pytest.raises(PagingError, match="No space left on device"):
         run_workload(machine, workload, SyntheticSource(MEMORY, SEED), timeout=TIMEOUT, on_start=fill_up)
+
+
+@every_trap
+def test_a_fault_over_the_limit_passes_over_the_pages_that_somebody_is_at(monkeypatch, trap):
+    for name in ("_PAUSE_SECONDS", "_ANSWER_SECONDS"):  # for the thread, and for devices elsewhere
+        monkeypatch.setattr(resident, name, 10 * TIMEOUT)
+    with make_machine(trap, resident_limit=LIMIT) as machine:
+        pager = machine.pager
+        machine.memory.read(0, LIMIT)
+        with machine.memory.view(0, LIMIT // 2):
+            reader = threading.Thread(target=machine.memory.read, args=(LIMIT, LIMIT // 4), daemon=True)
+            reader.start()
+            reader.join(TIMEOUT)
+            assert not reader.is_alive()
+            assert pager.ledger.resident <= LIMIT // PAGE_SIZE
+            assert pager.bitmap.count_range(0, LIMIT // PAGE_SIZE // 2) == LIMIT // PAGE_SIZE // 2
+
+
+def settles_at_the_limit(pager):
+    """The thread may have been at it."""
+    deadline = time.monotonic() + TIMEOUT
+    while pager.ledger.resident > LIMIT // PAGE_SIZE and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert pager.ledger.resident <= LIMIT // PAGE_SIZE
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_of_what_others_have_shut_off_no_more_is_evicted_than_must_be(trap):
+    with make_machine(trap) as machine:
+        pager, limit = machine.pager, LIMIT // PAGE_SIZE
+        pager.mark_present(0, machine.layout.pages)
+        pager.mark_nonpresent(0, machine.layout.pages)
+        with contextlib.closing(ResidentLimit(pager, limit)):
+            machine.memory.read(0, 8)
+            settles_at_the_limit(pager)
+        assert pager.ledger.resident > limit - 2 * 32
+
+
+@every_trap
+def test_a_limit_gives_way_to_switching_off(monkeypatch, trap):
+    # Off wants all of RAM. Who is about to take pages out for the limit when it comes is refused, and that is no error.
+    with make_machine(trap, resident_limit=LIMIT) as machine:
+        pager, pages = machine.pager, machine.layout.pages
+        off, take = threading.Thread(target=pager.disable), pager.mark_nonpresent
+
+        def take_once_it_is_off(first, count, timeout):
+            off.start()
+            while pager.enabled:
+                time.sleep(0.001)
+            return take(first, count, timeout)
+
+        pager.mark_present(0, pages - 1)
+        monkeypatch.setattr(pager, "mark_nonpresent", take_once_it_is_off)
+        machine.memory.read((pages - 1) * PAGE_SIZE, 8)
+        off.join()
+        assert (pager.enabled, pager.error, pager.bitmap.count()) == (False, None, pages)
+        monkeypatch.undo()
+        pager.enable()
+        pager.evict(0, 1)
+        machine.memory.read(0, 8)
+        settles_at_the_limit(pager)
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "fault_around", "unit", "retained", "least"),
+    [
+        (1, 1, 1, 0, 64 + 6 + 5),
+        (1, 1, 1, 3, 64 + 6 + 5 + 3),
+        (2, 8, 1, 0, 64 + 2 * (6 * 8 + 5)),
+        (1, 1, 16, 3, 64 + 16 * (6 + 5 + 2)),  # three table pages in a row can lie in two units
+        (1, 1, 16, 17, 64 + 16 * (6 + 5 + 2)),
+        (1, 1, 16, 18, 64 + 16 * (6 + 5 + 3)),
+    ],
+)
+def test_what_can_never_leave_counts_in_whole_units(vcpus, fault_around, unit, retained, least):
+    check_limit(least, vcpus, fault_around, unit, retained)
+    with pytest.raises(ValueError, match=f"give {least * 4}K or more"):
+        check_limit(least - 1, vcpus, fault_around, unit, retained)
+
+
+@pytest.mark.root
+@pytest.mark.hugepages
+def test_there_is_no_limit_to_memory_that_is_never_freed():
+    options = MachineOptions(
+        MEMORY, "mmio", "hugetlb-2m", granule=PAGE_SIZE, resident_limit=LIMIT, reserve_hugepages=True
+    )
+    with pytest.raises(ValueError, match="hugetlb-2m memory is held to the end"):
+        Machine(options, SyntheticSource(MEMORY))

@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, require_trap
+from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, program_machine, require_trap
 
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.memory.layout import PAGE_SIZE
@@ -130,6 +130,39 @@ def test_no_increment_is_lost_while_regions_are_cut_and_merged(in_regions, trap,
         expected = workload.expected_pages(SyntheticSource(memory, SEED).pages, pages)
         assert np.array_equal(all_of_ram(machine)[pages], expected)
         assert fetched(machine) == 2 * REGION
+
+
+# xor eax, eax; mov esi, 0x5000; 1: lock inc qword [rsi]; inc rax; cmp dword [rsi + 8], 0; je 1b; ret
+COUNT_UNTIL_TOLD = bytes.fromhex("31c0 be00500000 f048ff06 48ffc0 837e0800 74f3 c3")
+
+
+@every_trap
+@every_split
+@pytest.mark.parametrize("ring", [3, 0])
+def test_no_increment_is_lost_on_what_is_present_beside_a_page_that_is_cut_out(in_regions, trap, split, ring):
+    # What vCPUs add to is present all the time. KVM does a LOCK-prefixed access that finds no memslot as a load and a
+    # plain store: were the rest of a merged memslot missing for a moment, one vCPU would undo what the other has done.
+    patches = [(0x5000, bytes(16))]
+    options = {"memory_bytes": MEMORY // 4, "granule": PAGE_SIZE, "slots": SlotOptions(split)}
+    with program_machine(trap, COUNT_UNTIL_TOLD, ring=ring, vcpus=2, patches=patches, **options) as machine:
+        pager = machine.pager
+        pager.mark_present(0, REGION)
+        pager.collapse(0, REGION)
+
+        def cut_out_and_put_back(number):
+            assert pager.trap.memslots == 1
+            assert pager.mark_nonpresent(100 + number, 1) == 1
+            machine.memory.read((100 + number) * PAGE_SIZE, 8)  # the region is full again, and is merged
+            if number == 300:
+                machine.memory.write(0x5008, b"\1")
+                return False
+            return None
+
+        with meanwhile(cut_out_and_put_back):
+            machine.run(TIMEOUT)
+        counted = [thread.parameters.checksum for thread in machine.threads]
+        assert min(counted) > 0
+        assert int(all_of_ram(machine)[5][0]) == sum(counted)
 
 
 @every_trap

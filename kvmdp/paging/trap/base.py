@@ -43,7 +43,8 @@ class Presence(Protocol):
     def housekeeping(self) -> list[Callable[[], None]]:
         """What is called after a commit by threads that may sleep, with no claim held; for a trap to add to.
 
-        Such a call may stop the vCPUs, but waits for no claim: its thread may hold a view of pages.
+        Such a call may stop the vCPUs, but waits for no claim and no pin, for more than a moment: its thread may hold
+        a view of pages, and who disarms the trap waits until nobody is in such a call.
         """
         ...
 
@@ -71,7 +72,7 @@ class Trap(Protocol):
     """Makes absent pages trap.
 
     The pager calls `admit` and `revoke` under a claim on exactly these pages, from any thread, for different
-    pages at the same time; `arm` and `disarm` with every vCPU out of KVM_RUN.
+    pages at the same time; `arm` and `disarm` with every vCPU out of KVM_RUN, no claim left and nobody keeping house.
     """
 
     @property

@@ -125,7 +125,7 @@ class SlotTrap:
         return self._slots.blocks_in(first, count) == 1
 
     def disarm(self) -> None:
-        """Replace the blocks by one a region of the layout."""
+        """Replace the blocks by one a region of the layout. Nobody keeps house: nobody else is at the memslots."""
         if self._partial is not None:
             assert self._presence is not None
             self._presence.housekeeping.remove(self._partial.housekeep)
