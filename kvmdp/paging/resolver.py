@@ -286,35 +286,43 @@ class Resolver:
         for waiter in woken:
             waiter.notify()
 
-    # Pins: a present page that is held stays present
+    # Pins: a present page that is held stays present, a poisoned one poisoned
 
     def hold(self, page: int) -> bool:
         """Pin a page that is present and admitted; False if it is not. Undo with `release`."""
         with self.mutex:
             return self.ledger.pin(page)
 
+    def hold_settled(self, page: int) -> Outcome | None:
+        """Pin a page if it is PRESENT or POISONED, and return which; None if it is neither. Undo with `release`."""
+        with self.mutex:
+            return self.ledger.pin_settled(page)
+
     def release(self, page: int) -> None:
-        """Undo one `hold`."""
+        """Undo one `hold` or `hold_settled`."""
         with self.mutex:
             if self.ledger.unpin(page):
                 self._unpinned.notify_all()
 
     @contextlib.contextmanager
     def held(self, fault: PageFault) -> Iterator[Outcome]:
-        """Make the page present and keep it so for the time of the block.
+        """Make the page present and keep it so for the time of the block; a poisoned page is kept poisoned.
 
-        Yields PRESENT, or the outcome that kept it from becoming present; then nothing is pinned.
+        Yields PRESENT or POISONED, or another outcome that kept it from becoming present; then nothing is pinned.
+        Whoever holds a poisoned page waits for no page: two who did, and two heals, could wait for each other.
         """
-        outcome = Outcome.PRESENT
-        while outcome in (Outcome.PRESENT, Outcome.ADMITTED):
-            if self.hold(fault.page):
+        while True:
+            settled = self.hold_settled(fault.page)
+            if settled is not None:
                 try:
-                    yield Outcome.PRESENT
+                    yield settled
                 finally:
                     self.release(fault.page)
                 return
             outcome = self.resolve(fault)
-        yield outcome
+            if outcome not in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.POISONED):
+                yield outcome
+                return
 
     def discarded(self, first: int, count: int) -> None:
         """Take note that the bytes of these pages are gone, or going: those nobody has claimed read as zeros now.

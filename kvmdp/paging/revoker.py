@@ -144,7 +144,9 @@ class Revoker(Resolver):
     def unpoison(self, page: int, content: bytes) -> None:
         """Give a poisoned page, with its unit, new bytes, and admit it.
 
-        `content` is as long as the unit. Raises PagingError if the page is not poisoned.
+        `content` is as long as the unit. Raises PagingError if the page is not poisoned. Waits until no vCPU is about to
+        take the machine check of an access that KVM has half done, so it is not for whoever keeps the vCPUs out of
+        KVM_RUN (`quiesced`). A stop of the machine does not end it: the page is healed then too.
         """
         self._checked(page, 1)
         with self.mutex:
@@ -158,6 +160,15 @@ class Revoker(Resolver):
             raise ValueError(
                 f"{len(content)} bytes for gpa {gpa:#x}, where {length} are poisoned: give all of them"
             )
+        # Since the claim nobody new is at the page, whoever comes waits for it. Who is there (`held`) has an access of
+        # KVM's emulator to get out of the way, in a KVM_RUN that does not enter the guest; until that is done KVM may
+        # yet store into this memory, which must not be the page's by then. It ends: that vCPU waits for the gate and
+        # nothing else, and a stop makes it turn round there. Who closes the gate does not wait for this claim: `disable`
+        # finds the page absent and raises, the others wait for no claim. KVM_RUN itself sleeps (userfaultfd) on absent
+        # pages only, whose claims wait for no pins: a revocation's have been drained before the guest is shut out.
+        with self.mutex:
+            while self.ledger.pinned(claim):
+                self._unpinned.wait()
         self._fill_view[offset : offset + length] = content
         self.commit(claim)
 

@@ -20,7 +20,6 @@ from harness import (
     program_machine,
 )
 
-from kvmdp.kvm import machine_check
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.disk_ports import DiskThread
@@ -44,7 +43,6 @@ every_ring = pytest.mark.parametrize("ring", [3, 0])
 PAGE, OFFSET = 3, 16  # what the programs of one access touch
 GPA = PAGE * PAGE_SIZE
 RAX = 0x1111222233334444
-EIPV = machine_check.MCG_STATUS_EIPV
 
 
 def image_of(pages):
@@ -141,8 +139,8 @@ def access_program(code):
     return resume + setup + code + b"\x31\xd2\xc3", guest.PROGRAM_BASE + at
 
 
-# Bank and status: VAL UC EN MISCV ADDRV S AR (SDM volume 3), and what kind of access it was
-FETCHED, LOADED = (0, 0xBD80000000000150), (1, 0xBD80000000000134)
+# Bank and status (SDM volume 3): VAL UC EN MISCV ADDRV S AR, but no AR for a lost store, and what kind of access it was
+FETCHED, LOADED, LOST = (0, 0xBD80000000000150), (1, 0xBD80000000000134), (9, 0xBD0000000000017A)
 LOADS = {
     "mov": "488b03",
     "over two pages": "488b83ecffffff",  # mov rax, [rbx - 20]
@@ -218,11 +216,17 @@ def test_a_store_is_dropped_and_told_of(trap, ring, name):
     code = bytes.fromhex(STORES[name])
     block, rip, _ = run_access(trap, ring, code)
     assert taken(block) == [GPA]
+    assert block.mc_misc == 0x8C
     # Where KVM emulated the store it has retired: then RIP is behind it, and EIPV clear.
-    if block.mc_mcg_status & EIPV:
+    if block.mc_mcg_status == 0b111:
         assert rip <= block.exception_rip < rip + len(code)
+        assert (block.mc_bank, block.mc_status) == LOADED
     else:
+        assert block.mc_mcg_status == 0b101
         assert rip < block.exception_rip <= rip + len(code)
+        assert (block.mc_bank, block.mc_status) == LOST
+    if trap == "mmio" and name == "mov":
+        assert block.mc_mcg_status == 0b101
 
 
 def test_a_machine_check_of_a_guest_that_is_not_ready_ends_the_run_with_a_sentence():
