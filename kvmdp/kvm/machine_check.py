@@ -1,12 +1,12 @@
 """Machine checks for uncorrected memory errors, as the hardware reports one to software that can go on.
 
 A load or a fetch that meets one is a *software recoverable action required* error (SRAR): the data is lost, the CPU's
-state is not, and the program cannot go on without. A store does not wait for memory. Its data is lost when it is written
-back, when the program is past it: a *software recoverable action optional* error (SRAO). Sources: Intel SDM volume 3,
-chapter "Machine-Check Architecture": IA32_MCG_CAP, IA32_MCG_STATUS, IA32_MCi_STATUS, IA32_MCi_MISC, and the error codes
-of SRAR and SRAO errors. Linux grades them in arch/x86/kernel/cpu/mce/severity.c: an SRAR error with EIPV clear would
-be one that this thread can ignore. KVM takes such a report on other makers' CPUs too, and there too it is in Intel's
-terms. What the ioctls do with it: Documentation/virt/kvm/api.rst, KVM_X86_SETUP_MCE and KVM_X86_SET_MCE.
+state is not, and the program cannot go on without. A store does not wait for memory: its data is lost when the cache
+writes it back, and the program is past it. That is a *software recoverable action optional* error (SRAO). Sources:
+Intel SDM volume 3, chapter "Machine-Check Architecture": IA32_MCG_CAP, IA32_MCG_STATUS, IA32_MCi_STATUS, IA32_MCi_MISC,
+and the error codes of SRAR and SRAO errors. Linux grades them in arch/x86/kernel/cpu/mce/severity.c: of an SRAO error
+it takes the page offline, and an SRAR error with EIPV clear it leaves to another thread, which here there is not. KVM
+takes such a report on other makers' CPUs too: it is in Intel's terms there as well. What the ioctls do with it: Documentation/virt/kvm/api.rst, KVM_X86_SETUP_MCE and KVM_X86_SET_MCE.
 
 Units: gpa in bytes.
 """

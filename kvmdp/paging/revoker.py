@@ -144,9 +144,9 @@ class Revoker(Resolver):
     def unpoison(self, page: int, content: bytes) -> None:
         """Give a poisoned page, with its unit, new bytes, and admit it.
 
-        `content` is as long as the unit. Raises PagingError if the page is not poisoned. Waits until no vCPU is about to
-        take the machine check of an access that KVM has half done, so it is not for whoever keeps the vCPUs out of
-        KVM_RUN (`quiesced`). A stop of the machine does not end it: the page is healed then too.
+        `content` is as long as the unit. Raises PagingError if the page is not poisoned. Waits until KVM is done with
+        each access to it that it has half emulated: so this is for no vCPU's thread that is at one, and not for
+        whoever keeps the vCPUs out of KVM_RUN (`quiesced`). A stop of the machine does not end it: the page is healed.
         """
         self._checked(page, 1)
         with self.mutex:
@@ -160,12 +160,15 @@ class Revoker(Resolver):
             raise ValueError(
                 f"{len(content)} bytes for gpa {gpa:#x}, where {length} are poisoned: give all of them"
             )
-        # Since the claim nobody new is at the page, whoever comes waits for it. Who is there (`held`) has an access of
-        # KVM's emulator to get out of the way, in a KVM_RUN that does not enter the guest; until that is done KVM may
-        # yet store into this memory, which must not be the page's by then. It ends: that vCPU waits for the gate and
-        # nothing else, and a stop makes it turn round there. Who closes the gate does not wait for this claim: `disable`
-        # finds the page absent and raises, the others wait for no claim. KVM_RUN itself sleeps (userfaultfd) on absent
-        # pages only, whose claims wait for no pins: a revocation's have been drained before the guest is shut out.
+        # Since the claim nobody new is at the page: whoever comes waits for it. Who holds it (`held`) has an access of
+        # KVM's emulator to get out of the way, in a KVM_RUN that does not enter the guest. Until that is done KVM may
+        # store once more, and must find the page poisoned.
+        #
+        # That it ends: such a vCPU waits for the gate and for no page, and a stop makes it turn round at the gate. Who
+        # has closed the gate does not wait for this claim: `disable` finds the page absent and raises, others wait for
+        # no claim. In that KVM_RUN it may sleep (userfaultfd) until a page is fetched, never for a claim that waits for
+        # pins: a poisoned page has its marker until it is admitted, below, and one that is taken away is in the guest
+        # until its pins are gone.
         with self.mutex:
             while self.ledger.pinned(claim):
                 self._unpinned.wait()

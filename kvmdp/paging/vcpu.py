@@ -140,10 +140,10 @@ class VcpuPaging:
     def _complete(self, mmio: Mmio, page: int) -> Exit | None:
         """Supply or store the bytes of an access that KVM took for device I/O, and let it finish.
 
-        The page, present or poisoned, is pinned until KVM_RUN, entered with immediate_exit, has finished the instruction. Without that
-        the page could be taken away between the bytes supplied here and KVM's own access in the instruction's
-        second half: a LOCK-prefixed one, which KVM does as compare-and-exchange on present memory, would be done
-        as a plain write, and another vCPU's update lost.
+        The page is pinned until KVM_RUN, entered with immediate_exit, has finished the instruction. Without that
+        it could be taken away between the bytes supplied here and KVM's own access in the instruction's second half:
+        a LOCK-prefixed one, which KVM does as compare-and-exchange on present memory, would be done as a plain write,
+        and another vCPU's update lost. And a poisoned one could be healed (`_finish_poisoned`).
         """
         with self._pager.held(PageFault(page, Origin.VCPU, self._vcpu.index)) as outcome:
             if outcome is Outcome.PRESENT:
