@@ -4,9 +4,10 @@ A load or a fetch that meets one is a *software recoverable action required* err
 state is not, and the program cannot go on without. A store does not wait for memory: its data is lost when the cache
 writes it back, and the program is past it. That is a *software recoverable action optional* error (SRAO). Sources:
 Intel SDM volume 3, chapter "Machine-Check Architecture": IA32_MCG_CAP, IA32_MCG_STATUS, IA32_MCi_STATUS, IA32_MCi_MISC,
-and the error codes of SRAR and SRAO errors. Linux grades them in arch/x86/kernel/cpu/mce/severity.c: of an SRAO error
-it takes the page offline, and an SRAR error with EIPV clear it leaves to another thread, which here there is not. KVM
-takes such a report on other makers' CPUs too: it is in Intel's terms there as well. What the ioctls do with it: Documentation/virt/kvm/api.rst, KVM_X86_SETUP_MCE and KVM_X86_SET_MCE.
+and the error codes of SRAR and SRAO errors. Linux grades them in arch/x86/kernel/cpu/mce/severity.c: on an Intel CPU it
+takes the page of such an SRAO error offline, and ignores an SRAR error with EIPV clear, for it is another thread's. KVM
+takes these reports on other makers' CPUs too; they are in Intel's terms there as well. What the ioctls do with them:
+Documentation/virt/kvm/api.rst, KVM_X86_SETUP_MCE and KVM_X86_SET_MCE.
 
 Units: gpa in bytes.
 """

@@ -308,6 +308,10 @@ class Ledger:
         self.claims.append(claim)
         return claim
 
+    def is_heal(self, claim: Claim) -> bool:
+        """Whether the claim, which is listed, is that of `begin_heal`, and its page has not got its bytes yet."""
+        return claim.before[:1] == _POISON and self.states[claim.first] == _INFLIGHT_BYTE
+
     def begin_reassert(self, page: int) -> Claim | None:
         """Claim the unit of a present page, which stays present, so that its trap can be told once more."""
         first, last = self._whole_units(page, page + 1)

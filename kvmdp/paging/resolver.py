@@ -164,7 +164,7 @@ class Resolver:
         """Claim the pages that a fault is to fetch, or say why not.
 
         Never sleeps. Whoever gets a Claim fills it and commits, or fails it. If somebody else has the page, `waiter`
-        is queued and returned, or else a new Wait.
+        is queued and returned, or else a new Wait; but with a `waiter` a page that is being healed is POISONED still.
         """
         page, ledger = fault.page, self.ledger
         with self.mutex:
@@ -177,6 +177,10 @@ class Resolver:
                 return ledger.claim(page, first, count)
             if isinstance(step, Outcome):
                 return step
+            # Who cannot wait is told what the page is until it is healed. A vCPU may have to get on with it first: one
+            # that sleeps in userfaultfd on this page while KVM finishes an access to it, which the heal waits for.
+            if waiter is not None and ledger.is_heal(step):
+                return Outcome.POISONED
             waiter = waiter or Wait()
             ledger.queue(step, waiter)
             return waiter
