@@ -50,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Letters are those of the kernel's demand_paging_test.",
         epilog=f"contenders: {PRESENT}, the traps ({', '.join(ALL_TRAPS)}), userfaultfd-rN (N readers), {SHARDED} "
         f"(a descriptor a vCPU), {MISSING} (filled by UFFDIO_COPY also where RAM is shared), {OFF}TRAP (all present, "
-        f"and a trap that has been switched off: {', '.join(TRAPS)}). One may do other work than the rest: marker:vcpus=2, "
+        f"a trap that has been switched off: {', '.join(TRAPS)}). One may do other work than the rest: marker:vcpus=2, "
         "mmio:fault-around=16, hybrid-mmio:device=1000 (a device thread reads the last 1000 pages meanwhile). "
         "SIZE is in bytes, or has K, M, G or T behind it (powers of 1024).",
     )

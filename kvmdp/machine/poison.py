@@ -54,8 +54,8 @@ def check_poison(poisoned: Pages, touched: Pages | None, unit: int) -> None:
     told = np.count_nonzero(np.isin(touched // unit, firsts))
     if told > MC_ADDRESSES:
         raise ValueError(
-            f"the guest touches {told} pages that are poisoned if {len(firsts)} times {format_size(unit * PAGE_SIZE)} "
-            f"are, and can tell of {MC_ADDRESSES}: poison fewer, let it touch fewer, or take another trap or granule"
+            f"with {len(firsts)} x {format_size(unit * PAGE_SIZE)} poisoned the guest touches {told} poisoned pages, "
+            f"and it can tell of {MC_ADDRESSES}: poison fewer, let it touch fewer, or take another trap or granule"
         )
 
 

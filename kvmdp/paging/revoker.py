@@ -166,8 +166,8 @@ class Revoker(Resolver):
         #
         # That it ends: such a vCPU waits for the gate and for no page, and a stop makes it turn round at the gate. Who
         # has closed the gate does not wait for this claim: `disable` finds the page absent and raises, others wait for
-        # no claim. Should it sleep on this page in that KVM_RUN (userfaultfd), the reader tells it at once that the page
-        # is poisoned (`begin`), and does not wait for this claim.
+        # no claim. Should it sleep on this page in that KVM_RUN (userfaultfd), the reader tells it at once that it is
+        # poisoned (`begin`), and does not wait for this claim.
         with self.mutex:
             while self.ledger.pinned(claim):
                 self._unpinned.wait()

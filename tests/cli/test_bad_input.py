@@ -205,7 +205,7 @@ def test_help_is_no_error(arguments):
         (
             ("--workload", "poison", "--poison", 4, "--trap", "mmio", "--granule", "256K"),
             (
-                "the guest touches 256 pages that are poisoned if 4 times 256K are, and can tell of 192: poison fewer, "
+                "with 4 x 256K poisoned the guest touches 256 poisoned pages, and it can tell of 192: poison fewer, "
                 "let it touch fewer, or take another trap or granule"
             ),
         ),

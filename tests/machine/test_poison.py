@@ -498,7 +498,7 @@ def test_more_pages_than_a_guest_can_tell_of_are_refused():
     check_poison(pages, None, 512)  # of a program nothing is expected
     with pytest.raises(
         ValueError,
-        match=r"^the guest touches 256 pages that are poisoned if 4 times 256K are, and can tell of 192",
+        match=r"^with 4 x 256K poisoned the guest touches 256 poisoned pages, and it can tell of 192: ",
     ):
         check_poison(pages[:256:64], pages, 64)
 

@@ -7,7 +7,7 @@ import time
 import pytest
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error, started
 
-from kvmdp.paging.claim import Claim
+from kvmdp.paging.claim import Claim, Waiter
 from kvmdp.paging.fault import Outcome, PageFault, PagingError
 
 SOON = 5  # seconds: long past any of this; a thread that still waits then has lost its wake-up
@@ -159,6 +159,26 @@ def test_held_makes_a_page_present_and_keeps_it():
         with pager.held(PageFault(6)) as outcome:
             assert outcome is Outcome.FAILED
         assert str(pager.error) == "the reader broke"
+
+
+def test_a_page_that_is_held_poisoned_is_healed_afterwards_and_is_poisoned_till_then_to_who_cannot_wait():
+    with pager_of() as pager:
+        pager.poison(5)
+        with pager.held(PageFault(5)) as outcome:
+            assert outcome is Outcome.POISONED
+            heal = started(lambda: pager.unpoison(5, b"\1" * 4096))
+            heal.join(0.05)
+            assert heal.is_alive()
+            assert pager.resolve_or_park(PageFault(5), Waiter(lambda: None)) is Outcome.POISONED
+            access = started(lambda: pager.resolve(PageFault(5)))
+            pager.cancel()
+            heal.join(0.05)
+            assert heal.is_alive()
+        heal.join(SOON)
+        access.join(SOON)
+        assert page_of(pager, 5) == b"\1" * 4096
+        with pager.held(PageFault(5)) as outcome:
+            assert outcome is Outcome.PRESENT
 
 
 @pytest.mark.parametrize(("granule", "around"), [(4096, 1), (4096, 8), (32 << 10, 1), (32 << 10, 16)])
