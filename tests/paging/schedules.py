@@ -285,6 +285,7 @@ class Schedule:
         if not present:
             first, last = first // unit * unit, min(-(-last // unit) * unit, END)
         assert in_the_way is None
+        assert claim is not None
         assert (claim.first, claim.count, go_on) == (first, last - first, last)
 
     def heal(self, page):
