@@ -18,7 +18,7 @@ from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.access_gate import AccessGate
 from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake
-from kvmdp.paging.fault import Outcome, PageFault, PagingError
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.sink import Sink
@@ -164,7 +164,7 @@ class Resolver:
         """Claim the pages that a fault is to fetch, or say why not.
 
         Never sleeps. Whoever gets a Claim fills it and commits, or fails it. If somebody else has the page, `waiter`
-        is queued and returned, or else a new Wait; but with a `waiter` a page that is being healed is POISONED still.
+        is queued and returned, or else a new Wait; but to a vCPU's fault with a `waiter` a page that is being healed is POISONED still.
         """
         page, ledger = fault.page, self.ledger
         with self.mutex:
@@ -177,9 +177,9 @@ class Resolver:
                 return ledger.claim(page, first, count)
             if isinstance(step, Outcome):
                 return step
-            # Who cannot wait is told what the page is until it is healed. A vCPU may have to get on with it first: one
-            # that sleeps in userfaultfd on this page while KVM finishes an access to it, which the heal waits for.
-            if waiter is not None and ledger.is_heal(step):
+            # A vCPU that sleeps in userfaultfd is told what the page is until it is healed, for it may have to get on
+            # with it first: while KVM finishes an access to this page, the heal waits for that.
+            if waiter is not None and fault.origin is Origin.VCPU and ledger.is_heal(step):
                 return Outcome.POISONED
             waiter = waiter or Wait()
             ledger.queue(step, waiter)

@@ -8,7 +8,7 @@ import pytest
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error, started
 
 from kvmdp.paging.claim import Claim, Waiter
-from kvmdp.paging.fault import Outcome, PageFault, PagingError
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 
 SOON = 5  # seconds: long past any of this; a thread that still waits then has lost its wake-up
 
@@ -161,7 +161,8 @@ def test_held_makes_a_page_present_and_keeps_it():
         assert str(pager.error) == "the reader broke"
 
 
-def test_a_page_that_is_held_poisoned_is_healed_afterwards_and_is_poisoned_till_then_to_who_cannot_wait():
+def test_a_page_that_is_held_poisoned_is_healed_afterwards_and_is_poisoned_till_then_to_a_vcpu_that_sleeps():
+    parked_until = threading.Event()
     with pager_of() as pager:
         pager.poison(5)
         with pager.held(PageFault(5)) as outcome:
@@ -169,13 +170,16 @@ def test_a_page_that_is_held_poisoned_is_healed_afterwards_and_is_poisoned_till_
             heal = started(lambda: pager.unpoison(5, b"\1" * 4096))
             heal.join(0.05)
             assert heal.is_alive()
-            assert pager.resolve_or_park(PageFault(5), Waiter(lambda: None)) is Outcome.POISONED
+            vcpu, device = PageFault(5, Origin.VCPU), PageFault(5, Origin.DEVICE)
+            assert pager.resolve_or_park(vcpu, Waiter(lambda: None)) is Outcome.POISONED
+            assert pager.resolve_or_park(device, Waiter(parked_until.set)) is None
             access = started(lambda: pager.resolve(PageFault(5)))
             pager.cancel()
             heal.join(0.05)
             assert heal.is_alive()
         heal.join(SOON)
         access.join(SOON)
+        assert parked_until.is_set()
         assert page_of(pager, 5) == b"\1" * 4096
         with pager.held(PageFault(5)) as outcome:
             assert outcome is Outcome.PRESENT
