@@ -164,7 +164,8 @@ class Resolver:
         """Claim the pages that a fault is to fetch, or say why not.
 
         Never sleeps. Whoever gets a Claim fills it and commits, or fails it. If somebody else has the page, `waiter`
-        is queued and returned, or else a new Wait; but to a vCPU's fault with a `waiter` a page that is being healed is POISONED still.
+        is queued and returned, or else a new Wait; but to a vCPU's fault with a `waiter` a page that is being healed is
+        POISONED still.
         """
         page, ledger = fault.page, self.ledger
         with self.mutex:
