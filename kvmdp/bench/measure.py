@@ -119,7 +119,7 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
             latencies=np.concatenate([np.frombuffer(each, dtype=np.uint64) for each in latencies]),
             device_latencies=np.frombuffer(device.latencies, dtype=np.uint64),
             vmpte_bytes=max(page_table_memory() - tables, 0),
-            bitmap_bytes=-(-machine.layout.pages // 64) * 8,
+            bitmap_bytes=machine.pager.bitmap.mapped_bytes,
             memslots=machine.pager.trap.memslots,
             # What arming took, and what was made since: mmio has no memslots to begin with.
             slot_bytes=machine.slot_bytes + max(vmalloc_used() - vmalloc, 0),

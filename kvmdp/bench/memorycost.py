@@ -50,7 +50,7 @@ def memory_cost(each: Contender) -> dict[str, Any]:
         "contender": each.name,
         "gib": each.work.memory_bytes / (1 << 30),
         "vmpte_kib": full["vmpte_kib"],
-        "bitmap_bytes": -(-(each.work.memory_bytes // 4096) // 64) * 8,
+        "bitmap_bytes": full["bitmap_bytes"],
         "memslots": full["memslots"],
         "slot_kib": full["slot_kib"],
         "granule": machine_options(each).granule if each.trap else None,
@@ -74,8 +74,10 @@ def _cost(each: Contender, *, fill: bool) -> dict[str, int]:
         # What arming took, and what was made since: mmio has no memslots to begin with.
         slots = machine.slot_bytes + max(vmalloc_used() - vmalloc, 0)
         memslots = machine.pager.trap.memslots
+        bitmap = machine.pager.bitmap.mapped_bytes
         guest, vmm = _page_tables_of_views(machine)
     return {
+        "bitmap_bytes": bitmap,
         "vmpte_kib": max(everything - tables, 0) // 1024,
         "guest_view_kib": guest // 1024,
         "vmm_view_kib": vmm // 1024,

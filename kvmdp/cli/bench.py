@@ -10,7 +10,7 @@ from typing import Any
 from kvmdp.bench.access import AccessCosts
 from kvmdp.bench.check import read_bounds
 from kvmdp.bench.comparison import BASELINE, Comparison
-from kvmdp.bench.contender import DEFAULT, PRESENT, SHARDED, Contender, contender
+from kvmdp.bench.contender import DEFAULT, MISSING, OFF, PRESENT, SHARDED, Contender, contender
 from kvmdp.bench.huge import CONTENDERS as HUGE_CONTENDERS
 from kvmdp.bench.huge import HUGE_BACKINGS, check_work
 from kvmdp.bench.measure import Measurement, check
@@ -33,6 +33,7 @@ from kvmdp.cli.output import (
 )
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.memory.size import format_size, parse_size
+from kvmdp.paging.trap.registry import ALL_TRAPS, TRAPS
 from kvmdp.paging.trap.userfaultfd import parse_mode
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
@@ -47,9 +48,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="measure ways of demand paging next to each other",
         description="Let contenders take turns on the same work, and report medians, ratios, latencies and CPU time. "
         "Letters are those of the kernel's demand_paging_test.",
-        epilog="contenders: present, the traps (marker, memory-fault, mmio, userfaultfd, hybrid-memory-fault, "
-        "hybrid-mmio), userfaultfd-rN (N readers), userfaultfd-sharded (a descriptor a vCPU), userfaultfd-missing "
-        "(filled by UFFDIO_COPY also where RAM is shared). One may do other work than the rest: marker:vcpus=2, "
+        epilog=f"contenders: {PRESENT}, the traps ({', '.join(ALL_TRAPS)}), userfaultfd-rN (N readers), {SHARDED} "
+        f"(a descriptor a vCPU), {MISSING} (filled by UFFDIO_COPY also where RAM is shared), {OFF}TRAP (all present, "
+        f"a trap that has been switched off: {', '.join(TRAPS)}). One may do other work than the rest: marker:vcpus=2, "
         "mmio:fault-around=16, hybrid-mmio:device=1000 (a device thread reads the last 1000 pages meanwhile). "
         "SIZE is in bytes, or has K, M, G or T behind it (powers of 1024).",
     )

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             source, reference = _sources(options, stack)
             memory, workload_options = plan(options, source)
-            machine = machine_options(options, memory)
+            machine = machine_options(options, memory, workload_options)
         except (ValueError, ImageError, GuestImageError, EndpointError) as error:
             raise UsageError(str(error)) from None
         _announce(options, machine, source)

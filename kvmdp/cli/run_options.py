@@ -13,7 +13,7 @@ from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.poison import check_poison
 from kvmdp.machine.probe import choose_trap, working_traps
 from kvmdp.machine.pv import pv_flags
-from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions
+from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions, make_workload
 from kvmdp.machine.workloads.poison import Poison
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
@@ -22,8 +22,9 @@ from kvmdp.paging.collapse import POLICIES
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.policy import FaultAround
 from kvmdp.paging.resident import check_frees, check_limit
+from kvmdp.paging.trap.memory_fault import MemoryFaultTrap
 from kvmdp.paging.trap.partial_regions import DEFAULT_SLOT_MEMORY
-from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing
+from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing, exit_trap_of
 from kvmdp.paging.trap.slot_trap import SlotOptions, Split
 from kvmdp.paging.trap.slots import check_granule, least_granule
 from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
@@ -148,16 +149,15 @@ def _add_trap_options(group: argparse._ArgumentGroup) -> None:
     )
     option(
         "--split",
-        default="gap",
         choices=get_args(Split),
         help="how memory-fault cuts a region of RAM that has too many granules for a memslot each, when a page of it "
         "is touched: around the page, or into granules (default: gap)",
     )
     option(
         "--slot-memory",
-        default=format_size(DEFAULT_SLOT_MEMORY),
         metavar="SIZE",
-        help="kernel memory that the memslots of such regions may take before the fullest are completed and merged "
+        help="for memory-fault and mmio: kernel memory that the memslots of regions with too many granules may take "
+        "before the fullest are completed and merged "
         f"(default: {format_size(DEFAULT_SLOT_MEMORY)})",
     )
     option(
@@ -280,8 +280,8 @@ def plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workload
     )
 
 
-def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
-    """Check what concerns the machine and choose the trap. Raises ValueError."""
+def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOptions) -> MachineOptions:
+    """Check what concerns the machine, and the pages to poison, and choose the trap. Raises ValueError."""
     FaultAround(options.fault_around)
     if not 1 <= options.readers <= 99:
         raise ValueError(f"--readers {options.readers}: give 1 to 99")
@@ -301,12 +301,17 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         check_huge_pages(options.backing, memory)
     trap = choose_trap(options.backing, memory) if options.trap == "auto" else options.trap
     granule = _granule(options, trap, memory)
-    check_poison(options.poison, granule or PAGE_SIZE)
+    # What the trap flips as one, in bytes.
+    unit = granule if trap in SLOT_TRAPS and granule else BACKINGS[options.backing].page_size
+    if options.poison and options.guest is None:
+        workload = make_workload(options.workload, work)
+        check_poison(workload.poisoned, workload.touched, unit // PAGE_SIZE)
     limit = None if options.resident_limit is None else parse_size(options.resident_limit)
     if limit is not None:
         retained = memory - usable_memory(memory, options.page_tables)
-        unit = (granule or PAGE_SIZE) // PAGE_SIZE
-        check_limit(limit // PAGE_SIZE, options.vcpus, options.fault_around, unit, retained // PAGE_SIZE)
+        check_limit(
+            limit // PAGE_SIZE, options.vcpus, options.fault_around, unit // PAGE_SIZE, retained // PAGE_SIZE
+        )
     return MachineOptions(
         memory_bytes=memory,
         resident_limit=limit,
@@ -315,7 +320,7 @@ def machine_options(options: argparse.Namespace, memory: int) -> MachineOptions:
         vcpus=options.vcpus,
         granule=granule,
         fault_around=options.fault_around,
-        slots=SlotOptions(options.split, parse_size(options.slot_memory)),
+        slots=_slot_options(options, trap),
         uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1, mode),
         page_tables=options.page_tables,
         program=b"" if options.guest is None else read_program(options.guest),
@@ -352,5 +357,20 @@ def _granule(options: argparse.Namespace, trap: str, memory: int) -> int | None:
         )
         check_granule(granule)
     elif granule not in (None, PAGE_SIZE):
-        raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by single pages")
+        raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by the host's pages")
     return granule
+
+
+def _slot_options(options: argparse.Namespace, trap: str) -> SlotOptions:
+    """Return how memslots are cut. Raises ValueError for what the trap has no use for."""
+    if options.split is not None and exit_trap_of(trap) != MemoryFaultTrap.name:
+        raise ValueError(
+            f"--split is for memory-fault: the trap {trap} stops no vCPU to cut a region; leave it out"
+        )
+    if options.slot_memory is not None and trap not in SLOT_TRAPS:
+        raise ValueError(
+            f"--slot-memory is for memory-fault and mmio: the trap {trap} has no memslots for parts of a region; leave "
+            "it out"
+        )
+    memory = DEFAULT_SLOT_MEMORY if options.slot_memory is None else parse_size(options.slot_memory)
+    return SlotOptions(options.split or "gap", memory)

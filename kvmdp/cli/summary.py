@@ -112,8 +112,9 @@ def print_summary(document: dict[str, Any]) -> None:
     print(f"set-up ms  {phases}")
     if document["collapse"] is not None:
         _print_collapse(document["collapse"])
-    if document["stops"]:
-        print(f"stops      {document['stops']} of the vCPUs, the longest {document['longest_stop_us']} us")
+    stops = document["collapse"] or document  # of a collapse also those from before it
+    if stops["stops"]:
+        print(f"stops      {stops['stops']} of the vCPUs, the longest {stops['longest_stop_us']} us")
     if document["stalls"]:
         print(
             f"stalls     {document['stalls']} times KVM spun on an access without an exit; the watchdog resolved it"
@@ -148,10 +149,8 @@ def _print_collapse(collapse: dict[str, Any]) -> None:
     if not collapse["supported"]:
         print("collapse   nothing: this trap, this memory or this kernel (MADV_COLLAPSE, Linux 6.1) cannot")
     else:
-        print(
-            f"collapse   {collapse['pages_collapsed']} pages in {collapse['seconds']:.3f} s, "
-            f"{collapse['stops']} stops of vCPUs, the longest {collapse['longest_stop_us']} us"
-        )
+        none = "" if collapse["stops"] else ", without a stop of the vCPUs"
+        print(f"collapse   {collapse['pages_collapsed']} pages in {collapse['seconds']:.3f} s{none}")
     before, after = collapse["before"], collapse["after"]
     if after is None:
         return

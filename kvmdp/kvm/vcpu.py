@@ -28,7 +28,7 @@ from kvmdp.abi.kvm_x86 import (
 )
 from kvmdp.kvm import exits
 from kvmdp.kvm.errors import KvmError, failed
-from kvmdp.kvm.machine_check import MC_VECTOR, memory_error
+from kvmdp.kvm.machine_check import MC_VECTOR, PoisonedAccess, memory_error
 from kvmdp.kvm.signals import KICK_SIGNAL, VcpuSignals
 from kvmdp.kvm.stats import Statistics, open_statistics
 
@@ -255,14 +255,15 @@ class Vcpu:
         """Raise a machine check in the guest.  KVM_CAP_MCE."""
         self._get(abi.KVM_X86_SET_MCE, "KVM_X86_SET_MCE", mce)
 
-    def inject_machine_check(self, gpa: int, *, is_fetch: bool = False, at_access: bool = True) -> bool:
-        """Have the guest take #MC for a load of poisoned memory at `gpa`, or for fetching it, as its next step.
+    def inject_machine_check(self, gpa: int, access: PoisonedAccess) -> bool:
+        """Have the guest take #MC for an access to poisoned memory at `gpa`, as its next step.
 
-        `at_access`: RIP is that of the access (`kvmdp.kvm.machine_check.memory_error`). No access may be waiting to be
-        completed. Returns False if the guest cannot be told: it has machine checks switched off (CR4.MCE, MCi_CTL,
-        MCG_CTL), or has not cleared MCG_STATUS after the last one. Needs KVM_CAP_MCE, and MCG_SER_P of `setup_mce`.
+        No access may be waiting to be completed. Returns False if the guest cannot be told: it has machine checks
+        switched off (CR4.MCE, MCi_CTL, MCG_CTL), or has not cleared MCG_STATUS after the last one. For CR4.MCE and
+        MCG_STATUS KVM has then requested what the hardware does (arch/x86/kvm/x86.c, KVM_X86_SET_MCE): a triple fault,
+        which is the next exit if the vCPU is entered again. Needs KVM_CAP_MCE, and MCG_SER_P of `setup_mce`.
         """
-        self.set_mce(memory_error(gpa, is_fetch=is_fetch, at_access=at_access))
+        self.set_mce(memory_error(gpa, access))
         exception = self.events.exception
         return bool(exception.injected or exception.pending) and exception.nr == MC_VECTOR
 

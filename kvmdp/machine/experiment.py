@@ -10,8 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -109,6 +108,9 @@ def run_workload(
 ) -> RunResult:
     """Boot a machine, run `workload` on the memory that `source` delivers, compare. The sources stay the caller's.
 
+    The workload's `poisoned` pages are poisoned before it begins; afterwards it names those that its trap could not but
+    poison along, too: it cannot be run again as it was planned.
+
     Compared is with `reference`, by default the source itself. A source that fills RAM only (a handler in another
     process) cannot be read for that: without a reference nothing is expected of its guest. A workload that needs a
     disk gets `device`; without one, a thread with a temporary file.
@@ -132,7 +134,7 @@ def run_workload(
             device = in_process_disk(workload.disk_bytes)
         if device is not None:
             stack.enter_context(device(machine))
-        workload.poisoned = poison_pages(machine, workload.poisoned)
+        workload.poisoned = poison_pages(machine, workload.poisoned, workload.touched)
         if on_start is not None:
             on_start(machine)
         measured = _run(
@@ -146,11 +148,12 @@ def run_workload(
             workload.touched,
         )
         if reference is None:
-            return measured(None, 0, [])
+            return measured
         expected_image = patched(reference)
         if machine.page_tables.patches:
             expected_image = PatchedSource(expected_image, machine.page_tables.patches)
-        return measured(*_compare(machine, workload, expected_image))
+        expected, checked, wrong = _compare(machine, workload, expected_image)
+        return replace(measured, expected_checksum=expected, pages_checked=checked, wrong_pages=wrong)
 
 
 def _check_page_tables(machine: Machine, workload: Workload) -> None:
@@ -214,10 +217,10 @@ def run_program(
         machine = stack.enter_context(Machine(options, source))
         if device is not None:
             stack.enter_context(device(machine))
-        poisoned = poison_pages(machine, np.empty(0, np.int64) if poisoned is None else poisoned)
+        poisoned = poison_pages(machine, np.empty(0, np.int64) if poisoned is None else poisoned, None)
         if on_start is not None:
             on_start(machine)
-        return _run(machine, blocks, timeout, on_tick, detector, collapse, poisoned)(None, 0, [])
+        return _run(machine, blocks, timeout, on_tick, detector, collapse, poisoned)
 
 
 def _run(
@@ -229,8 +232,8 @@ def _run(
     policy: CollapsePolicy,
     poisoned: Pages,
     touched: Pages | None = None,
-) -> Callable[[int | None, int, list[int]], RunResult]:
-    """Run the machine; returns what makes the result once the comparison is known."""
+) -> RunResult:
+    """Run the machine; returns the result as it is while nothing has been compared."""
     machine.set_parameters(blocks)
     cpu_seconds = time.process_time()
 
@@ -258,35 +261,33 @@ def _run(
     pager, threads = machine.pager, machine.threads
     present = pager.bitmap.count()
     arrays = [thread.latencies for thread in threads] + list(pager.trap.latencies)
-    found: dict[str, Any] = {
-        "seconds": machine.guest_seconds,
-        "cpu_seconds": cpu_seconds,
-        "resident_bytes": resident,
-        "counters": pager.counters,
-        "pages_present": present,
-        "resident_peak": None if machine.limit is None else machine.limit.peak,
-        "memslots": pager.trap.memslots,
-        "slot_bytes": machine.slot_bytes,
-        "granule": pager.trap.granule,
-        "exits": dict(exits),
-        "latencies": np.concatenate([np.frombuffer(each, dtype=np.uint64) for each in arrays]),
-        "stalls": sum(thread.stalls for thread in threads),
-        "stops": machine.gate.stops,
-        "longest_stop": machine.gate.longest_stop,
-        "setup_seconds": machine.setup_seconds,
-        "guest_checksum": combined_checksum(thread.parameters.checksum for thread in threads),
-        "accesses": sum(thread.parameters.accesses for thread in threads),
-        "poison": poison_result(machine, poisoned, touched, [thread.parameters for thread in threads]),
-    }
+    found = RunResult(
+        seconds=machine.guest_seconds,
+        cpu_seconds=cpu_seconds,
+        resident_bytes=resident,
+        counters=pager.counters,
+        pages_present=present,
+        resident_peak=None if machine.limit is None else machine.limit.peak,
+        memslots=pager.trap.memslots,
+        slot_bytes=machine.slot_bytes,
+        granule=pager.trap.granule,
+        exits=dict(exits),
+        latencies=np.concatenate([np.frombuffer(each, dtype=np.uint64) for each in arrays]),
+        stalls=sum(thread.stalls for thread in threads),
+        stops=machine.gate.stops,
+        longest_stop=machine.gate.longest_stop,
+        setup_seconds=machine.setup_seconds,
+        guest_checksum=combined_checksum(thread.parameters.checksum for thread in threads),
+        expected_checksum=None,
+        accesses=sum(thread.parameters.accesses for thread in threads),
+        pages_checked=0,
+        wrong_pages=[],
+        poison=poison_result(machine, poisoned, touched, [thread.parameters for thread in threads]),
+    )
     # Last, for the guest runs again for it, in the same parameter blocks; it only reads.
-    collapsed = None if policy == "off" else measure_collapse(machine, collapser, timeout)
-
-    def result(expected: int | None, checked: int, wrong: list[int]) -> RunResult:
-        return RunResult(
-            **found, expected_checksum=expected, pages_checked=checked, wrong_pages=wrong, collapse=collapsed
-        )
-
-    return result
+    return (
+        found if policy == "off" else replace(found, collapse=measure_collapse(machine, collapser, timeout))
+    )
 
 
 def _pages_with_bytes(machine: Machine) -> Iterator[npt.NDArray[np.int64]]:

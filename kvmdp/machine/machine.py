@@ -25,7 +25,7 @@ from kvmdp.machine.runloop import GuestError, VcpuThread
 from kvmdp.memory.backings import create_backing
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import Origin, Outcome, PagingError
+from kvmdp.paging.fault import BusyError, Origin, Outcome, PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.peers import DeviceServer, check_shareable
@@ -276,11 +276,17 @@ class Machine:
         return server
 
     def _read_physical(self, gpa: int, length: int) -> bytes | None:
-        """Return bytes of guest memory that is present, for decoding an instruction."""
+        """Return bytes of guest memory that is present, for decoding an instruction; None if they are not all there.
+
+        Fetches nothing and waits for nobody: what was there a moment ago may have been taken away or poisoned since.
+        """
         page = self.layout.page_of_gpa(gpa)
         if page is None:
             return self._boot.read(gpa, length)
-        return self._decoding.read(gpa, length) if self.pager.bitmap.test(page) else None
+        try:
+            return self._decoding.read(gpa, length, nowait=True)
+        except BusyError:
+            return None
 
     def memory_for_device(self, number: int) -> GuestMemory:
         """Return the access to RAM of device `number`: its faults carry that number."""

@@ -42,18 +42,27 @@ class PoisonResult:
         )
 
 
-def check_poison(count: int, granule: int) -> None:
-    """Raise ValueError if `count` pages, each with its granule (bytes), are more than a guest can tell of."""
-    if count * granule > MC_ADDRESSES * PAGE_SIZE:
+def check_poison(poisoned: Pages, touched: Pages | None, unit: int) -> None:
+    """Raise ValueError if the guest touches more poisoned pages than it can tell of.
+
+    `unit` is in pages: what a trap cannot poison but as a whole. `touched` None is a program of the user's own: nothing
+    is expected of it, so there is nothing to refuse.
+    """
+    if touched is None:
+        return
+    firsts = np.unique(poisoned // unit)
+    told = np.count_nonzero(np.isin(touched // unit, firsts))
+    if told > MC_ADDRESSES:
         raise ValueError(
-            f"{count} pages to poison, each with a granule of {format_size(granule)}: a guest can tell of "
-            f"{MC_ADDRESSES} pages; poison fewer, or give a smaller granule"
+            f"with {len(firsts)} x {format_size(unit * PAGE_SIZE)} poisoned the guest touches {told} poisoned pages, "
+            f"and it can tell of {MC_ADDRESSES}: poison fewer, let it touch fewer, or take another trap or granule"
         )
 
 
-def poison_pages(machine: Machine, pages: Pages) -> Pages:
+def poison_pages(machine: Machine, pages: Pages, touched: Pages | None) -> Pages:
     """Poison pages before the guest runs; returns them with what the trap had to poison along, ascending.
 
+    `touched` are the pages that the guest accesses, None if that is not known.
     Raises UnsupportedError if the guest could not be told, ValueError as `check_poison`.
     """
     if not len(pages):
@@ -66,9 +75,8 @@ def poison_pages(machine: Machine, pages: Pages) -> Pages:
     if machine.pager.trap.name == UserfaultfdTrap.name and not supported_features() & abi.UFFD_FEATURE_POISON:
         raise UnsupportedError(NO_POISON)
     unit = machine.pager.ledger.unit
-    firsts = np.unique(pages // unit) * unit
-    check_poison(len(firsts), unit * PAGE_SIZE)
-    runs = [machine.pager.poison(page) for page in firsts.tolist()]
+    check_poison(pages, touched, unit)
+    runs = [machine.pager.poison(page) for page in (np.unique(pages // unit) * unit).tolist()]
     return np.concatenate([np.arange(first, first + count) for first, count in runs])
 
 

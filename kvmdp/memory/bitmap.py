@@ -138,6 +138,11 @@ class PresentBitmapView:
         os.close(self.fd)
         self.fd = -1
 
+    @property
+    def mapped_bytes(self) -> int:
+        """How many bytes of memory the bitmap is."""
+        return len(self._mapping)
+
     def __enter__(self) -> Self:
         return self
 

@@ -190,7 +190,7 @@ class Ledger:
                 woken += _wake(claim, Wake.CANCELLED)
         return woken
 
-    # Pins: a present page that is pinned stays present
+    # Pins: a present page that is pinned stays present, a poisoned one poisoned
 
     def pin(self, first: int, count: int = 1) -> bool:
         """Pin a run of pages if every one is present and admitted; False, and none is pinned, if not."""
@@ -199,6 +199,14 @@ class Ledger:
         run = first, count
         self._pins[run] = self._pins.get(run, 0) + 1
         return True
+
+    def pin_settled(self, page: int) -> Outcome | None:
+        """Pin a page if it is PRESENT or POISONED; returns which of the two it stays, None if it is neither."""
+        state = self.states[page]
+        if state != _PRESENT_BYTE and state != _POISON_BYTE:
+            return None
+        self._pins[page, 1] = self._pins.get((page, 1), 0) + 1
+        return Outcome.PRESENT if state == _PRESENT_BYTE else Outcome.POISONED
 
     def unpin(self, first: int, count: int = 1) -> bool:
         """Undo one `pin` of the same run; True if it was the run's last."""
@@ -288,7 +296,10 @@ class Ledger:
         return claim, None, last
 
     def begin_heal(self, page: int) -> Claim | None:
-        """Claim the unit of a poisoned page, to be given new bytes; None if it is not poisoned."""
+        """Claim the unit of a poisoned page, to be given new bytes once no page of it is pinned; None if it is not.
+
+        Also when nobody may begin any more (`cancel`): that is for faults and for taking away.
+        """
         if self.states[page] != _POISON_BYTE:
             return None
         first, last = self._whole_units(page, page + 1)
@@ -296,6 +307,10 @@ class Ledger:
         self.states[first:last] = _INFLIGHT * (last - first)
         self.claims.append(claim)
         return claim
+
+    def is_heal(self, claim: Claim) -> bool:
+        """Whether the claim, which is listed, is that of `begin_heal`, and its page has not got its bytes yet."""
+        return claim.before[:1] == _POISON and self.states[claim.first] == _INFLIGHT_BYTE
 
     def begin_reassert(self, page: int) -> Claim | None:
         """Claim the unit of a present page, which stays present, so that its trap can be told once more."""

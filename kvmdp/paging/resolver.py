@@ -18,7 +18,7 @@ from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.access_gate import AccessGate
 from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake
-from kvmdp.paging.fault import Outcome, PageFault, PagingError
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.sink import Sink
@@ -179,7 +179,8 @@ class Resolver:
         """Claim the pages that a fault is to fetch, or say why not.
 
         Never sleeps. Whoever gets a Claim fills it and commits, or fails it. If somebody else has the page, `waiter`
-        is queued and returned, or else a new Wait.
+        is queued and returned, or else a new Wait; but to a vCPU's fault with a `waiter` a page that is being healed is
+        POISONED still.
         """
         page, ledger = fault.page, self.ledger
         with self.mutex:
@@ -192,6 +193,10 @@ class Resolver:
                 return ledger.claim(page, first, count)
             if isinstance(step, Outcome):
                 return step
+            # A vCPU that sleeps in userfaultfd is told what the page is until it is healed, for it may have to get on
+            # with it first: while KVM finishes an access to this page, the heal waits for that.
+            if waiter is not None and fault.origin is Origin.VCPU and ledger.is_heal(step):
+                return Outcome.POISONED
             waiter = waiter or Wait()
             ledger.queue(step, waiter)
             return waiter
@@ -301,35 +306,43 @@ class Resolver:
         for waiter in woken:
             waiter.notify()
 
-    # Pins: a present page that is held stays present
+    # Pins: a present page that is held stays present, a poisoned one poisoned
 
     def hold(self, page: int) -> bool:
         """Pin a page that is present and admitted; False if it is not. Undo with `release`."""
         with self.mutex:
             return self.ledger.pin(page)
 
+    def hold_settled(self, page: int) -> Outcome | None:
+        """Pin a page if it is PRESENT or POISONED, and return which; None if it is neither. Undo with `release`."""
+        with self.mutex:
+            return self.ledger.pin_settled(page)
+
     def release(self, page: int) -> None:
-        """Undo one `hold`."""
+        """Undo one `hold` or `hold_settled`."""
         with self.mutex:
             if self.ledger.unpin(page):
                 self._unpinned.notify_all()
 
     @contextlib.contextmanager
     def held(self, fault: PageFault) -> Iterator[Outcome]:
-        """Make the page present and keep it so for the time of the block.
+        """Make the page present and keep it so for the time of the block; a poisoned page is kept poisoned.
 
-        Yields PRESENT, or the outcome that kept it from becoming present; then nothing is pinned.
+        Yields PRESENT or POISONED, or another outcome that kept it from becoming present; then nothing is pinned.
+        Whoever holds a poisoned page waits for no page: two who did, and two heals, could wait for each other.
         """
-        outcome = Outcome.PRESENT
-        while outcome in (Outcome.PRESENT, Outcome.ADMITTED):
-            if self.hold(fault.page):
+        while True:
+            settled = self.hold_settled(fault.page)
+            if settled is not None:
                 try:
-                    yield Outcome.PRESENT
+                    yield settled
                 finally:
                     self.release(fault.page)
                 return
             outcome = self.resolve(fault)
-        yield outcome
+            if outcome not in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.POISONED):
+                yield outcome
+                return
 
     def discarded(self, first: int, count: int) -> None:
         """Take note that the bytes of these pages are gone, or going: those nobody has claimed read as zeros now.

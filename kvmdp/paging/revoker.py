@@ -143,7 +143,9 @@ class Revoker(Resolver):
     def unpoison(self, page: int, content: bytes) -> None:
         """Give a poisoned page, with its unit, new bytes, and admit it.
 
-        `content` is as long as the unit. Raises PagingError if the page is not poisoned.
+        `content` is as long as the unit. Raises PagingError if the page is not poisoned. Waits until KVM is done with
+        each access to it that it has half emulated: so this is for no vCPU's thread that is at one, and not for
+        whoever keeps the vCPUs out of KVM_RUN (`quiesced`). A stop of the machine does not end it: the page is healed.
         """
         self._checked(page, 1)
         with self.mutex:
@@ -157,6 +159,17 @@ class Revoker(Resolver):
             raise ValueError(
                 f"{len(content)} bytes for gpa {gpa:#x}, where {length} are poisoned: give all of them"
             )
+        # Since the claim nobody new is at the page: whoever comes waits for it. Who holds it (`held`) has an access of
+        # KVM's emulator to get out of the way, in a KVM_RUN that does not enter the guest. Until that is done KVM may
+        # store once more, and must find the page poisoned.
+        #
+        # That it ends: such a vCPU waits for the gate and for no page, and a stop makes it turn round at the gate. Who
+        # has closed the gate does not wait for this claim: `disable` finds the page absent and raises, others wait for
+        # no claim. Should it sleep on this page in that KVM_RUN (userfaultfd), the reader tells it at once that it is
+        # poisoned (`begin`), and does not wait for this claim.
+        with self.mutex:
+            while self.ledger.pinned(claim):
+                self._unpinned.wait()
         self._fill_view[offset : offset + length] = content
         began = time.perf_counter_ns()
         self.commit(claim)

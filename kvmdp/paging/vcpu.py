@@ -12,12 +12,14 @@ general registers as they were before it, in either case but one: a store that K
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Literal
 
 from kvmdp.abi.kvm_x86 import kvm_regs
 from kvmdp.abi.signal import BUS_MCEERR_AR
 from kvmdp.kvm import BusError, Exit, InternalError, Interrupted, Io, KvmError, MemoryFault, Mmio, Vcpu
+from kvmdp.kvm.machine_check import PoisonedAccess
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
 from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
@@ -139,24 +141,36 @@ class VcpuPaging:
         """Supply or store the bytes of an access that KVM took for device I/O, and let it finish.
 
         The page is pinned until KVM_RUN, entered with immediate_exit, has finished the instruction. Without that
-        the page could be taken away between the bytes supplied here and KVM's own access in the instruction's
-        second half: a LOCK-prefixed one, which KVM does as compare-and-exchange on present memory, would be done
-        as a plain write, and another vCPU's update lost.
+        it could be taken away between the bytes supplied here and KVM's own access in the instruction's second half:
+        a LOCK-prefixed one, which KVM does as compare-and-exchange on present memory, would be done as a plain write,
+        and another vCPU's update lost. And a poisoned one could be healed (`_finish_poisoned`).
         """
         with self._pager.held(PageFault(page, Origin.VCPU, self._vcpu.index)) as outcome:
-            if outcome is Outcome.POISONED:
-                return self._complete_poisoned(mmio, page)
-            if outcome is not Outcome.PRESENT:
+            if outcome is Outcome.PRESENT:
+                self._transfer(mmio, page)
+                following = self._finish()
+            elif outcome is Outcome.POISONED:
+                following = self._finish_poisoned(mmio)
+            else:
                 self._check(outcome, page)
                 return None
-            self._transfer(mmio, page)
-            if not self._gate.enter(self._vcpu, only_complete=True):
-                return None
-            try:
-                following = self._vcpu.run()
-            finally:
-                self._gate.leave(self._vcpu)
-        return None if type(following) is Interrupted else following
+        if type(following) is not Interrupted:
+            return following
+        if outcome is Outcome.POISONED:
+            self._machine_check(page, PoisonedAccess.LOST_STORE if mmio.is_write else PoisonedAccess.LOAD)
+        return None
+
+    def _finish(self) -> Exit | None:
+        """Have KVM finish the access it exited for, and return what it exits for next.
+
+        That is Interrupted if the access is done with; None if the machine is stopping, and it has not been tried.
+        """
+        if not self._gate.enter(self._vcpu, only_complete=True):
+            return None
+        try:
+            return self._vcpu.run()
+        finally:
+            self._gate.leave(self._vcpu)
 
     def _transfer(self, mmio: Mmio, page: int) -> None:
         """Copy between RAM and the exit; an aligned access is one load or store."""
@@ -176,16 +190,18 @@ class VcpuPaging:
 
     # Poisoned pages
 
-    def _machine_check(self, page: int, *, at_access: bool = True) -> None:
+    def _machine_check(self, page: int, access: PoisonedAccess | None = None) -> None:
         """Have the guest take a machine check for its access to a poisoned page, as its next step.
 
+        `access` None is of the instruction at RIP, which has not happened.
         The vCPU cannot be stuck here: it goes on in the guest's handler, or the run ends with what keeps it from that.
         """
         gpa = self._layout.gpa_of_page(page)
         where = f"vCPU {self._vcpu.index} at RIP {self._vcpu.regs.rip:#x} touched gpa {gpa:#x}, which is poisoned, and"
         try:
-            is_fetch = at_access and self._is_fetched(page)
-            taken = self._vcpu.inject_machine_check(gpa, is_fetch=is_fetch, at_access=at_access)
+            if access is None:
+                access = PoisonedAccess.FETCH if self._is_fetched(page) else PoisonedAccess.LOAD
+            taken = self._vcpu.inject_machine_check(gpa, access)
         except KvmError as error:
             raise PagingError(f"{where} this KVM cannot tell it so by a machine check: {error}") from error
         if not taken:
@@ -203,35 +219,34 @@ class VcpuPaging:
         goes_on_there = len(code) < MAX_INSTRUCTION and self._ram_page(rip + len(code)) == page
         return goes_on_there and page not in self._pages_of_operands(code)
 
-    def _complete_poisoned(self, mmio: Mmio, page: int) -> Exit | None:
-        """Get an access that KVM took for device I/O out of the way, then have the guest take its machine check.
+    def _finish_poisoned(self, mmio: Mmio) -> Exit | None:
+        """Get an access that KVM took for device I/O out of the way; its page is poisoned, and held. As `_finish`.
 
         There is no way to call such an access off: it has to be finished. So a load gets zeros, which nobody sees
         because the general registers are put back: the instruction has not happened. Whatever else it exits for
-        meanwhile is not done either. But what KVM stores by itself while it finishes is: `movs` out of a poisoned page
-        leaves zeros where it moves to, in memory that is present, and so does a vector load in its register.
+        meanwhile is not done either. But what KVM stores by itself while it finishes is, in memory that is present:
+        `movs` and `push` out of a poisoned page leave zeros where they move to, and a read-modify-write over the border
+        of a poisoned page and a good one has changed the good one's part. A vector load leaves zeros in its register.
 
-        A store is dropped. It has retired before the exit, with RIP behind it: its machine check comes after the
-        instruction, and says so.
+        A store is dropped. It has retired before the exit, with RIP behind it.
+
+        Why the page is held: KVM does the store of a read-modify-write at the end of this. Into a page that is healed
+        by then it would store what it has made of the zeros given here. So also the second page of an access over two
+        is held, from its own exit on, if it is poisoned.
         """
-        vcpu, is_load = self._vcpu, not mmio.is_write
-        registers = kvm_regs.from_buffer_copy(vcpu.regs)
-        following: Exit = mmio
-        while isinstance(following, Mmio | Io):
-            if isinstance(following, Io) or not following.is_write:
-                following.data[:] = bytes(len(following.data))
-            if not self._gate.enter(vcpu, only_complete=True):
-                return None
-            try:
-                following = vcpu.run()
-            finally:
-                self._gate.leave(vcpu)
-        if type(following) is not Interrupted:
-            return following
-        if is_load:
-            vcpu.set_regs(registers)
-        self._machine_check(page, at_access=is_load)
-        return None
+        registers = kvm_regs.from_buffer_copy(self._vcpu.regs)
+        following: Exit | None = mmio
+        with contextlib.ExitStack() as held:
+            while isinstance(following, Mmio | Io):
+                page = self._layout.page_of_gpa(following.gpa) if isinstance(following, Mmio) else None
+                if page is not None and self._pager.hold_settled(page) is not None:
+                    held.callback(self._pager.release, page)
+                if isinstance(following, Io) or not following.is_write:
+                    following.data[:] = bytes(len(following.data))
+                following = self._finish()
+        if type(following) is Interrupted and not mmio.is_write:
+            self._vcpu.set_regs(registers)
+        return following
 
     # Instructions that KVM cannot emulate, or on which it spins
 

@@ -91,6 +91,36 @@ def test_on_huge_pages_the_trap_with_small_faults_is_chosen(backing):
     assert document["leaks"] == []
 
 
+ON_HUGE_PAGES = ("--backing", "hugetlb-2m", "--reserve-hugepages")
+
+
+@pytest.mark.root
+@pytest.mark.hugepages
+@pytest.mark.parametrize("trap", ["marker", pytest.param("userfaultfd", marks=pytest.mark.userfaultfd)])
+def test_a_huge_page_is_poisoned_as_far_as_the_guest_can_tell_of_it(trap):
+    poison = ("--trap", trap, "--memory", "4M", "--workload", "poison", "--poison", 1)
+    done = kvmdp("run", *ON_HUGE_PAGES, *poison, "--pages", 100, "--json", "-")
+    assert done.status == 0
+    assert len(done.document["poison"]["pages"]) == 512
+    assert done.document["poison"]["machine_checks"] == 100
+    done = kvmdp("run", *ON_HUGE_PAGES, *poison)
+    assert (done.status, done.out) == (2, "")
+    assert done.error == (
+        "with 1 x 2M poisoned the guest touches 512 poisoned pages, and it can tell of 192: poison fewer, let it touch "
+        "fewer, or take another trap or granule"
+    )
+
+
+@pytest.mark.root
+@pytest.mark.hugepages
+@pytest.mark.parametrize("trap", ["marker", pytest.param("userfaultfd", marks=pytest.mark.userfaultfd)])
+def test_a_limit_below_what_an_instruction_can_need_in_huge_pages_is_one_sentence(trap):
+    done = kvmdp("run", *ON_HUGE_PAGES, "--trap", trap, "--memory", "8M", "--resident-limit", "2M")
+    assert (done.status, done.out) == (2, "")
+    assert "Traceback" not in done.error
+    assert "limit" in done.error
+
+
 @pytest.mark.hugepages
 def test_too_few_huge_pages_are_one_sentence_that_says_how_to_reserve():
     require_no_free_pages()

@@ -205,8 +205,8 @@ def test_help_is_no_error(arguments):
         (
             ("--workload", "poison", "--poison", 4, "--trap", "mmio", "--granule", "256K"),
             (
-                "4 pages to poison, each with a granule of 256K: a guest can tell of 192 pages; poison fewer, or "
-                "give a smaller granule"
+                "with 4 x 256K poisoned the guest touches 256 poisoned pages, and it can tell of 192: poison fewer, "
+                "let it touch fewer, or take another trap or granule"
             ),
         ),
         (
@@ -214,12 +214,23 @@ def test_help_is_no_error(arguments):
             "a granule of 5000: give a power of two from 4K to 1G",
         ),
         (
+            ("--trap", "mmio", "--split", "gap"),
+            "--split is for memory-fault: the trap mmio stops no vCPU to cut a region; leave it out",
+        ),
+        (
+            ("--trap", "marker", "--slot-memory", "256M"),
+            (
+                "--slot-memory is for memory-fault and mmio: the trap marker has no memslots for parts of a region; "
+                "leave it out"
+            ),
+        ),
+        (
             ("--trap", "mmio", "--slot-memory", "1M"),
             "1M of kernel memory for memslots: give at least 26M",
         ),
         (
             ("--trap", "marker", "--granule", "64K"),
-            "--granule is for memory-fault and mmio: the trap marker works by single pages",
+            "--granule is for memory-fault and mmio: the trap marker works by the host's pages",
         ),
         (
             ("--trap", "hybrid-mmio", "--backing", "anonymous"),

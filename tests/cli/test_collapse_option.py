@@ -1,7 +1,9 @@
 """`kvmdp run --collapse`: what it says of what KVM has mapped, before and after."""
 
+import re
+
 import pytest
-from command import kvmdp
+from command import kvmdp, require_trap
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 
@@ -36,6 +38,15 @@ def test_what_is_collapsed_while_the_guest_runs_has_no_before(policy):
     assert collapse["policy"] == policy
     assert collapse["before"] is collapse["retouch_ratio"] is None
     assert collapse["after"]["pages_4k"] is not None
+
+
+def test_stops_are_told_of_once():
+    require_trap("memory-fault")
+    arguments = ("--memory", "8M", "--trap", "memory-fault", "--granule", "4K", "--collapse", "full")
+    shown = kvmdp("run", *arguments)
+    assert shown.status == 0
+    assert shown.out.count("stop") == 1
+    assert re.search(r"^stops +\d+ of the vCPUs, the longest [0-9.]+ us$", shown.out, re.MULTILINE)
 
 
 def test_the_summary_says_it_in_words_and_nothing_without_the_option():

@@ -9,6 +9,7 @@ from command import kvmdp
 from kvmdp import __version__
 from kvmdp.cli.main import build_parser
 from kvmdp.machine.workloads import WORKLOADS
+from kvmdp.paging.trap.registry import ALL_TRAPS
 
 UNITS = r"\b(bytes|pages|vCPUs|seconds|ring|number|accesses|passes|rounds|threads|microseconds)\b"
 
@@ -42,6 +43,12 @@ def test_the_help_fits_a_screen_and_shows_how_to_start():
 @pytest.mark.parametrize("command", subparsers())
 def test_a_commands_help_fits_the_width(command):
     assert max(map(len, subparsers()[command].format_help().splitlines())) <= 80
+
+
+def test_the_help_of_bench_names_every_trap():
+    words = " ".join(subparsers()["bench"].format_help().split())
+    assert f"the traps ({', '.join(ALL_TRAPS)})" in words
+    assert "off-TRAP" in words
 
 
 @pytest.mark.parametrize("option", OPTIONS)

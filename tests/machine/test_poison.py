@@ -2,6 +2,7 @@
 
 import random
 import struct
+import threading
 import time
 
 import numpy as np
@@ -20,7 +21,6 @@ from harness import (
     program_machine,
 )
 
-from kvmdp.kvm import machine_check
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.disk_ports import DiskThread
@@ -28,7 +28,7 @@ from kvmdp.machine.experiment import run_program, run_workload
 from kvmdp.machine.guest_abi import DiskStatus
 from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.machine import MachineOptions
-from kvmdp.machine.poison import check_poison, poison_pages
+from kvmdp.machine.poison import PoisonResult, check_poison, poison_pages
 from kvmdp.machine.runloop import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, program_blocks
 from kvmdp.memory.layout import PAGE_SIZE
@@ -44,7 +44,6 @@ every_ring = pytest.mark.parametrize("ring", [3, 0])
 PAGE, OFFSET = 3, 16  # what the programs of one access touch
 GPA = PAGE * PAGE_SIZE
 RAX = 0x1111222233334444
-EIPV = machine_check.MCG_STATUS_EIPV
 
 
 def image_of(pages):
@@ -110,7 +109,7 @@ def test_the_workload_leaves_out_fifty_pages_and_nothing_else(trap, ring, vcpus)
 def test_a_page_that_is_never_touched_is_never_heard_of(trap):
     workload = plan("poison", pages=100)
     with make_machine(trap, workload=workload) as machine:
-        poison_pages(machine, np.arange(100, 120))
+        poison_pages(machine, np.arange(100, 120), workload.touched)
         machine.run(TIMEOUT)
         block = machine.threads[0].parameters
         assert (block.mc_count, block.exception_count, block.accesses) == (0, 0, 100 * 512)
@@ -130,19 +129,22 @@ def test_a_machine_check_that_nobody_expects_fails_the_run():
 # What the guest is told, and what its access has done by then
 
 
-def access_program(code):
-    """Resume behind `code`, with rax as the result; before: rax = RAX, rsi = rbx = GPA + OFFSET, dx a port, rcx 4."""
+def access_program(code, after=b""):
+    """Resume behind `code`, go on with `after`, with rax as the result.
+
+    Before: rax = RAX, rsi = rbx = GPA + OFFSET, dx a port, rcx 4.
+    """
     setup = b"\x48\xb8" + struct.pack("<Q", RAX) + b"\xbb" + struct.pack("<I", GPA + OFFSET)
     setup += b"\x89\xde\xba" + struct.pack("<I", guest.LOOPBACK_PORT) + b"\xb9\x04\x00\x00\x00"
     resume = b"\x48\x8d\x05" + struct.pack("<i", 7 + len(setup) + len(code)) + b"\x48\x89\x87"
     resume += struct.pack("<I", guest.ParameterBlock.mc_resume.offset)
     at = len(resume) + len(setup)
     # 31 d2: xor edx, edx; and wherever it is that `code` went, the machine check brought it back here
-    return resume + setup + code + b"\x31\xd2\xc3", guest.PROGRAM_BASE + at
+    return resume + setup + code + after + b"\x31\xd2\xc3", guest.PROGRAM_BASE + at
 
 
-# Bank and status: VAL UC EN MISCV ADDRV S AR (SDM volume 3), and what kind of access it was
-FETCHED, LOADED = (0, 0xBD80000000000150), (1, 0xBD80000000000134)
+# Bank and status (SDM volume 3): VAL UC EN MISCV ADDRV S AR, but no AR for a lost store, and what kind of access it was
+FETCHED, LOADED, LOST = (0, 0xBD80000000000150), (1, 0xBD80000000000134), (9, 0xBD0000000000017A)
 LOADS = {
     "mov": "488b03",
     "over two pages": "488b83ecffffff",  # mov rax, [rbx - 20]
@@ -218,11 +220,63 @@ def test_a_store_is_dropped_and_told_of(trap, ring, name):
     code = bytes.fromhex(STORES[name])
     block, rip, _ = run_access(trap, ring, code)
     assert taken(block) == [GPA]
+    assert block.mc_misc == 0x8C
     # Where KVM emulated the store it has retired: then RIP is behind it, and EIPV clear.
-    if block.mc_mcg_status & EIPV:
+    if block.mc_mcg_status == 0b111:
         assert rip <= block.exception_rip < rip + len(code)
+        assert (block.mc_bank, block.mc_status) == LOADED
     else:
+        assert block.mc_mcg_status == 0b101
         assert rip < block.exception_rip <= rip + len(code)
+        assert (block.mc_bank, block.mc_status) == LOST
+    if trap == "mmio" and name == "mov":
+        assert block.mc_mcg_status == 0b101
+
+
+# The exit for it is the one before that of the access: mov r8, [page 5], which is absent
+OTHER_LOAD = bytes.fromhex("4c8b042510500000")
+MOVED_TO = 0x9010
+
+
+@pytest.mark.parametrize(
+    ("code", "after"),
+    [
+        ("bf10900000 48a5", "488b042510900000"),  # movsq to MOVED_TO; mov rax, [MOVED_TO]
+        ("ff33", "488b4424f8"),  # push [rbx]; mov rax, [rsp - 8]
+        ("66480f6ec0 f30f6f03", "66480f7ec0"),  # movq xmm0, rax; movdqu xmm0, [rbx]; movq rax, xmm0
+    ],
+    ids=["movs", "push", "movdqu"],
+)
+def test_what_an_emulated_load_leaves_elsewhere_is_zeros(code, after):
+    program, _ = access_program(OTHER_LOAD + bytes.fromhex(code), bytes.fromhex(after))
+    with program_machine("mmio", program, patches=[(MOVED_TO, b"\xff" * 8)]) as machine:
+        machine.memory.read(MOVED_TO, 8)
+        machine.pager.poison(PAGE)
+        machine.run(TIMEOUT)
+        block = machine.threads[0].parameters
+        assert taken(block) == [GPA]
+        assert image_of([5])[0, 2] != 0  # what the other load has left in the exit
+        assert block.checksum == 0
+
+
+def test_a_code_page_that_is_poisoned_while_it_is_decoded_is_a_machine_check_too():
+    code = 0x5000
+    program, _ = access_program(b"\xb9" + struct.pack("<I", code) + b"\xff\xe1")  # mov ecx, code; jmp rcx
+    # fld [rbx], which KVM's emulator does not know
+    with program_machine("mmio", program, patches=[(code, b"\xdd\x03")]) as machine:
+        machine.memory.read(code, 2)
+        read = machine._decoding.read
+
+        def poisoned_first(gpa, length, **options):
+            if machine.pager.bitmap.test(code // PAGE_SIZE):
+                machine.pager.poison(code // PAGE_SIZE)
+            return read(gpa, length, **options)
+
+        machine._decoding.read = poisoned_first
+        machine.run(TIMEOUT)
+        block = machine.threads[0].parameters
+        assert taken(block) == [code]
+        assert (block.exception_rip, block.mc_bank, block.mc_status) == (code, *FETCHED)
 
 
 def test_a_machine_check_of_a_guest_that_is_not_ready_ends_the_run_with_a_sentence():
@@ -279,6 +333,148 @@ def test_pages_poisoned_and_healed_under_running_vcpus(trap, backing):
         assert machine.memory.read(0, 8 * PAGE_SIZE).count(0) >= len(poisoned) * PAGE_SIZE
 
 
+READ_MODIFY_WRITE = {
+    "add": "480103",
+    "lock add": "f0480103",
+    "xchg": "488703",
+    "add over two pages": "480183ecffffff",  # add [rbx - 20], rax
+}
+HEALED_WITH = b"\x11" * PAGE_SIZE
+
+
+class HealedInTheMiddle:
+    """Heals `pages` in a thread of its own just before KVM is to finish an access, for the `number`th time."""
+
+    def __init__(self, machine, pages, number=1, meanwhile=lambda: None):
+        self.machine, self.pages, self.number, self.meanwhile = machine, pages, number, meanwhile
+        self.thread, self.enter = threading.Thread(target=self.heal), machine.gate.enter
+        self.waited = False
+        machine.gate.enter = self.slowly
+
+    def heal(self):
+        for page in self.pages:
+            self.machine.pager.unpoison(page, HEALED_WITH)
+
+    def slowly(self, vcpu, *, only_complete=False):
+        self.number -= only_complete
+        if only_complete and self.number == 0:
+            self.thread.start()
+            self.thread.join(0.05)
+            self.waited = self.thread.is_alive()
+            self.meanwhile()
+        return self.enter(vcpu, only_complete=only_complete)
+
+    def end(self):
+        self.thread.join(TIMEOUT)
+        assert self.waited
+        assert not self.thread.is_alive()
+        for page in self.pages:
+            assert self.machine.memory.read(page * PAGE_SIZE, PAGE_SIZE) == HEALED_WITH
+
+
+@every_ring
+@pytest.mark.parametrize("name", READ_MODIFY_WRITE)
+def test_a_page_is_not_healed_before_kvm_is_done_with_it(ring, name):
+    program, _ = access_program(bytes.fromhex(READ_MODIFY_WRITE[name]))
+    pages = [PAGE - 1, PAGE] if "two" in name else [PAGE]
+    with program_machine("mmio", program, ring=ring) as machine:
+        for page in pages:
+            machine.pager.poison(page)
+        healed = HealedInTheMiddle(machine, pages, number=len(pages))
+        machine.run(TIMEOUT)
+        assert taken(machine.threads[0].parameters) == [pages[0] * PAGE_SIZE]
+        healed.end()
+
+
+def test_a_heal_that_waits_ends_when_the_machine_stops():
+    program, _ = access_program(bytes.fromhex(READ_MODIFY_WRITE["add"]))
+    with program_machine("mmio", program) as machine:
+        machine.pager.poison(PAGE)
+        healed = HealedInTheMiddle(
+            machine, [PAGE], meanwhile=lambda: (machine.gate.stop(), machine.pager.cancel())
+        )
+        with pytest.raises(GuestError, match="not done"):
+            machine.run(1)
+        healed.end()
+
+
+def test_a_heal_waits_as_long_as_the_vcpus_are_kept_out_and_holds_up_nobody_there():
+    program, _ = access_program(bytes.fromhex(READ_MODIFY_WRITE["add"]))
+    with program_machine("mmio", program) as machine:
+        closed = threading.Event()
+        found = []
+
+        def close():
+            with machine.pager.quiesced():
+                closed.set()
+                time.sleep(0.05)
+                found.append(healed.thread.is_alive())
+            with pytest.raises(PagingError, match="cannot be switched off while"):
+                machine.pager.disable()
+
+        closer = threading.Thread(target=close)
+
+        def close_first():
+            closer.start()
+            closed.wait()
+
+        machine.pager.poison(PAGE)
+        healed = HealedInTheMiddle(machine, [PAGE], meanwhile=close_first)
+        machine.run(TIMEOUT)
+        closer.join(TIMEOUT)
+        assert found == [True]
+        healed.end()
+
+
+@every_trap
+def test_a_page_is_healed_after_the_machine_has_stopped_too(trap):
+    with make_machine(trap, workload=plan("checksum", pages=2)) as machine:
+        machine.pager.poison(PAGE)
+        machine.run(TIMEOUT)
+        machine.pager.unpoison(PAGE, HEALED_WITH)
+        assert machine.memory.read(GPA, PAGE_SIZE) == HEALED_WITH
+
+
+# resume at 2; 1: one access to [GPA + OFFSET], rax = 5; 2: while not [0x9000]
+ACCESSES = {"add": "480103", "lock add": "f0480103", "store": "488903"}
+LARGE = 1 << 40
+
+
+@every_trap
+@every_ring
+@pytest.mark.parametrize("name", ACCESSES)
+def test_what_heals_a_page_is_not_overwritten_by_an_access_from_before(trap, ring, name):
+    access, go_on = bytes.fromhex(ACCESSES[name]), bytes.fromhex("48833c250090000000")
+    setup = b"\xb8\x05\x00\x00\x00\xbb" + struct.pack("<I", GPA + OFFSET)
+    resume = b"\x48\x8d\x05" + struct.pack("<i", 7 + len(setup) + len(access)) + b"\x48\x89\x87"
+    resume += struct.pack("<I", guest.ParameterBlock.mc_resume.offset)
+    back = b"\x74" + struct.pack("<b", -(len(access) + len(go_on) + 2))
+    program = resume + setup + access + go_on + back + b"\x31\xd2\x31\xc0\xc3"
+    chance, rounds, lost = random.Random(SEED), 60, []
+
+    def poison(number):
+        machine.pager.poison(PAGE)
+        time.sleep(chance.choice((0, 0.0002, 0.001)))
+        machine.pager.unpoison(PAGE, struct.pack("<Q", LARGE) * 512)
+        value = machine.memory.load64(GPA + OFFSET)
+        # The guest only adds 5, or stores it.
+        if not (value in (LARGE, 5) if name == "store" else value >= LARGE and (value - LARGE) % 5 == 0):
+            lost.append(value)
+        if number + 1 == rounds:
+            machine.memory.write(0x9000, b"\1")
+            return False
+        return True
+
+    with program_machine(trap, program, ring=ring, vcpus=2, patches=[(0x9000, bytes(8))]) as machine:
+        with meanwhile(poison):
+            machine.run(TIMEOUT)
+        assert lost == []
+        for thread in machine.threads:
+            block = thread.parameters
+            assert set(block.mc_addresses[: min(block.mc_count, guest.MC_ADDRESSES)]) <= {GPA}
+            assert block.exception_count == block.mc_count
+
+
 # Larger units, programs, hosts that cannot
 
 
@@ -295,11 +491,22 @@ def test_a_granule_is_poisoned_as_a_whole_and_each_of_its_pages_is_told_of(trap)
 
 
 def test_more_pages_than_a_guest_can_tell_of_are_refused():
-    check_poison(guest.MC_ADDRESSES, PAGE_SIZE)
+    pages = np.arange(1000)
+    check_poison(pages[: guest.MC_ADDRESSES], pages, 1)
+    check_poison(pages[:1], pages[: guest.MC_ADDRESSES], 512)
+    check_poison(pages[:1], pages[512:], 512)
+    check_poison(pages, None, 512)  # of a program nothing is expected
     with pytest.raises(
-        ValueError, match=r"^4 pages to poison, each with a granule of 256K: a guest can tell of 192"
+        ValueError,
+        match=r"^with 4 x 256K poisoned the guest touches 256 poisoned pages, and it can tell of 192: ",
     ):
-        check_poison(4, 256 << 10)
+        check_poison(pages[:256:64], pages, 64)
+
+
+@pytest.mark.parametrize("checks", [0, 2])
+def test_the_number_of_machine_checks_must_be_right_too(checks):
+    assert PoisonResult([GPA], [GPA], 1, [GPA]).ok
+    assert not PoisonResult([GPA], [GPA], checks, [GPA]).ok
 
 
 def test_a_program_of_ones_own_is_told_too():

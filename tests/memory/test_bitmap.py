@@ -123,6 +123,12 @@ def test_every_single_page(pages):
 
 
 @pytest.mark.parametrize("pages", [64, 100, 262144])
+def test_it_takes_whole_words(pages):
+    with PresentBitmap(pages) as bitmap:
+        assert bitmap.mapped_bytes == os.fstat(bitmap.fd).st_size == words_for(pages) * 8
+
+
+@pytest.mark.parametrize("pages", SIZES)
 def test_full_and_empty(pages):
     with PresentBitmap(pages) as bitmap:
         assert bitmap.next_present_run(0) is None

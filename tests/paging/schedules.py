@@ -285,6 +285,7 @@ class Schedule:
         if not present:
             first, last = first // unit * unit, min(-(-last // unit) * unit, END)
         assert in_the_way is None
+        assert claim is not None
         assert (claim.first, claim.count, go_on) == (first, last - first, last)
 
     def heal(self, page):
@@ -297,7 +298,11 @@ class Schedule:
         assert claim.first <= page < claim.first + claim.count
         self.begun(claim, INFLIGHT)
         assert claim.before == bytes([POISON]) * claim.count
+        while self.pinned(claim):
+            assert self.ledger.is_heal(claim)
+            yield
         yield
+        assert not self.pinned(claim), "pinned while it is healed"
         if self.chance.random() < 0.15:  # too few bytes
             yield from self.end(claim, claim.before, Wake.REVOKED)
         elif (yield from self.admit(claim)):
@@ -328,6 +333,18 @@ class Schedule:
         assert self.ledger.pin(first, count) == all(self.states[page] == PRESENT for page in pages)
         if self.states[first : first + count] != bytes([PRESENT]) * count:
             return
+        yield from self.hold_for_a_while(run)
+
+    def hold_settled(self, page):
+        """A vCPU that gets an access out of the way."""
+        outcome = {PRESENT: Outcome.PRESENT, POISON: Outcome.POISONED}.get(self.states[page])
+        assert self.ledger.pin_settled(page) is outcome
+        if outcome is not None:
+            yield from self.hold_for_a_while((page, 1))
+
+    def hold_for_a_while(self, run):
+        first, count = run
+        pages = range(first, first + count)
         self.pins[run] += 1
         self.pinned_pages.update(pages)
         for _ in range(self.chance.randrange(1, 4)):
@@ -407,6 +424,8 @@ class Schedule:
         yield "hold", self.hold(*run)
         if real() < 0.3:
             yield "hold", self.hold(*run)
+        for _ in range(draw(3)):
+            yield "hold settled", self.hold_settled(page)
         if real() < 0.6:
             yield "call off", self.call_off()
         if real() < 0.5:

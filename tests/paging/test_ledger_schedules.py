@@ -220,6 +220,17 @@ class HealsHalfAUnit(Ledger):
             self.unit = unit
 
 
+class LetsGoOfWhatIsPoisoned(Ledger):
+    def pin_settled(self, page):
+        found = super().pin_settled(page)
+        if found is Outcome.POISONED:
+            self.unpin(page)
+        return found
+
+    def unpin(self, first, count=1):
+        return super().unpin(first, count) if (first, count) in self._pins else True
+
+
 class CountsBackedPagesTwice(Ledger):
     def commit(self, claim):
         before = claim.before
@@ -280,6 +291,7 @@ class ForgetsWhatCameFromTheSink(Ledger):
         FetchesPoison,
         HealsWhatIsWell,
         HealsHalfAUnit,
+        LetsGoOfWhatIsPoisoned,
         CountsBackedPagesTwice,
         CountsWhatIsTakenAsInRam,
         CountsDiscardedPagesAsInRam,

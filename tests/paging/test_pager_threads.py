@@ -7,8 +7,8 @@ import time
 import pytest
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error, started
 
-from kvmdp.paging.claim import Claim
-from kvmdp.paging.fault import Outcome, PageFault, PagingError
+from kvmdp.paging.claim import Claim, Waiter
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 
 SOON = 5  # seconds: long past any of this; a thread that still waits then has lost its wake-up
 
@@ -159,6 +159,30 @@ def test_held_makes_a_page_present_and_keeps_it():
         with pager.held(PageFault(6)) as outcome:
             assert outcome is Outcome.FAILED
         assert str(pager.error) == "the reader broke"
+
+
+def test_a_page_that_is_held_poisoned_is_healed_afterwards_and_is_poisoned_till_then_to_a_vcpu_that_sleeps():
+    parked_until = threading.Event()
+    with pager_of() as pager:
+        pager.poison(5)
+        with pager.held(PageFault(5)) as outcome:
+            assert outcome is Outcome.POISONED
+            heal = started(lambda: pager.unpoison(5, b"\1" * 4096))
+            heal.join(0.05)
+            assert heal.is_alive()
+            vcpu, device = PageFault(5, Origin.VCPU), PageFault(5, Origin.DEVICE)
+            assert pager.resolve_or_park(vcpu, Waiter(lambda: None)) is Outcome.POISONED
+            assert pager.resolve_or_park(device, Waiter(parked_until.set)) is None
+            access = started(lambda: pager.resolve(PageFault(5)))
+            pager.cancel()
+            heal.join(0.05)
+            assert heal.is_alive()
+        heal.join(SOON)
+        access.join(SOON)
+        assert parked_until.is_set()
+        assert page_of(pager, 5) == b"\1" * 4096
+        with pager.held(PageFault(5)) as outcome:
+            assert outcome is Outcome.PRESENT
 
 
 @pytest.mark.parametrize(("granule", "around"), [(4096, 1), (4096, 8), (32 << 10, 1), (32 << 10, 16)])
