@@ -1,29 +1,30 @@
 """Small pages that are all present, put together into huge ones in the guest view (MADV_COLLAPSE, Linux 6.1).
 
 What the kernel does with pages that are registered with userfaultfd depends on how they are: it puts a full region
-together that is registered for missing and minor faults, and refuses (EINVAL) shared memory that is registered for write
-protection too, and a hole in either. So a *region* of 2 MiB is collapsed in one order, which works with all of them: all
-of its pages are present and claimed; it is unregistered; then its pages are put together, through the guest view. That
-is more than private memory needs, or a kernel without write protection of shared memory. It is done there too because
-nothing of a region that is all present has to trap: there is one order to be right, and nothing that readers would be
-told. Both unsafe orders are in tests/machine/test_collapse_orders.py, with what is lost by them.
+together that is registered for missing and minor faults, and refuses (EINVAL) shared memory that is registered for
+write protection too, and a hole in either. So a *region* of 2 MiB is collapsed in one order, which works with all of
+them: all of its pages are present and claimed; it is unregistered; then its pages are put together, through the guest
+view. That is more than private memory needs, or a kernel without write protection of shared memory. It is kept there
+too: a region that is all present need not trap, nothing of it is then told to a reader who would have to look into it,
+and one order is easier to be sure of than two. Both unsafe orders are in tests/machine/test_collapse_orders.py, with
+what is lost by them.
 
 From there the region is plain memory, until one of its pages is to go. Then it is registered again (`Regions.reopen`),
-which leaves the huge mapping in place. What the trap does next to that one page (MADV_DONTNEED) has the kernel split the
-mapping. Exact while vCPUs run:
+which leaves the huge mapping in place. What the trap does next to that one page (MADV_DONTNEED) has the kernel split
+the mapping. Exact while vCPUs run:
 
 - Registering takes the mmap lock for writing, and the lock of each mapping (VMA) that it changes. A fault holds one of
-  them, for reading, from when it looks at whether the mapping is registered until it has entered the page, and looks
-  again if it lets go of it between. So none spans the registering: one that ended before has mapped what was present;
-  one that begins after finds the page mapped, or goes to the reader.
-- KVM, which has taken a page from the page table without a fault, is told to give it up when the page is dropped (MMU
-  notifier), as at every revocation.
+  the two, for reading, from when it looks whether the mapping is registered until it has entered the page; if it lets
+  go of it between it looks again. So none spans the registering: one that ended before has mapped what was present; one
+  that begins after finds the page mapped, or goes to the reader.
+- What KVM took from the page table without a fault it has to give back when the page is dropped (MMU notifier), as at
+  every revocation.
 - Shared memory's huge mapping is not split but taken out as a whole: the present pages around become MINOR faults, and
   the reader maps them one by one (it finds them present). So does it with what is absent: it finds that not present,
   and leaves it to the marker or to the claim's end. Private memory is split in place, and no vCPU runs meanwhile.
-- Where userfaultfd is not told of the kernel's own faults there is no such event, and a hole fails KVM_RUN (EFAULT). There
-  no vCPU runs while a page is revoked, and before one does the region is made anew (`remap`): its present pages mapped,
-  the others under markers.
+- Where userfaultfd is not told of the kernel's own faults there are no such events: a hole fails KVM_RUN (EFAULT).
+  There no vCPU runs while a page is revoked, and before one does the whole region is made anew (`remap`): its present
+  pages are mapped, the others under markers.
 - Two threads that revoke pages of one region: the first registers it, the other waits for that, not for more. After it
   each drop and each marker is about its own page only: neither can undo what the other did. (Were the whole region
   dropped later than that, a marker set by the faster thread would go with it.)
@@ -95,9 +96,9 @@ def _collapse(view: Mapping, offset: int, length: int) -> bool:
 class Regions:
     """Which regions of a guest view are plain memory for the time being.
 
-    `register` and `unregister` do that to a run of pages; `thp` is the backing's. `remap`, if there is one, is called for
-    a region that has just been registered again, with no vCPU in KVM_RUN. `used` is True from the first collapse on: the
-    view may consist of several mappings of the kernel's then, with borders between regions, and no call of
+    `register` and `unregister` do that to a run of pages; `thp` is the backing's. `remap`, if there is one, is called
+    for a region that has just been registered again: no vCPU is in KVM_RUN then. `used` is True from the first collapse
+    on: the view may consist of several mappings of the kernel's then, with borders between regions, and no call of
     userfaultfd's that maps or marks may reach over one.
     """
 
@@ -195,7 +196,7 @@ class Regions:
 
     @contextlib.contextmanager
     def unless_plain(self, first: int, count: int) -> Iterator[None]:
-        """Map or mark these pages in the block, which is passed over if a region of theirs turns out to be plain memory.
+        """Map or mark these pages in the block, which is passed over if a region of theirs proves to be plain memory.
 
         For whoever has no claim on the pages: only a claim keeps a region as it is. One that was plain when the call
         failed either still is, or has been reopened since the block began.

@@ -7,9 +7,9 @@ marker has been replaced by the page (`kvmdp.paging.trap.view`).
 Needs UFFD_FEATURE_POISON (Linux 6.6); a userfaultfd for user-mode faults alone will do, which needs no privilege.
 
 A reader thread serves what comes through all the same: pages that reclaim or a collapse took out of the page table
-while they were present. A userfaultfd for user-mode faults alone is not told of those, for it is KVM that faults: KVM_RUN
-fails with EFAULT. What we take out of the page table ourselves is put back, or marked, while no vCPU is in KVM_RUN
-(`needs_quiesce`); what the host takes out is put back after the EFAULT (`kvmdp.paging.vcpu`, `reassert`).
+while they were present. A userfaultfd for user-mode faults alone is not told of those, for it is KVM that faults:
+KVM_RUN fails with EFAULT. What we take out of the page table ourselves is put back, or marked, while no vCPU is in
+KVM_RUN (`needs_quiesce`); what the host takes out is put back after the EFAULT (`kvmdp.paging.vcpu`, `reassert`).
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ class Uffd:
     faults taken inside the kernel (KVM's own mapping of a page is one) must reach the reader; `page_size`, bytes of
     the pages of what is going to be registered: addresses and lengths are multiples of it.
 
-    `takes_kernel_faults`: whether they do. Where they do not, such a fault on a hole of what is registered fails: KVM_RUN
-    returns EFAULT. One on a marker gives its SIGBUS either way.
+    `takes_kernel_faults`: whether they do. Where they do not, such a fault on a hole of what is registered fails:
+    KVM_RUN returns EFAULT. One on a marker gives its SIGBUS either way.
     """
 
     def __init__(self, features: int, *, kernel_faults: bool, page_size: int = PAGE_SIZE) -> None:

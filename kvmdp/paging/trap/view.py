@@ -316,8 +316,8 @@ class UffdTrap(UffdView):
     def _remap(self, first: int, count: int) -> None:
         """Map what is present of a region of shared memory, put markers on the rest; no vCPU is in KVM_RUN.
 
-        What is not present is on its way out, by another thread, which drops and marks it once more. Should that come to
-        nothing, because the page is in use, the marker is on a present page, which `reassert` mends at its first touch.
+        What is not present is on its way out, by another thread, which drops and marks it once more. Should that come
+        to nothing, because the page is in use, the marker is on a present page: `reassert` mends it at its first touch.
         """
         assert self._presence is not None
         self._view.drop(first * PAGE_SIZE, count * PAGE_SIZE)
