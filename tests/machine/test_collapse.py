@@ -14,6 +14,7 @@ from kvmdp.machine.machine import Machine
 from kvmdp.paging.collapse import Collapser
 from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.trap import collapse as trap_collapse
 from kvmdp.paging.trap.collapse import REGION, can_collapse
 from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.source.synthetic import SyntheticSource
@@ -179,37 +180,41 @@ def test_of_two_threads_that_take_pages_from_one_region_the_second_waits_for_the
     pager, regions = machine.pager, machine.pager.trap._regions
     assert pager.mark_present(0, PAGES) is Outcome.PRESENT
     collapse(pager, 0, PAGES, regions=range(4))
-    entered, second_done, registered = threading.Event(), threading.Event(), []
+    entered, second_done, registered, overtaken = threading.Event(), threading.Event(), [], []
     register = regions._register
 
     def register_late(first, count):
         registered.append(first)
         entered.set()
-        second_done.wait(0.3)  # as long as it would take if it did not wait
+        overtaken.append(second_done.wait(0.3))  # longer than it takes if it does not wait
         register(first, count)
 
-    def take(page):
-        def once(_number):
-            if page == 9:
-                assert entered.wait(TIMEOUT)
-            pager.mark_nonpresent(page, 1)
-            if page == 9:
-                second_done.set()
-            return False
+    def take_one(_number):
+        pager.mark_nonpresent(7, 1)
+        return False
 
-        return once
+    def take_another(_number):
+        assert entered.wait(TIMEOUT)
+        try:
+            pager.mark_nonpresent(9, 1)
+        finally:
+            second_done.set()
+        return False
 
     monkeypatch.setattr(regions, "_register", register_late)
-    with meanwhile(take(7), take(9)):
-        assert eventually(second_done.is_set)
-    assert registered == [0]
+    with meanwhile(take_one, take_another):
+        assert second_done.wait(TIMEOUT)
+    assert (registered, overtaken) == ([0], [False])
     machine.run(TIMEOUT)
     assert pager.counters.pages_backed == 2
     check(machine, atomic())
 
 
+@pytest.mark.parametrize("huge_page_to_spare", [True, False])
 @pytest.mark.parametrize("trap", UFFD_TRAPS)
-def test_a_marker_that_a_reader_left_on_a_present_page_is_gone_after_a_collapse(machine_of, trap):
+def test_a_marker_that_a_reader_left_on_a_present_page_is_gone_after_a_collapse(
+    machine_of, monkeypatch, trap, huge_page_to_spare
+):
     machine = machine_of(trap, workload=atomic())
     pager, guest = machine.pager, machine.backing.guest
     assert pager.mark_present(0, PAGES) is Outcome.PRESENT
@@ -218,7 +223,11 @@ def test_a_marker_that_a_reader_left_on_a_present_page_is_gone_after_a_collapse(
         pager.trap._announce(7, 1)  # its own drop, no discard
     guest.drop(7 * 4096, 4096)
     assert uffd.poison(guest.hva + 7 * 4096, 4096)
-    collapse(pager, 0, PAGES, regions=range(4))
+    if huge_page_to_spare:
+        collapse(pager, 0, PAGES, regions=range(4))
+    else:
+        monkeypatch.setattr(trap_collapse, "put_together", lambda *pages, thp: False)
+        assert pager.collapse(0, PAGES) == 0
     machine.run(TIMEOUT)
     check(machine, atomic())
 

@@ -12,6 +12,8 @@ from kvmdp.kvm import BadAddress
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.invariants import violations
+from kvmdp.paging.trap.marker import MarkerTrap
+from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
@@ -82,20 +84,19 @@ def test_a_region_is_under_markers_before_its_memslot_is_an_ordinary_one(monkeyp
     workload = plan(
         "touch", vcpus=2, memory=MEMORY, order="random", touches=500, write=True, overlap=True, pages=PAGES
     )
+    flip, serve, faults = RamSlots.flip, MarkerTrap._serve, []
+
+    def flip_and_linger(slots, block):
+        flip(slots, block)
+        time.sleep(0.02)  # the other vCPU comes by
+
+    def note(trap, address, read):
+        faults.append(address)
+        serve(trap, address, read)
+
+    monkeypatch.setattr(RamSlots, "flip", flip_and_linger)
+    monkeypatch.setattr(MarkerTrap, "_serve", note)
     with layered(workload=workload) as machine:
-        trap, faults = machine.pager.trap, []
-        flip, serve = trap._slots.flip, trap._serve
-
-        def flip_and_linger(block):
-            flip(block)
-            time.sleep(0.02)  # the other vCPU comes by
-
-        def note(address, read):
-            faults.append(address)
-            serve(address, read)
-
-        monkeypatch.setattr(trap._slots, "flip", flip_and_linger)
-        monkeypatch.setattr(trap, "_serve", note)
         machine.run(TIMEOUT)
         exits = sum((thread.exits for thread in machine.threads), Counter())
         assert (faults, exits[BadAddress]) == ([], 0)
