@@ -14,6 +14,7 @@ Knows nothing of demand paging.  A toy hypervisor needs no more than this::
 
 from kvmdp.kvm.errors import KvmError
 from kvmdp.kvm.exits import (
+    BadAddress,
     BusError,
     Exit,
     FailEntry,
@@ -35,6 +36,7 @@ from kvmdp.kvm.vcpu import Vcpu
 from kvmdp.kvm.vm import DeniedMsrs, Vm
 
 __all__ = [
+    "BadAddress",
     "BusError",
     "DeniedMsrs",
     "Exit",

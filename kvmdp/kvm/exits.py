@@ -54,6 +54,22 @@ class MemoryFault:
 
 
 @dataclass(slots=True)
+class BadAddress:
+    """KVM_RUN failed with EFAULT and does not say where: the host has no page for guest memory in an open memslot.
+
+    KVM annotates (KVM_EXIT_MEMORY_FAULT) what lies in a guest_memfd, not a failed access by host address, whatever
+    KVM_CAP_MEMORY_FAULT_INFO says. The instruction has not run; re-entering retries it.
+    """
+
+    def __str__(self) -> str:
+        return (
+            "KVM_RUN failed with EFAULT: the host gives KVM no page for memory that the guest needs here. Something "
+            "has unmapped or protected it, or it is registered with a userfaultfd that is not told of the kernel's own "
+            "faults"
+        )
+
+
+@dataclass(slots=True)
 class BusError:
     """A SIGBUS that KVM raised for this vCPU: the host page at `hva` is poisoned.
 
@@ -153,6 +169,7 @@ Exit = (
     Io
     | Mmio
     | MemoryFault
+    | BadAddress
     | BusError
     | Interrupted
     | Hlt

@@ -38,6 +38,7 @@ _IMMEDIATE_EXIT = abi.kvm_run.immediate_exit.offset
 _RUN_SIZE = ctypes.sizeof(abi.kvm_run)
 _EHWPOISON = 133  # asm-generic/errno.h; Python's errno has no name for it
 _INTERRUPTED = exits.Interrupted()
+_BAD_ADDRESS = exits.BadAddress()
 
 
 class Vcpu:
@@ -71,7 +72,7 @@ class Vcpu:
     def run(self) -> exits.Exit:
         """Enter the guest (KVM_RUN) and return why it came back.
 
-        A fault that KVM reports through errno (EFAULT or EHWPOISON with KVM_EXIT_MEMORY_FAULT) and
+        A fault that KVM reports through errno (EFAULT; EHWPOISON with KVM_EXIT_MEMORY_FAULT) and
         an interruption (EINTR) are exits like any other; any other errno raises `KvmError`.
         """
         words = self._words
@@ -92,15 +93,9 @@ class Vcpu:
             first = _UNION // 8
             quads = self._quads
             return exits.MemoryFault(quads[first], quads[first + 1], quads[first + 2])
-        raise KvmError(number, f"KVM_RUN of vCPU {self.index}", self._run_remedy(number))
-
-    def _run_remedy(self, number: int) -> str:
         if number == errno.EFAULT:
-            return (
-                "KVM could not reach guest memory and this kernel does not say where "
-                "(KVM_CAP_MEMORY_FAULT_INFO, Linux 6.8): use a newer kernel or another trap"
-            )
-        return ""
+            return _BAD_ADDRESS
+        raise KvmError(number, f"KVM_RUN of vCPU {self.index}")
 
     def attach_thread(self) -> None:
         """Prepare the calling thread to run this vCPU: signals blocked, let through in KVM_RUN.

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from kvmdp.kvm import (
+    BadAddress,
     BusError,
     Exit,
     FailEntry,
@@ -34,6 +35,7 @@ from kvmdp.thread import JoinableThread
 EXIT_NAMES: dict[type, str] = {
     MemoryFault: "memory_fault",
     BusError: "sigbus",
+    BadAddress: "efault",
     Mmio: "mmio",
     InternalError: "emulation_failure",
     Io: "io",
@@ -238,7 +240,7 @@ class VcpuThread:
                 return f"the guest {way} {exit.size} bytes at gpa {exit.gpa:#x}, which is outside RAM"
             case MemoryFault():
                 return f"the guest touched gpa {exit.gpa:#x}, which is outside RAM"
-            case InternalError():
+            case InternalError() | BadAddress():
                 return str(exit)
             case FailEntry():
                 return f"the CPU refuses the guest's state (reason {exit.reason:#x})"

@@ -18,7 +18,18 @@ from typing import Literal
 
 from kvmdp.abi.kvm_x86 import kvm_regs
 from kvmdp.abi.signal import BUS_MCEERR_AR
-from kvmdp.kvm import BusError, Exit, InternalError, Interrupted, Io, KvmError, MemoryFault, Mmio, Vcpu
+from kvmdp.kvm import (
+    BadAddress,
+    BusError,
+    Exit,
+    InternalError,
+    Interrupted,
+    Io,
+    KvmError,
+    MemoryFault,
+    Mmio,
+    Vcpu,
+)
 from kvmdp.kvm.machine_check import PoisonedAccess
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
@@ -86,8 +97,8 @@ class VcpuPaging:
         if type(exit) is Mmio:
             page = self._layout.page_of_gpa(exit.gpa)
             return exit if page is None else self._complete(exit, page)
-        if type(exit) is InternalError and exit.is_emulation_failure:
-            return None if self._resolve_instruction(exit) else exit
+        if type(exit) is BadAddress or (type(exit) is InternalError and exit.is_emulation_failure):
+            return None if self._resolve_instruction() else exit
         return exit
 
     def _retry(self, page: int) -> None:
@@ -248,10 +259,14 @@ class VcpuPaging:
             self._vcpu.set_regs(registers)
         return following
 
-    # Instructions that KVM cannot emulate, or on which it spins
+    # Instructions that KVM cannot emulate, on which it spins, or for which it has found no page and says no address
 
-    def _resolve_instruction(self, failure: InternalError) -> bool:
-        """Make one page present that the instruction at RIP needs; False if all of them are."""
+    def _resolve_instruction(self) -> bool:
+        """Make one page present that the instruction at RIP needs, or have the trap mend them if all of them are.
+
+        Present pages trap like this where the host has taken them out of the guest view (reclaim), and the trap's
+        userfaultfd is not told of KVM's own faults. Returns False if that has been no help, again and again.
+        """
         pages = self._pages_of_instruction(self._vcpu.regs.rip)
         for page in pages:
             # Not a look at the bitmap: the bit is set before the trap has admitted the page, and until then the
@@ -263,8 +278,12 @@ class VcpuPaging:
                 self._machine_check(page)
                 return True
             self._check(outcome, page)
-        # All are present: another thread has been faster, or KVM cannot emulate the instruction at all.
-        return self._repeats_of(*pages) <= _MAX_REPEATS
+        # All are present: another thread has been faster, they are not mapped, or KVM cannot emulate this at all.
+        if self._repeats_of(*pages) > _MAX_REPEATS:
+            return False
+        for page in pages:
+            self._pager.reassert(page)
+        return True
 
     def resolve_stall(self) -> bool:
         """Make present what the instruction at RIP needs, for a vCPU that sat in KVM_RUN without an exit.

@@ -6,7 +6,7 @@ import pytest
 from device_process import bench, child_of
 from fakes import content, page_of
 from handlers import HandlerProcess
-from harness import MEMORY, TIMEOUT, make_machine, meanwhile, plan, require_trap
+from harness import MEMORY, TIMEOUT, make_machine, meanwhile, plan, require_trap, without_kernel_faults
 
 from kvmdp.machine.machine import GuestTimeoutError
 from kvmdp.machine.runloop import GuestError
@@ -76,6 +76,17 @@ def test_a_device_that_punches_holes_does_not_stop_the_machine(trap, fault_aroun
             assert child.hear() == "punching"
             run_to_its_end(machine)
             assert child.process.poll() is None
+        assert machine.pager.bitmap.count() == PAGES
+
+
+@pytest.mark.kvm
+def test_nor_where_userfaultfd_is_not_told_of_the_faults_on_them(monkeypatch):
+    without_kernel_faults(monkeypatch)
+    workload = plan("atomic", vcpus=2, iterations=2)
+    with make_machine("marker", workload=workload) as machine:
+        with child_of(machine.serve_devices(print), PUNCH) as child:
+            assert child.hear() == "punching"
+            run_to_its_end(machine)
         assert machine.pager.bitmap.count() == PAGES
 
 

@@ -16,6 +16,7 @@ from kvmdp.abi.kvm import (
     KVM_MSR_EXIT_REASON_FILTER,
 )
 from kvmdp.kvm import (
+    BadAddress,
     DeniedMsrs,
     Hlt,
     InternalError,
@@ -158,6 +159,19 @@ def test_a_kick_before_the_entry_is_not_lost():
 
         assert isinstance(in_thread(toy.vcpu, kicked_outside), Interrupted)
         toy.vcpu.kick()  # no thread any more: nobody is hit by a signal
+
+
+def test_memory_that_the_host_has_no_page_for_is_an_exit_without_an_address():
+    # mov ax,0x1000; mov ds,ax; mov ax,[0x20]; hlt
+    with Toy("b80010 8ed8 a12000 f4") as toy, Mapping.reserved(0x1000) as nothing:
+        toy.vm.set_user_memory_region(slot=1, gpa=0x10000, size=0x1000, hva=nothing.hva)
+        exit = toy.vcpu.run()
+        if isinstance(exit, BadAddress):
+            assert str(exit).startswith("KVM_RUN failed with EFAULT: the host gives KVM no page")
+        else:  # where KVM emulates real mode
+            assert isinstance(exit, Mmio)
+        assert toy.vcpu.regs.rip == CODE + 5
+        del exit
 
 
 def require(toy, capability, bits=1):

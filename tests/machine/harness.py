@@ -1,7 +1,9 @@
 """What the tests of a machine under demand paging share: making one, running it, seeing all of its memory."""
 
 import contextlib
+import errno
 import functools
+import os
 import threading
 
 import numpy as np
@@ -17,6 +19,7 @@ from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_bloc
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import State
 from kvmdp.paging.fault import UnsupportedError
+from kvmdp.paging.trap import uffd
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -55,6 +58,18 @@ def require_trap(trap):
     """Skip the test if this host cannot have the trap."""
     if reason := _lacks(trap):
         pytest.skip(reason)
+
+
+def without_kernel_faults(monkeypatch):
+    """Have userfaultfd give what an ordinary user gets: descriptors that are not told of the kernel's own faults."""
+    opened = uffd._open
+
+    def user_mode_only(user_mode_only):
+        if not user_mode_only:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return opened(user_mode_only=True)
+
+    monkeypatch.setattr(uffd, "_open", user_mode_only)
 
 
 @functools.cache

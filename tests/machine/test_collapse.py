@@ -1,8 +1,10 @@
 """Present pages put together into huge ones while the guest runs: nothing lost, and taken apart before one goes."""
 
+import errno
 import random
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan
 from kvmdp.machine.machine import Machine
 from kvmdp.paging.collapse import Collapser
 from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.trap import collapse as trap_collapse
 from kvmdp.paging.trap.collapse import REGION, can_collapse
 from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.source.synthetic import SyntheticSource
@@ -60,6 +64,42 @@ def check(machine: Machine, workload):
     assert [thread.parameters.checksum for thread in machine.threads] == checksums
 
 
+def eventually(condition):
+    """Wait until a condition holds; returns whether it does."""
+    deadline = time.monotonic() + TIMEOUT
+    while not (holds := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return holds
+
+
+def collapse(pager, first, count, regions):
+    """Collapse whole regions, whose numbers are given, all of them at last: a page may be in use for a moment."""
+    done = 0
+
+    def again():
+        nonlocal done
+        done += pager.collapse(first, count)
+        return done >= len(regions) * REGION
+
+    assert eventually(again), "the kernel has no huge page to spare, or its pages stay in use"
+    assert done == len(regions) * REGION
+
+
+def huge_pages(machine):
+    """How many huge pages the guest view is mapped with, and whether the kernel may make more there by itself."""
+    view, inside, kib, flags = machine.backing.guest, False, 0, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if "-" in name and " " in name:
+            first, end = (int(each, 16) for each in line.split()[0].split("-"))
+            inside = first < view.hva + view.length and end > view.hva
+        elif inside and name in ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"):
+            kib += int(rest.split()[0])
+        elif inside and name == "VmFlags":
+            flags.append("nh" not in rest.split())
+    return kib // 2048, any(flags)
+
+
 def mapped(machine):
     with machine.vm.statistics() as statistics:
         return statistics.get("pages_4k"), statistics.get("pages_2m")
@@ -76,7 +116,7 @@ def test_kvm_maps_huge_pages_after_a_collapse(machine_of, trap, backing):
     small, huge = mapped(machine)
     assert small >= PAGES
     assert huge == 0
-    assert machine.pager.collapse(0, PAGES) == PAGES
+    collapse(machine.pager, 0, PAGES, regions=range(4))
     machine.restart(plan("touch", vcpus=2, memory=MEMORY).blocks)
     machine.run(TIMEOUT)
     small, huge = mapped(machine)
@@ -92,7 +132,7 @@ def test_collapse_and_revocation_at_random_lose_no_update_of_running_vcpus(machi
     machine = machine_of(trap, backing, workload, fault_around=4)
     pager, chance, collapsed = machine.pager, random.Random(SEED), []
 
-    def collapse(_number):
+    def put_together(_number):
         collapsed.append(pager.collapse(0, PAGES))
         # Memslots are merged with the vCPUs stopped, again and again: the guest is to get on between.
         time.sleep(0.02)
@@ -106,7 +146,7 @@ def test_collapse_and_revocation_at_random_lose_no_update_of_running_vcpus(machi
         time.sleep(chance.random() / 100)
         return None
 
-    with meanwhile(collapse, shut_off, shut_off):
+    with meanwhile(put_together, shut_off, shut_off):
         machine.run(TIMEOUT)
     check(machine, workload)
     assert sum(collapsed) > 0
@@ -127,13 +167,105 @@ def test_pages_of_one_collapsed_region_that_go_at_the_same_time_all_trap(machine
 
         return shut_off
 
-    assert pager.collapse(0, PAGES) == PAGES
+    collapse(pager, 0, PAGES, regions=range(4))
     with meanwhile(every_other(0), every_other(1)):
-        time.sleep(0.5)
-    assert pager.bitmap.count() == PAGES - REGION
+        assert eventually(lambda: pager.bitmap.count() == PAGES - REGION)
     machine.run(TIMEOUT)
     assert pager.counters.pages_backed == REGION
     check(machine, atomic())
+
+
+@BY_UFFD
+def test_of_two_threads_that_take_pages_from_one_region_the_second_waits_for_the_first(
+    machine_of, monkeypatch, trap, backing
+):
+    machine = machine_of(trap, backing, atomic())
+    pager, regions = machine.pager, machine.pager.trap._regions
+    assert pager.mark_present(0, PAGES) is Outcome.PRESENT
+    collapse(pager, 0, PAGES, regions=range(4))
+    entered, second_done, registered, overtaken = threading.Event(), threading.Event(), [], []
+    register = regions._register
+
+    def register_late(first, count):
+        registered.append(first)
+        entered.set()
+        overtaken.append(second_done.wait(0.3))  # longer than it takes if it does not wait
+        register(first, count)
+
+    def take_one(_number):
+        pager.mark_nonpresent(7, 1)
+        return False
+
+    def take_another(_number):
+        assert entered.wait(TIMEOUT)
+        try:
+            pager.mark_nonpresent(9, 1)
+        finally:
+            second_done.set()
+        return False
+
+    monkeypatch.setattr(regions, "_register", register_late)
+    with meanwhile(take_one, take_another):
+        assert second_done.wait(TIMEOUT)
+    assert (registered, overtaken) == ([0], [False])
+    machine.run(TIMEOUT)
+    assert pager.counters.pages_backed == 2
+    check(machine, atomic())
+
+
+@pytest.mark.parametrize("huge_page_to_spare", [True, False])
+@pytest.mark.parametrize("trap", UFFD_TRAPS)
+def test_a_marker_that_a_reader_left_on_a_present_page_is_gone_after_a_collapse(
+    machine_of, monkeypatch, trap, huge_page_to_spare
+):
+    machine = machine_of(trap, workload=atomic())
+    pager, guest = machine.pager, machine.backing.guest
+    assert pager.mark_present(0, PAGES) is Outcome.PRESENT
+    uffd = pager.trap._uffd_of(7)
+    if trap == "userfaultfd":
+        pager.trap._announce(7, 1)  # its own drop, no discard
+    guest.drop(7 * 4096, 4096)
+    assert uffd.poison(guest.hva + 7 * 4096, 4096)
+    if huge_page_to_spare:
+        collapse(pager, 0, PAGES, regions=range(4))
+    else:
+        monkeypatch.setattr(trap_collapse, "put_together", lambda *pages, thp: False)
+        assert pager.collapse(0, PAGES) == 0
+    machine.run(TIMEOUT)
+    check(machine, atomic())
+
+
+def test_only_of_a_plain_region_a_reader_puts_up_with_finding_nothing_registered(machine_of):
+    machine = machine_of("marker", workload=atomic())
+    pager, trap = machine.pager, machine.pager.trap
+    assert pager.mark_present(0, 2 * REGION) is Outcome.PRESENT
+    collapse(pager, 0, REGION, regions=range(1))
+    trap._serve(trap._hva(0), 0)  # an event from before
+    trap._unregister(REGION, 2 * REGION)  # whatever for: it is nothing that a collapse has done
+    for page in (REGION, 2 * REGION):  # one present, one not
+        with pytest.raises(FileNotFoundError):
+            trap._serve(trap._hva(page), 0)
+    with trap._regions.unless_plain(0, 1):
+        pager.mark_nonpresent(0, 1)
+        raise FileNotFoundError(errno.ENOENT, "what a call got before that")
+    with pytest.raises(FileNotFoundError), trap._regions.unless_plain(0, 1):
+        raise FileNotFoundError(errno.ENOENT, "what it cannot have got since")
+
+
+@EVERY
+def test_the_kernel_makes_no_huge_page_by_itself_where_some_were_put_together(machine_of, trap, backing):
+    machine = machine_of(trap, backing, atomic())
+    pager = machine.pager
+    assert pager.mark_present(0, PAGES) is Outcome.PRESENT
+
+    def all_huge():
+        pager.collapse(0, PAGES)
+        return huge_pages(machine)[0] == PAGES // REGION
+
+    assert eventually(all_huge)
+    assert huge_pages(machine) == (PAGES // REGION, False)
+    pager.mark_nonpresent(7, 1)
+    assert not huge_pages(machine)[1]
 
 
 @EVERY
@@ -141,7 +273,7 @@ def test_only_whole_regions_that_are_all_present_are_put_together(machine_of, tr
     machine = machine_of(trap, backing, atomic())
     pager = machine.pager
     pager.mark_present(0, 3 * REGION - 1)
-    assert pager.collapse(0, PAGES) == 2 * REGION
+    collapse(pager, 0, PAGES, regions=range(2))
     assert pager.collapse(1, 2 * REGION - 2) == 0
     with pytest.raises(IndexError, match="not all in the"):
         pager.collapse(0, PAGES + 1)
@@ -152,14 +284,24 @@ def test_only_whole_regions_that_are_all_present_are_put_together(machine_of, tr
 
 @BY_UFFD
 @pytest.mark.parametrize("policy", ["full", "background"])
-def test_a_policy_collapses_what_the_guest_fills(machine_of, trap, backing, policy):
+def test_a_policy_collapses_what_the_guest_fills(machine_of, monkeypatch, trap, backing, policy):
     workload = atomic(iterations=4)
     machine = machine_of(trap, backing, workload)
-    seen = []
-    machine.pager.observer = lambda fault, claim, began: seen.append(claim.count)
-    with Collapser(machine.pager, policy) as collapser:
+    pager, seen, tried = machine.pager, [], set()
+    pager.observer = lambda fault, claim, began: seen.append(claim.count)
+
+    def try_to(first, count):
+        done = DemandPager.collapse(pager, first, count)
+        tried.add(first)
+        return done
+
+    monkeypatch.setattr(pager, "collapse", try_to)
+    with Collapser(pager, policy) as collapser:
         machine.run(TIMEOUT)
-        await_pages(collapser, PAGES)
+        assert eventually(lambda: tried >= set(range(0, PAGES, REGION)))
+        # As a region fills it is tried a few times, and a page of it may be in use each time.
+        assert eventually(lambda: collapser.pages == PAGES or (policy == "full" and collapser.collapse_all()))
+    assert collapser.pages == PAGES
     assert sum(seen) == PAGES  # who observed faults before still does
     check(machine, workload)
 
@@ -220,7 +362,7 @@ def test_demand_paging_goes_off_and_on_over_collapsed_regions(machine_of, trap, 
     machine = machine_of(trap, backing, atomic())
     pager = machine.pager
     pager.mark_present(0, PAGES)
-    assert pager.collapse(0, 2 * REGION) == 2 * REGION
+    collapse(pager, 0, 2 * REGION, regions=range(2))
     pager.disable()
     assert pager.collapse(0, PAGES) == 0  # off: memory is as it is
     pager.enable()

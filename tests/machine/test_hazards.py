@@ -113,10 +113,10 @@ def test_waiting_for_another_vcpus_page_is_no_livelock(monkeypatch):
 def test_a_vcpu_that_always_comes_second_is_no_livelock(monkeypatch):
     resolve = VcpuPaging._resolve_instruction
 
-    def somebody_was_faster(paging, failure):
+    def somebody_was_faster(paging):
         for page in paging._pages_of_instruction(paging._vcpu.regs.rip):
             paging._pager.resolve(PageFault(page))
-        return resolve(paging, failure)
+        return resolve(paging)
 
     monkeypatch.setattr(VcpuPaging, "_resolve_instruction", somebody_was_faster)
     with program_machine("mmio", SUM_BY_PADDQ) as machine:

@@ -3,6 +3,8 @@
 import pytest
 from harness import LOOP_FOREVER, TIMEOUT, TRAPS, program_machine
 
+from kvmdp.abi import libc
+from kvmdp.abi.mman import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, PROT_NONE
 from kvmdp.machine.machine import GuestTimeoutError
 from kvmdp.machine.runloop import GuestError
 
@@ -83,3 +85,18 @@ def test_an_endless_loop_is_ended_by_the_time_given(trap):
         ),
     ):
         machine.run(0.05)
+
+
+def test_memory_that_the_host_has_no_page_for(trap):
+    if trap == "marker":
+        pytest.skip("its view is userfaultfd's too, which fails first: use memory-fault or mmio")
+    with program_machine(trap, bytes.fromhex("8b042508500000")) as machine:  # mov eax,[0x5008]
+        machine.memory.read(0x5000, 1)
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
+        libc.mmap(4096, PROT_NONE, flags, address=machine.backing.guest.hva + 0x5000)
+        with pytest.raises(GuestError) as caught:
+            machine.run(TIMEOUT)
+    assert str(caught.value).startswith(
+        "vCPU 0: KVM_RUN failed with EFAULT: the host gives KVM no page for memory"
+    )
+    assert str(caught.value).endswith("at RIP 0xd0100000")

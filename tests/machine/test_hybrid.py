@@ -6,14 +6,23 @@ import time
 
 import numpy as np
 import pytest
-from harness import MEMORY, SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, prove
+from harness import (
+    MEMORY,
+    SEED,
+    TIMEOUT,
+    all_of_ram,
+    make_machine,
+    meanwhile,
+    plan,
+    prove,
+    without_kernel_faults,
+)
 
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END, PAGE_SIZE
 from kvmdp.paging.fault import Origin, PagingError
-from kvmdp.paging.trap import uffd as uffd_module
 from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
@@ -78,7 +87,7 @@ def test_a_device_reads_what_the_source_has_and_the_pager_knows_it_was_a_device(
 
 @every
 def test_a_userfaultfd_for_user_mode_faults_alone_will_do(trap, monkeypatch):
-    monkeypatch.setattr(uffd_module, "_open_permitted", lambda kernel_faults: uffd_module._open(True))
+    without_kernel_faults(monkeypatch)
     source = SyntheticSource(MEMORY, SEED)
     with make_machine(trap, source=source) as machine:
         assert machine.device_view.read(PAGE_SIZE, PAGE_SIZE) == content(source, 1)

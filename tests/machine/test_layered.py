@@ -1,14 +1,19 @@
 """The trap layered: closed memslots by region, markers inside a region that has been touched."""
 
 import random
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, prove, require_trap
 
+from kvmdp.kvm import BadAddress
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.invariants import violations
+from kvmdp.paging.trap.marker import MarkerTrap
+from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
@@ -73,6 +78,28 @@ def test_no_increment_is_lost_while_pages_go_and_memslots_are_merged(vcpus):
         pages = np.arange(2 * REGION)
         expected = workload.expected_pages(SyntheticSource(MEMORY, SEED).pages, pages)
         assert np.array_equal(all_of_ram(machine)[pages], expected)
+
+
+def test_a_region_is_under_markers_before_its_memslot_is_an_ordinary_one(monkeypatch):
+    workload = plan(
+        "touch", vcpus=2, memory=MEMORY, order="random", touches=500, write=True, overlap=True, pages=PAGES
+    )
+    flip, serve, faults = RamSlots.flip, MarkerTrap._serve, []
+
+    def flip_and_linger(slots, block):
+        flip(slots, block)
+        time.sleep(0.02)  # the other vCPU comes by
+
+    def note(trap, address, read):
+        faults.append(address)
+        serve(trap, address, read)
+
+    monkeypatch.setattr(RamSlots, "flip", flip_and_linger)
+    monkeypatch.setattr(MarkerTrap, "_serve", note)
+    with layered(workload=workload) as machine:
+        machine.run(TIMEOUT)
+        exits = sum((thread.exits for thread in machine.threads), Counter())
+        assert (faults, exits[BadAddress]) == ([], 0)
 
 
 def test_it_can_be_switched_off_and_on():

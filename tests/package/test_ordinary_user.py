@@ -1,5 +1,6 @@
 """kvmdp as an ordinary user: /dev/kvm is all that a run needs, and what else is missing is named."""
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -13,10 +14,14 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def as_nobody(*arguments, kvm=0o666):
-    """Run a command as an ordinary user, with the mode `kvm` on /dev/kvm and without /dev/userfaultfd."""
+    """Run a command as an ordinary user, with the mode `kvm` on /dev/kvm and without /dev/userfaultfd.
+
+    Temporary files, of which none has a name, go where any user may make some.
+    """
     readable = [Path(place).resolve() for place in (sys.base_prefix, sys.prefix, CHECKOUT)]
     prelude = f"""
-import sys
+import os, sys
+os.environ["TMPDIR"] = "/tmp"
 sys.path.insert(0, "tests/package")
 from pathlib import PosixPath
 import hosts
@@ -28,15 +33,33 @@ hosts.become_nobody()
     return kvmdp(*arguments, prelude=prelude)
 
 
-@pytest.mark.parametrize("trap", ["memory-fault", "marker", "mmio"])
+@functools.cache
+def working():
+    """The traps that root has here."""
+    return kvmdp("probe", "--json", "-").document["working"]
+
+
+@pytest.mark.parametrize("trap", ["memory-fault", "marker", "mmio", "layered"])
 def test_a_run_needs_nothing_but_dev_kvm(trap):
-    if trap not in kvmdp("probe", "--json", "-").document["working"]:
+    if trap not in working():
         pytest.skip(f"not even root has the trap {trap} on this kernel: use a newer one")
     done = as_nobody("run", "--trap", trap, "--memory", "4M", "--json", "-")
     assert done.status == 0, done.err
     assert done.document["ok"] is True
     assert done.document["wrong_pages"] == []
     assert done.document["pages_fetched"] == 1024
+
+
+@pytest.mark.parametrize("trap", ["marker", "layered"])
+def test_nor_does_one_with_less_memory_than_its_guest_whose_pages_are_put_together(trap):
+    if trap not in working():
+        pytest.skip(f"not even root has the trap {trap} on this kernel: use a newer one")
+    size = ("--memory", "8M", "--resident-limit", "6M", "--collapse", "background")
+    work = ("--workload", "atomic", "--vcpus", "2", "--iterations", "1")
+    done = as_nobody("run", "--trap", trap, *size, *work, "--json", "-")
+    assert done.status == 0, done.err
+    assert done.document["ok"] is True
+    assert "efault" not in done.document["exits"]
 
 
 def test_probe_names_what_mends_userfaultfd():

@@ -172,5 +172,5 @@ def test_without_privilege_user_mode_faults_do(monkeypatch):
         return 77
 
     monkeypatch.setattr(uffd_module, "_open", permit_user_mode)
-    assert uffd_module._open_permitted(kernel_faults=False) == 77
+    assert uffd_module._open_permitted(kernel_faults=False) == (77, False)
     assert asked == [False, True]

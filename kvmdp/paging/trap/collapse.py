@@ -1,22 +1,33 @@
 """Small pages that are all present, put together into huge ones in the guest view (MADV_COLLAPSE, Linux 6.1).
 
-The kernel refuses to put pages together whose faults go to userfaultfd, and is free to lose markers where it is not
-refused. So a *region* of 2 MiB is collapsed in one order only: all of its pages are present and claimed; it is
-unregistered; then its pages are put together, through the guest view. From there it is plain memory: nothing of it
-traps or is told to a reader, and nothing need be, until one of its pages is to go. Both unsafe orders are in
-tests/machine/test_collapse_orders.py, with what is lost by them.
+What the kernel does with pages that are registered with userfaultfd depends on how they are: it puts a full region
+together that is registered for missing and minor faults, and refuses (EINVAL) shared memory that is registered for
+write protection too, and a hole in either. So a *region* of 2 MiB is collapsed in one order, which works with all of
+them: all of its pages are present and claimed; it is unregistered; then its pages are put together, through the guest
+view. That is more than private memory needs, or a kernel without write protection of shared memory. It is kept there
+too: a region that is all present need not trap, nothing of it is then told to a reader who would have to look into it,
+and one order is easier to be sure of than two. Both unsafe orders are in tests/machine/test_collapse_orders.py, with
+what is lost by them.
 
-Before a page of a plain region goes it is registered again (`Regions.reopen`), which leaves the huge mapping in place.
-What the trap does next to that one page (MADV_DONTNEED) has the kernel split the mapping. Exact while vCPUs run:
+From there the region is plain memory, until one of its pages is to go. Then it is registered again (`Regions.reopen`),
+which leaves the huge mapping in place. What the trap does next to that one page (MADV_DONTNEED) has the kernel split
+the mapping. Exact while vCPUs run:
 
-- Registering takes the mmap lock for writing, so no fault spans it. One that ended before has mapped what was present;
-  one that begins after finds the page mapped, or goes to the reader.
+- Registering takes the mmap lock for writing, and the lock of each mapping (VMA) that it changes. A fault holds one of
+  the two, for reading, from when it looks whether the mapping is registered until it has entered the page; if it lets
+  go of it between it looks again. So none spans the registering: one that ended before has mapped what was present; one
+  that begins after finds the page mapped, or goes to the reader.
+- What KVM took from the page table without a fault it has to give back when the page is dropped (MMU notifier), as at
+  every revocation.
 - Shared memory's huge mapping is not split but taken out as a whole: the present pages around become MINOR faults, and
   the reader maps them one by one (it finds them present). So does it with what is absent: it finds that not present,
   and leaves it to the marker or to the claim's end. Private memory is split in place, and no vCPU runs meanwhile.
+- Where userfaultfd is not told of the kernel's own faults there are no such events: a hole fails KVM_RUN (EFAULT).
+  There no vCPU runs while a page is revoked, and before one does the whole region is made anew (`remap`): its present
+  pages are mapped, the others under markers.
 - Two threads that revoke pages of one region: the first registers it, the other waits for that, not for more. After it
   each drop and each marker is about its own page only: neither can undo what the other did. (Were the whole region
-  dropped, a marker set by the faster thread would go with it.)
+  dropped later than that, a marker set by the faster thread would go with it.)
 - A reader may hold an event from before a region was unregistered, and then finds nothing registered there (ENOENT).
   Unregistering has woken whoever slept, who has looked again since: the event is of no use (`unless_plain`).
 
@@ -28,6 +39,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from kvmdp.abi.mman import MADV_COLLAPSE, MADV_HUGEPAGE, MADV_NOHUGEPAGE
@@ -52,13 +64,22 @@ def can_collapse(view: Mapping) -> bool:
     return True
 
 
-def put_together(view: Mapping, first: int, count: int) -> bool:
+def put_together(view: Mapping, first: int, count: int, *, thp: bool) -> bool:
     """Put whole regions of pages, of which userfaultfd knows nothing, together; True if all of them are.
 
-    False where the kernel has no huge page to spare, or a page stays in use: then some of the regions may be.
+    False where the kernel has no huge page to spare, or a page stays in use: then some of the regions may be. Without
+    `thp` the kernel makes no huge page there by itself afterwards, as before.
     """
     offset, length = first * PAGE_SIZE, count * PAGE_SIZE
-    view.advise(MADV_HUGEPAGE, offset, length)
+    view.advise(MADV_HUGEPAGE, offset, length)  # or MADV_NOHUGEPAGE, from the start, would forbid it
+    try:
+        return _collapse(view, offset, length)
+    finally:
+        if not thp:
+            view.advise(MADV_NOHUGEPAGE, offset, length)  # leaves alone what has been put together
+
+
+def _collapse(view: Mapping, offset: int, length: int) -> bool:
     for attempt in range(_ATTEMPTS):
         try:
             view.advise(MADV_COLLAPSE, offset, length)
@@ -75,9 +96,10 @@ def put_together(view: Mapping, first: int, count: int) -> bool:
 class Regions:
     """Which regions of a guest view are plain memory for the time being.
 
-    `register` and `unregister` do that to a run of pages; `thp` is the backing's. `used` is True from the first
-    collapse on: the view may consist of several mappings of the kernel's then, with borders between regions, and no
-    call of userfaultfd's that maps or marks may reach over one.
+    `register` and `unregister` do that to a run of pages; `thp` is the backing's. `remap`, if there is one, is called
+    for a region that has just been registered again: no vCPU is in KVM_RUN then. `used` is True from the first collapse
+    on: the view may consist of several mappings of the kernel's then, with borders between regions, and no call of
+    userfaultfd's that maps or marks may reach over one.
     """
 
     def __init__(
@@ -86,6 +108,7 @@ class Regions:
         register: Callable[[int, int], None],
         unregister: Callable[[int, int], None],
         *,
+        remap: Callable[[int, int], None] | None,
         shared: bool,
         thp: bool,
     ) -> None:
@@ -94,11 +117,13 @@ class Regions:
         self._view = view
         self._register = register
         self._unregister = unregister
+        self._remap = remap
         self._shared = shared
         self._changed = threading.Condition()  # guards what follows; never held across a call of the kernel's
         self._plain: set[int] = set()
         self._huge: set[int] = set()  # those of them that have been put together
         self._reopening: set[int] = set()
+        self._reopened: Counter[int] = Counter()  # how often each has been
 
     def collapse(self, first: int, count: int) -> bool:
         """Make whole regions plain memory and put their pages together; True if that has been done to any of them.
@@ -125,7 +150,7 @@ class Regions:
             if self._shared:
                 # A reader may have set a marker on a page that it found claimed. The bytes are in the file.
                 self._view.drop(first * PAGE_SIZE, REGION * PAGE_SIZE)
-        done = put_together(self._view, first, REGION)
+        done = put_together(self._view, first, REGION, thp=self._thp)
         if done:
             with self._changed:
                 self._huge.add(number)
@@ -150,11 +175,13 @@ class Regions:
                     continue
                 self._reopening.add(number)
             try:
-                self._small_pages(number)
                 self._register(number * REGION, REGION)
+                if self._remap is not None:
+                    self._remap(number * REGION, REGION)
                 with self._changed:
                     self._plain.discard(number)
                     self._huge.discard(number)
+                    self._reopened[number] += 1
             finally:
                 with self._changed:
                     self._reopening.discard(number)
@@ -163,25 +190,29 @@ class Regions:
     def registered(self) -> None:
         """Take note that all of the view has been registered; no vCPU runs."""
         with self._changed:
-            plain = sorted(self._plain)
+            self._reopened.update(self._plain)
             self._plain.clear()
             self._huge.clear()
-        for number in plain:
-            self._small_pages(number)
-
-    def _small_pages(self, number: int) -> None:
-        """Have the kernel put no huge page there by itself any more, unless it may everywhere."""
-        if not self._thp:
-            self._view.advise(MADV_NOHUGEPAGE, number * HUGE_PAGE, HUGE_PAGE)
 
     @contextlib.contextmanager
-    def unless_plain(self) -> Iterator[None]:
-        """Map or mark pages of one region in the block, which is passed over if that is plain memory.
+    def unless_plain(self, first: int, count: int) -> Iterator[None]:
+        """Map or mark these pages in the block, which is passed over if a region of theirs proves to be plain memory.
 
-        For whoever has no claim on the pages: only a claim keeps a region as it is.
+        For whoever has no claim on the pages: only a claim keeps a region as it is. One that was plain when the call
+        failed either still is, or has been reopened since the block began.
         """
+        numbers = range(first // REGION, (first + count - 1) // REGION + 1)
+        with self._changed:
+            before = [self._reopened[number] for number in numbers] if self.used else [0] * len(numbers)
         try:
             yield
         except OSError as error:
-            if error.errno != errno.ENOENT or not self.used:
+            if error.errno != errno.ENOENT or not self._were_plain(numbers, before):
                 raise
+
+    def _were_plain(self, numbers: range, before: list[int]) -> bool:
+        with self._changed:
+            return any(
+                number in self._plain or self._reopened[number] != turns
+                for number, turns in zip(numbers, before, strict=True)
+            )

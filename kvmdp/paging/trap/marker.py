@@ -7,7 +7,9 @@ marker has been replaced by the page (`kvmdp.paging.trap.view`).
 Needs UFFD_FEATURE_POISON (Linux 6.6); a userfaultfd for user-mode faults alone will do, which needs no privilege.
 
 A reader thread serves what comes through all the same: pages that reclaim or a collapse took out of the page table
-while they were present.
+while they were present. A userfaultfd for user-mode faults alone is not told of those, for it is KVM that faults:
+KVM_RUN fails with EFAULT. What we take out of the page table ourselves is put back, or marked, while no vCPU is in
+KVM_RUN (`needs_quiesce`); what the host takes out is put back after the EFAULT (`kvmdp.paging.vcpu`, `reassert`).
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class MarkerTrap(UffdTrap):
         faults. Until the marker is there such a fault is a MINOR one, which nobody answers (the reader finds
         the page not present), and the marker wakes it into its SIGBUS. Should the page come back between the
         two calls, the marker finds it mapped and both are made again. So when this returns no vCPU can have
-        written after the drop that counted.
+        written after the drop that counted. Where the fault could not sleep no vCPU runs (`needs_quiesce`).
         """
         self._regions.reopen(first, count)
         self._stage(first, count)
@@ -92,12 +94,12 @@ class MarkerTrap(UffdTrap):
         page = self._page_of(address)
         uffd, hva = self._uffd_of(page), self._hva(page)
         if not self._presence.hold(page):
-            with self._regions.unless_plain():
+            with self._regions.unless_plain(page, self._unit):
                 uffd.poison(hva, self._unit_bytes)
             return
         try:
             if self._staging is None:
-                with self._regions.unless_plain():
+                with self._regions.unless_plain(page, self._unit):
                     uffd.continue_(hva, self._unit_bytes)
             else:
                 uffd.wake(hva, self._unit_bytes)

@@ -119,7 +119,7 @@ class SlotTrap:
         """
         assert self._presence is not None
         if self._backing.transparent and can_collapse(self._backing.guest):
-            put_together(self._backing.guest, first, count)
+            put_together(self._backing.guest, first, count, thp=self._backing.thp)
         self._slots.merge_upward(first, count, self._presence.quiesced)
         self._changed(first, count)
         return self._slots.blocks_in(first, count) == 1

@@ -44,10 +44,10 @@ def _open(user_mode_only: bool) -> int:
     return libc.syscall(abi.NR_userfaultfd, flags, what="userfaultfd")
 
 
-def _open_permitted(kernel_faults: bool) -> int:
-    """Return a descriptor that takes kernel-mode faults too, if that is permitted or demanded."""
+def _open_permitted(kernel_faults: bool) -> tuple[int, bool]:
+    """Return a descriptor, and whether it takes kernel-mode faults too: if that is permitted or demanded."""
     try:
-        return _open(user_mode_only=False)
+        return _open(user_mode_only=False), True
     except OSError as error:
         if error.errno == errno.ENOSYS:
             raise UnsupportedError(
@@ -57,13 +57,13 @@ def _open_permitted(kernel_faults: bool) -> int:
             raise UnsupportedError(
                 f"no userfaultfd that takes the kernel's own faults ({os.strerror(error.errno or 0)}): {_REMEDIES}"
             ) from None
-    return _open(user_mode_only=True)
+    return _open(user_mode_only=True), False
 
 
 @functools.cache
 def supported_features() -> int:
     """Return the feature bits (`UFFD_FEATURE_*`) this kernel offers. Raises UnsupportedError."""
-    fd = _open_permitted(kernel_faults=False)
+    fd, _ = _open_permitted(kernel_faults=False)
     try:
         request = abi.uffdio_api(api=abi.UFFD_API, features=0)
         libc.ioctl(fd, abi.UFFDIO_API, byref(request), "UFFDIO_API")
@@ -88,6 +88,9 @@ class Uffd:
     Arguments: `features`, bits that must be there, or UnsupportedError says which are not; `kernel_faults`, whether
     faults taken inside the kernel (KVM's own mapping of a page is one) must reach the reader; `page_size`, bytes of
     the pages of what is going to be registered: addresses and lengths are multiples of it.
+
+    `takes_kernel_faults`: whether they do. Where they do not, such a fault on a hole of what is registered fails:
+    KVM_RUN returns EFAULT. One on a marker gives its SIGBUS either way.
     """
 
     def __init__(self, features: int, *, kernel_faults: bool, page_size: int = PAGE_SIZE) -> None:
@@ -98,7 +101,7 @@ class Uffd:
                 f"this kernel's userfaultfd lacks {names}: use a newer kernel, or another trap"
             )
         self._page_size = page_size
-        self.fd = _open_permitted(kernel_faults)
+        self.fd, self.takes_kernel_faults = _open_permitted(kernel_faults)
         # One argument structure a call and thread would be safest; they are made per call because the calls
         # come from many threads at once. Keeping the GIL is right for those that never sleep long.
         self._ioctl = libc.libc_held.ioctl

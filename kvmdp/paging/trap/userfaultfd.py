@@ -168,7 +168,7 @@ class UserfaultfdTrap(UffdTrap):
         """
         uffd, hva = self._uffd_of(page), self._hva(page)
         if supported_features() & abi.UFFD_FEATURE_POISON:
-            with self._regions.unless_plain():
+            with self._regions.unless_plain(page, self._unit):
                 uffd.poison(hva, self._unit_bytes)
         else:
             uffd.unregister(hva, self._unit_bytes)
@@ -220,7 +220,7 @@ class UserfaultfdTrap(UffdTrap):
             return
         try:
             if self._staging is None:
-                with self._regions.unless_plain():
+                with self._regions.unless_plain(page, self._unit):
                     uffd.continue_(hva, self._unit_bytes)
             elif self._backing.shared:
                 # It was a hole: a page that the memory file holds is mapped without an event.

@@ -259,8 +259,15 @@ class UffdTrap(UffdView):
         )
         self._slots = slots
         self._backing = backing
+        self._hears_kernel = all(uffd.takes_kernel_faults for uffd in self._uffds)
         self._regions = Regions(
-            backing.guest, self._register, self._unregister, shared=backing.shared, thp=backing.thp
+            backing.guest,
+            self._register,
+            self._unregister,
+            # Private memory keeps its other pages mapped when a huge mapping is split.
+            remap=self._remap if backing.shared and not self._hears_kernel else None,
+            shared=backing.shared,
+            thp=backing.thp,
         )
         self._staging: Mapping | None = None
         if not minor:
@@ -278,8 +285,13 @@ class UffdTrap(UffdView):
 
     @property
     def needs_quiesce(self) -> bool:
-        """Pages must stand still while their bytes move to the staging area; where there is none they need not."""
-        return self._staging is not None
+        """Whether a vCPU could do harm or come to harm while pages are revoked.
+
+        Pages must stand still while their bytes move to the staging area. Where there is none they need not, if a vCPU
+        that meets a hole meanwhile sleeps until it is filled or marked; without events of the kernel's own faults
+        KVM_RUN would fail.
+        """
+        return self._staging is not None or not self._hears_kernel
 
     @property
     def fill_view(self) -> memoryview:
@@ -297,6 +309,32 @@ class UffdTrap(UffdView):
             self._slots.map_plain()
         super().arm(presence)
         self._regions.registered()
+        if self._staging is None and not self._hears_kernel:
+            for first, count in presence.bitmap.present_runs().tolist():
+                self._map(first, count)
+
+    def _remap(self, first: int, count: int) -> None:
+        """Map what is present of a region of shared memory, put markers on the rest; no vCPU is in KVM_RUN.
+
+        What is not present is on its way out, by another thread, which drops and marks it once more. Should that come
+        to nothing, because the page is in use, the marker is on a present page: `reassert` mends it at its first touch.
+        """
+        assert self._presence is not None
+        self._view.drop(first * PAGE_SIZE, count * PAGE_SIZE)
+        page, end = first, first + count
+        while page < end:
+            absent, number = self._presence.bitmap.next_absent_run(page, end) or (end, 0)
+            if page < absent:
+                self._map(page, absent - page)
+            for start, pages, uffd in self._pieces(absent, number) if number else ():
+                uffd.poison(self._hva(start), pages * PAGE_SIZE)
+            page = absent + number
+
+    def _map(self, first: int, count: int) -> None:
+        """Map present pages of shared memory, small ones, whatever is mapped there: one call passes over nothing."""
+        self._view.drop(first * PAGE_SIZE, count * PAGE_SIZE)
+        for start, number, uffd in self._pieces(first, count):
+            uffd.continue_(self._hva(start), number * PAGE_SIZE)
 
     def _register(self, first: int, count: int) -> None:
         for start, number, uffd in self._pieces(first, count):
@@ -368,7 +406,7 @@ class UffdTrap(UffdView):
         assert self._presence is not None
         for first, count in self._presence.bitmap.absent_runs().tolist():
             for start, number, uffd in self._pieces(first, count):
-                with self._regions.unless_plain():
+                with self._regions.unless_plain(start, number):
                     uffd.poison(self._hva(start), number * PAGE_SIZE)
 
     def close(self) -> None:
