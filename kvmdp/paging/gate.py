@@ -62,6 +62,11 @@ class VcpuGate:
             if self._closers:
                 self._changed.notify_all()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether somebody keeps the vCPUs out, or waits until they are."""
+        return self._closers > 0
+
     def is_inside(self, vcpu: Vcpu) -> bool:
         """Return whether the vCPU is in KVM_RUN, or about to be."""
         return vcpu in self._inside

@@ -17,7 +17,7 @@ import numpy as np
 from kvmdp.memory.bitmap import Words, runs_of
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.paging.claim import State, Wait
-from kvmdp.paging.fault import Outcome, PageFault, PagingError
+from kvmdp.paging.fault import BusyError, Outcome, PageFault, PagingError, SwitchedOffError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.revoker import Peers, Revoker
@@ -133,33 +133,44 @@ class DemandPager(Revoker):
     # Marking, both ways
 
     def mark_present(self, first: int, count: int) -> Outcome:
-        """Make a range present, fetching what has to be fetched; vCPUs may run meanwhile."""
-        page, end = self._checked(first, count)
-        while True:
-            run = self.bitmap.next_absent_run(page, end)
-            if run is None:
-                return Outcome.PRESENT
-            page = run[0]
-            outcome = self._make_present(page, min(run[1], _MAX_CLAIM))
-            if outcome not in (Outcome.PRESENT, Outcome.ADMITTED):
-                return outcome
+        """Make a range present, fetching what has to be fetched; vCPUs may run meanwhile.
 
-    def _make_present(self, page: int, count: int) -> Outcome:
-        """Make at least the first page of a run present, as much of it as can be had at once."""
+        Returns PRESENT once each page of it has been present since, or the outcome that ended it. What is taken away
+        meanwhile, as by a resident limit of fewer pages, is absent again.
+        """
+        page, end = self._checked(first, count)
+        while (run := self.bitmap.next_absent_run(page, end)) is not None:
+            outcome, page = self._make_present(run[0], min(run[1], _MAX_CLAIM))
+            if outcome is Outcome.ADMITTED:
+                self._keep_house()
+            elif outcome is not Outcome.PRESENT:
+                return outcome
+        return Outcome.PRESENT
+
+    def _make_present(self, page: int, count: int) -> tuple[Outcome, int]:
+        """Make at least the first page of a run present, as much of it as can be had at once.
+
+        Returns ADMITTED, PRESENT if somebody else may have done it, or why not; and the page to go on at.
+        """
         with self.mutex:
             step = self.ledger.obstacle(page)
             if isinstance(step, Outcome):
-                return step
+                return step, page
             if step is None:
                 if self.error is not None:
-                    return Outcome.FAILED
+                    return Outcome.FAILED, page
                 claim = self.ledger.claim(page, page, count)
             else:
                 wait = Wait()
                 self.ledger.queue(step, wait)
         if step is None:
-            return self._carry_out(claim, PageFault(page))
-        return self._sleep(wait, None) or Outcome.PRESENT
+            return self._carry_out(claim, PageFault(page)), min(claim.first + claim.count, page + count)
+        return self._sleep(wait, None) or Outcome.PRESENT, page
+
+    def shut_off(self, first: int, count: int) -> None:
+        """Shut the guest out of what nobody is at of a range, up to the first page that somebody keeps."""
+        with contextlib.suppress(BusyError, SwitchedOffError):
+            self.mark_nonpresent(first, count, timeout=0)
 
     def complete(self, first: int, count: int) -> Outcome:
         """Make present what nobody is at of a range, and pass over the rest: waits for no claim.

@@ -10,6 +10,7 @@ Units: RAM pages.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
@@ -17,6 +18,8 @@ from kvmdp.paging.claim import Waiter
 from kvmdp.paging.fault import Access, Origin, Outcome, PageFault
 from kvmdp.paging.pager import DemandPager
 from kvmdp.thread import JoinableThread
+
+_PAUSE_SECONDS = 0.001  # from one look whether there is room for a page to the next
 
 
 class PeerCounters:
@@ -38,7 +41,7 @@ class PeerCounters:
 class _Request:
     """One FAULT for the pages [page, end), and how far it is. Changed by the thread that has it in hand."""
 
-    __slots__ = ("access", "end", "number", "outcome", "page", "released", "token", "waiter")
+    __slots__ = ("access", "asked", "end", "number", "outcome", "page", "released", "token", "waiter")
 
     def __init__(self, token: int, first: int, count: int, access: Access, number: int) -> None:
         self.token = token
@@ -46,6 +49,7 @@ class _Request:
         self.end = first + count
         self.access = access
         self.number = number
+        self.asked = time.perf_counter_ns()  # for the page it is at
         self.outcome = Outcome.PRESENT
         self.released = False  # under the mutex
         self.waiter: Waiter | None = None  # of the last parking; under the mutex
@@ -146,6 +150,8 @@ class FaultRequests:
     def _resolve(self, request: _Request) -> Outcome | None:
         """Go on with a request; returns how it ended, or None if it is parked."""
         while request.page < request.end:
+            while not self._pager.room(request.asked) and not self._released(request):
+                time.sleep(_PAUSE_SECONDS)
             waiter = Waiter(lambda: self._todo.put(request))
             with self._mutex:
                 request.waiter = waiter
@@ -168,6 +174,7 @@ class FaultRequests:
             if outcome is Outcome.ADMITTED:
                 request.outcome = outcome
             request.page += 1
+            request.asked = time.perf_counter_ns()
         return request.outcome
 
     def _released(self, request: _Request) -> bool:

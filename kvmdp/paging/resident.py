@@ -9,8 +9,8 @@ Whoever has brought a page in over the limit takes others out again before it go
 more than what is being brought in at that moment, as long as there are pages to be had. It may be a vCPU in the middle
 of its work, or hold a view of pages itself: it waits for nobody who is at a page, and gives up after a while. Then the
 limit is exceeded for the time being, and a thread, which has the patience, goes on; it does not keep others from pages
-while it waits. A userfaultfd reader takes nothing out: that can mean to wait until a reader has taken note. The thread
-does it for those too. All slow down while it falls behind.
+while it waits. A userfaultfd reader takes nothing out: that can mean to wait until a reader has taken note. Nor does
+who serves another process. The thread does it for those, and they hold a fault back until there is room, for a while.
 
 Units: RAM pages, seconds.
 """
@@ -32,11 +32,16 @@ from kvmdp.thread import JoinableThread
 _BACKED = int(State.BACKED)
 _BATCH = 32  # aged or evicted at once: bounds how long vCPUs are kept out of KVM_RUN
 _AGED_SHARE = 4  # a quarter of the limit is aged and waits
+_ROOM_SHARE = (
+    16  # the thread makes room for a sixteenth of the limit: who leaves it to the thread waits less often
+)
 # What a thread on its way from a fault tries before it goes on: batches in all, and those that somebody was at.
 _MOST_STEPS, _MOST_BUSY = 256, 8
 _ANSWER_SECONDS = 0.005  # what is waited for a device in another process, whose answer takes its time
 _PAUSE_SECONDS = 0.01  # of the thread, when somebody was at what it wanted
-_SLOW_DOWN_SECONDS = 0.001  # a fault, for who leaves it to the thread
+# How long a fault is held back, and how long while somebody waits for the vCPUs to come out of KVM_RUN: before Linux
+# 6.2 one that sleeps there on a page is not interrupted, and has to be given it.
+_HOLD_NS, _HOLD_CLOSED_NS = 100_000_000, 2_000_000
 # What one instruction can need at once: its own bytes and two operands, each across the border of two pages.
 _PAGES_OF_AN_INSTRUCTION = 6
 # What is retained for a vCPU because KVM writes there by itself (`kvmdp.machine.pv`): kvmclock, which may lie across
@@ -80,6 +85,7 @@ class ResidentLimit:
         self.limit = limit
         self.peak = 0
         self._pager = pager
+        self._room = max(_BATCH, limit // _ROOM_SHARE)
         self._mutex = threading.Lock()  # guards what follows
         self._hand = 0
         self._aged: deque[tuple[int, int]] = deque()
@@ -91,6 +97,8 @@ class ResidentLimit:
         self._closing = threading.Event()
         self._thread = JoinableThread(self._keep, "resident-limit")
         self._thread.start()
+        pager.is_limited = True
+        pager.room = self._has_room
         pager.housekeeping.append(self._keep_to_it_on_the_way)
         pager.reminders.append(self._remind)
 
@@ -136,8 +144,15 @@ class ResidentLimit:
         """Have the thread take pages out."""
         if self._is_exceeded():
             self._exceeded.set()
-            if self._pager.ledger.resident > self.limit + _BATCH:
-                time.sleep(_SLOW_DOWN_SECONDS)
+
+    def _has_room(self, since: int) -> bool:
+        """Whether a fault (time.perf_counter_ns) may bring pages in without taking others out itself."""
+        pager = self._pager
+        if pager.ledger.resident <= self.limit or pager.ledger.cancelled or self._closing.is_set():
+            return True
+        self._exceeded.set()
+        held = time.perf_counter_ns() - since
+        return held > (_HOLD_CLOSED_NS if pager.gate.is_closed else _HOLD_NS)
 
     # The thread
 
@@ -160,10 +175,10 @@ class ResidentLimit:
                 self._idle.set()
 
     def _keep_to_it(self) -> None:
-        """Take pages out until the limit is kept, or nothing can be taken. Raises PagingError if the sink is full."""
+        """Take pages out until there is some room, or nothing can be taken. Raises PagingError if the sink is full."""
         idle = 0
         while (
-            self._is_exceeded()
+            self._pager.ledger.resident > self.limit - self._room
             and not self._closing.is_set()
             and idle < 2 * (self._pager.layout.pages // _BATCH + 1)
         ):

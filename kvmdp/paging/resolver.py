@@ -64,6 +64,7 @@ class Resolver:
     `mutex` guards the ledger, `error` and the gates; the rest is as the pager has it. `housekeeping` is called after
     each fault that was resolved by a thread that may sleep, and after pages were taken away, with no claim held and no
     pin, while demand paging is `enabled`; `reminders` are called after each other fault and must not wait for anybody.
+    `room` is as `Presence.room` has it. `is_limited`: pages are taken away again because there must not be too many.
     """
 
     def __init__(self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy) -> None:
@@ -94,6 +95,8 @@ class Resolver:
         self.sink: Sink | None = None
         self.housekeeping: list[Callable[[], None]] = []
         self.reminders: list[Callable[[], None]] = []
+        self.room: Callable[[int], bool] = lambda _since: True
+        self.is_limited = False
         self._this_thread = threading.local()
         self._housekeepers = 0  # threads in `_keep_house`
         self._nobody_keeps_house = threading.Condition(self.mutex)
@@ -164,8 +167,8 @@ class Resolver:
     def resolve_or_park(self, fault: PageFault, waiter: Waiter) -> Outcome | None:
         """Make the faulting page present, but never wait for whoever is at it.
 
-        For userfaultfd readers and servers of other processes. Returns None if the page is claimed: then `waiter` is
-        notified when that claim has ended in whatever way, or when it is withdrawn.
+        For userfaultfd readers and servers of other processes, who ask `room` first. Returns None if the page is
+        claimed: then `waiter` is notified when that claim has ended in whatever way, or when it is withdrawn.
         """
         step = self.begin(fault, waiter)
         if isinstance(step, Claim):

@@ -176,13 +176,17 @@ class Revoker(Resolver):
         # As when any other page becomes present: it may be the last of a region.
         if self.observer is not None:
             self.observer(PageFault(page), claim, began)
+        self._keep_house()
 
     def _have_sink(self) -> None:
         with self.mutex:
             missing = self.sink is None
         if not missing:
             return
-        sink = FileSink()
+        try:
+            sink = FileSink()
+        except OSError as error:
+            raise PagingError(f"no page can be evicted: {error.strerror}") from error
         with self.mutex:
             if self.sink is None:
                 self.sink = sink
@@ -256,8 +260,9 @@ class Revoker(Resolver):
                 taken += count
         except (OSError, SourceError) as error:
             gpa = self.layout.gpa_of_page(claim.first)
+            why = error.strerror if isinstance(error, OSError) else error
             raise PagingError(
-                f"pages from gpa {gpa:#x} on stay in RAM, they cannot be saved: {error}"
+                f"pages from gpa {gpa:#x} on stay in RAM, they cannot be saved: {why}"
             ) from error
         finally:
             self._end(claim, bytes(states), self._forget(gone))

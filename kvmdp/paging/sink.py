@@ -10,6 +10,8 @@ from typing import Protocol
 
 from kvmdp.source.base import SourceError
 
+_REMEDY = "name a folder with room for them in TMPDIR"
+
 
 class Sink(Protocol):
     """Keeps pages. Called from several threads at once, for different pages."""
@@ -40,7 +42,13 @@ class FileSink:
     def __init__(self, folder: str | None = None) -> None:
         import tempfile  # here, for most runs evict nothing
 
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it stays open to the end
+        self._folder = folder or tempfile.gettempdir()
+        try:
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it stays open to the end
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}: {self._folder} is where evicted pages go; {_REMEDY}"
+            ) from None
         self._fd = os.dup(file.fileno())
         file.close()
 
@@ -48,7 +56,12 @@ class FileSink:
         """Write the pages."""
         done = 0
         while done < len(content):
-            done += os.pwrite(self._fd, content[done:], offset + done)
+            try:
+                done += os.pwrite(self._fd, content[done:], offset + done)
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"{error.strerror} in {self._folder}, where evicted pages go: {_REMEDY}"
+                ) from None
 
     def fill(self, offset: int, destination: memoryview) -> None:
         """Read the pages."""

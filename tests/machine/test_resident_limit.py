@@ -1,6 +1,7 @@
 """A guest that has a quarter of its working set in memory: slower, and exact."""
 
 import contextlib
+import tempfile
 import threading
 import time
 
@@ -23,8 +24,12 @@ from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging import resident
-from kvmdp.paging.fault import PagingError
+from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.paging.invariants import violations
 from kvmdp.paging.resident import ResidentLimit, check_limit
+from kvmdp.paging.trap import slots
+from kvmdp.paging.trap.partial_regions import SLOT_BYTES
+from kvmdp.paging.trap.slot_trap import LEAST_SLOT_MEMORY, SlotOptions
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
@@ -135,7 +140,7 @@ def test_of_what_others_have_shut_off_no_more_is_evicted_than_must_be(trap):
 @every_trap
 def test_a_limit_gives_way_to_switching_off(monkeypatch, trap):
     # Off wants all of RAM. Who is about to take pages out for the limit when it comes is refused, and that is no error.
-    with make_machine(trap, resident_limit=LIMIT) as machine:
+    with make_machine(trap) as machine, contextlib.ExitStack() as stack:
         pager, pages = machine.pager, machine.layout.pages
         off, take = threading.Thread(target=pager.disable), pager.mark_nonpresent
 
@@ -146,6 +151,7 @@ def test_a_limit_gives_way_to_switching_off(monkeypatch, trap):
             return take(first, count, timeout)
 
         pager.mark_present(0, pages - 1)
+        stack.enter_context(contextlib.closing(ResidentLimit(pager, LIMIT // PAGE_SIZE)))
         monkeypatch.setattr(pager, "mark_nonpresent", take_once_it_is_off)
         machine.memory.read((pages - 1) * PAGE_SIZE, 8)
         off.join()
@@ -155,6 +161,60 @@ def test_a_limit_gives_way_to_switching_off(monkeypatch, trap):
         pager.evict(0, 1)
         machine.memory.read(0, 8)
         settles_at_the_limit(pager)
+
+
+@pytest.mark.userfaultfd
+@pytest.mark.parametrize("backing", ["memfd", "anonymous"])
+def test_what_a_reader_brings_in_around_a_fault_is_kept_back_while_there_is_no_room(backing):
+    limit, around = 2 << 20, 32
+    workload = plan("touch", memory=16 << 20, vcpus=2, order="random", touches=1000, write=True)
+    with make_machine(
+        "userfaultfd", backing, workload=workload, resident_limit=limit, fault_around=around
+    ) as machine:
+        machine.run(TIMEOUT)
+        assert machine.pager.counters.pages_evicted > 1024
+        # Held back for a while, not for ever: a thread that gets no CPU makes no room.
+        assert limit // PAGE_SIZE < machine.limit.peak <= 2 * limit // PAGE_SIZE
+
+
+@every_trap
+def test_whoever_marks_pages_present_keeps_to_the_limit(trap):
+    with make_machine(trap, resident_limit=LIMIT) as machine:
+        pager, limit = machine.pager, LIMIT // PAGE_SIZE
+        assert pager.mark_present(0, machine.layout.pages) is Outcome.PRESENT
+        settles_at_the_limit(pager)
+        assert pager.counters.pages_fetched == machine.layout.pages
+        assert limit < machine.limit.peak <= limit + 512  # what is claimed at once
+        page = pager.poison(machine.layout.pages - 1)[0]
+        pager.unpoison(page, bytes(PAGE_SIZE))
+        settles_at_the_limit(pager)
+
+
+@pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
+@pytest.mark.parametrize("split", ["gap", "region"])
+def test_regions_in_too_many_pieces_are_shut_off_and_not_completed(monkeypatch, trap, split):
+    monkeypatch.setattr(slots, "MAX_GRANULE_SLOTS", 64)
+    least = LEAST_SLOT_MEMORY // SLOT_BYTES
+    workload = plan("touch", memory=16 << 20, order="strided", stride=5)
+    options = {"granule": PAGE_SIZE, "slots": SlotOptions(split, LEAST_SLOT_MEMORY)}
+    with make_machine(trap, workload=workload, resident_limit=4 << 20, **options) as machine:
+        machine.run(TIMEOUT)
+        assert machine.pager.counters.pages_fetched == len(workload.touched)
+        assert machine.limit.peak <= 1024 + 2
+        assert machine.pager.trap.memslots <= least + 512 + 8
+        assert violations(machine.pager) == []
+
+
+def test_a_folder_that_takes_no_evicted_pages_is_named(monkeypatch):
+    with make_machine("mmio") as machine:
+        machine.memory.read(0, 8)
+        monkeypatch.setattr(tempfile, "tempdir", "/proc/self")
+        with pytest.raises(
+            PagingError, match=r"no page can be evicted: .+: /proc/self is where evicted pages go; name"
+        ):
+            machine.pager.evict(0, 1)
+        assert machine.memory.read(0, 8)
+        assert machine.pager.error is None
 
 
 @pytest.mark.parametrize(

@@ -64,11 +64,12 @@ def test_random_cuts_flips_and_merges_agree_with_an_array(seed):
                     slot_map.add(piece)
             model[first:end] = [kind] * (end - first)
         elif step < 0.8:
-            while group := slot_map.group(first, end, 8):
+            kind = chooser.choice((Kind.OPEN, Kind.CLOSED))
+            while group := slot_map.group(first, end, 8, kind):
                 assert 2 <= len(group) <= 8
                 for block in group:
                     slot_map.remove(block)
-                slot_map.add(Piece(group[0].first, group[-1].end - group[0].first, Kind.OPEN))
+                slot_map.add(Piece(group[0].first, group[-1].end - group[0].first, kind))
         elif (block := slot_map.at(first)) is not None:
             kind = chooser.choice((Kind.OPEN, Kind.CLOSED))
             assert slot_map.flip(block, kind).slot == block.slot

@@ -40,6 +40,20 @@ class Presence(Protocol):
         ...
 
     @property
+    def room(self) -> Callable[[int], bool]:
+        """Tells, without waiting, whether a fault that nobody keeps house after may bring pages in now.
+
+        It is asked with the time of the fault (time.perf_counter_ns). If there is no room somebody is taking other
+        pages out: ask again by and by. It comes true before long, whatever becomes of that.
+        """
+        ...
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether pages are taken away again because there must not be too many of them."""
+        ...
+
+    @property
     def housekeeping(self) -> list[Callable[[], None]]:
         """What is called after a commit by threads that may sleep, with no claim held; for a trap to add to.
 
@@ -53,6 +67,10 @@ class Presence(Protocol):
 
         PRESENT, or the outcome that ended it (FAILED, CANCELLED).
         """
+        ...
+
+    def shut_off(self, first: int, count: int) -> None:
+        """Make absent what nobody is at of a range, and keep its bytes. Waits for no claim."""
         ...
 
     def discarded(self, first: int, count: int) -> None:

@@ -3,7 +3,8 @@
 A region of which some pages are present and some absent takes a memslot for each of its pieces. When its last page
 comes it is merged, with its neighbours as far as they are full too. When all partial regions together take more kernel
 memory than they may, or more memslots than KVM can spare, the fullest are completed: what they lack is fetched, and
-they are merged.
+they are merged. Where not all of RAM may be present at once (`Presence.is_limited`) others would have to go for that,
+and leave pieces: there the emptiest are shut off, which makes one memslot of each.
 
 That is not done where the page becomes present, but by `housekeep`, with no claim held: it stops the vCPUs and may
 fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`Presence.complete`), because
@@ -18,6 +19,7 @@ import threading
 
 from kvmdp.paging.fault import Outcome
 from kvmdp.paging.trap.base import Presence
+from kvmdp.paging.trap.slot_map import Kind
 from kvmdp.paging.trap.slots import REGION_PAGES, RamSlots
 
 SLOT_BYTES = 26 << 10  # kernel memory of a memslot, the most that was measured
@@ -76,7 +78,8 @@ class PartialRegions:
                 return  # that thread looks again before it leaves
             self._kept = True
         try:
-            self._complete_some()
+            if self._taken > self._most:
+                self._reduce()
             while self._merge_full():
                 pass
         except BaseException:
@@ -96,18 +99,22 @@ class PartialRegions:
         self._recount(region)  # a page on its way in comes to `changed` itself
         return True
 
-    def _complete_some(self) -> None:
-        """Fetch what the fullest regions lack, until a good part of what is too much can be merged."""
-        if self._taken <= self._most:
-            return
+    def _reduce(self) -> None:
+        """Complete the fullest regions, or shut off the emptiest, until there are a good part fewer pieces."""
         with self._mutex:
             partial = dict(self._partial)
             left = self._taken
-        present = self._presence.bitmap.count_range
-        for region in sorted(partial, key=lambda each: present(*self._run(each)), reverse=True):
+        present, is_limited = self._presence.bitmap.count_range, self._presence.is_limited
+        for region in sorted(partial, key=lambda each: present(*self._run(each)), reverse=not is_limited):
             if left <= self._most * 7 // 8:
                 return
             low, size = self._run(region)
+            if is_limited:
+                self._presence.shut_off(low, size)
+                self._slots.merge(low, size, self._presence.quiesced, Kind.CLOSED)
+                self._recount(region)
+                left -= partial[region]
+                continue
             if self._presence.complete(low, size) is not Outcome.PRESENT:
                 return  # the machine stops, or the source has failed
             if self._recount(region):

@@ -120,15 +120,15 @@ class SlotMap:
             page = block.first + block.pages
         return True
 
-    def group(self, page: int, end: int, most: int) -> list[Block]:
-        """Return the next two or more, at most `most`, adjacent open blocks that begin in [page, end) or hold `page`.
+    def group(self, page: int, end: int, most: int, kind: Kind) -> list[Block]:
+        """Return the next two or more, at most `most`, adjacent blocks of a kind.
 
-        They could be one block. The list is empty if there are none.
+        They begin in [page, end), or hold `page`. They could be one block. The list is empty if there are none.
         """
         found: list[Block] = []
         for block in self.overlapping(page, end - page):
             if (
-                block.kind is Kind.OPEN
+                block.kind is kind
                 and found
                 and found[-1].end == block.first
                 and not self._border(block.first)
@@ -139,7 +139,7 @@ class SlotMap:
                 continue
             if len(found) > 1:
                 break
-            found = [block] if block.kind is Kind.OPEN else []
+            found = [block] if block.kind is kind else []
         return found if len(found) > 1 else []
 
     def _border(self, page: int) -> bool:

@@ -276,18 +276,18 @@ class RamSlots:
                     closed.append(left)
         self.close_pieces(closed)
 
-    def merge(self, first: int, count: int, quiesced: Quiesced) -> None:
-        """Put the open blocks that hold these pages together, where they are adjacent; call with no claim held.
+    def merge(self, first: int, count: int, quiesced: Quiesced, kind: Kind = Kind.OPEN) -> None:
+        """Put the blocks of a kind that hold these pages together, where they are adjacent; call with no claim held.
 
-        32 to one in each stop of the vCPUs, then those again, so that every stop is short. Their pages stay present
-        and need not be claimed of the pager: while no vCPU looks nothing else sees the slots.
+        32 to one in each stop of the vCPUs, then those again, so that every stop is short. Their pages stay present, or
+        absent, and need not be claimed of the pager: while no vCPU looks nothing else sees the slots.
         """
         merged = True
         while merged:
             merged, page, end = False, first, first + count
             while page < end:
                 with self._mutex:
-                    group = self._map.group(page, end, _MAX_DELETES)
+                    group = self._map.group(page, end, _MAX_DELETES, kind)
                 if not group:
                     break
                 low, page = group[0].first, group[-1].end
@@ -297,7 +297,10 @@ class RamSlots:
                     with quiesced():
                         for block in group:
                             self.delete(block)
-                        self.open(low, page - low)
+                        if kind is Kind.OPEN:
+                            self.open(low, page - low)
+                        else:
+                            self.close_pieces([Piece(low, page - low, kind)])
                 merged = True
 
     def merge_upward(self, first: int, count: int, quiesced: Quiesced) -> None:

@@ -41,6 +41,7 @@ from kvmdp.paging.trap.uffd import Uffd, supported_features
 from kvmdp.thread import JoinableThread
 
 _BATCH = 32  # events taken with one read
+_HELD_SECONDS = 0.001  # from one look whether there is room for a page to the next
 
 
 class UffdView(ABC):
@@ -162,7 +163,8 @@ class UffdView(ABC):
 
     def _serve_until_stopped(self, uffd: Uffd) -> None:
         messages = (abi.uffd_msg * _BATCH)()
-        serve = self._reader()
+        assert self._presence is not None
+        presence, serve = self._presence, self._reader()
         faults: deque[tuple[int, int]] = deque()  # address, when it was read
 
         def take() -> None:
@@ -181,9 +183,10 @@ class UffdView(ABC):
             # Of several readers of one descriptor the kernel wakes one.
             poll.register(uffd.fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
             poll.register(self._wakeup, select.EPOLLIN)
-            while not any(fd == self._wakeup for fd, _ in poll.poll()):
+            # Events are read in any case: who takes pages out to make room may wait until a discard has been read.
+            while not any(fd == self._wakeup for fd, _ in poll.poll(_HELD_SECONDS if faults else None)):
                 take()
-                while faults:
+                while faults and presence.room(faults[0][1]):
                     serve(*faults.popleft())
 
     def _make_way(self) -> None:
