@@ -27,6 +27,7 @@ from kvmdp.source.base import PageSource, ram_source
 
 __all__ = ["DemandPager", "Peers"]
 
+_ANSWER_SECONDS = 0.005
 _MAX_CLAIM = 512  # pages claimed at once when a range is made present: 2 MiB
 
 
@@ -168,9 +169,12 @@ class DemandPager(Revoker):
         return self._sleep(wait, None) or Outcome.PRESENT, page
 
     def shut_off(self, first: int, count: int) -> None:
-        """Shut the guest out of what nobody is at of a range, up to the first page that somebody keeps."""
+        """Shut the guest out of what nobody is at of a range, up to the first page that somebody keeps.
+
+        Waits for nobody but a device in another process, whose answer takes its time.
+        """
         with contextlib.suppress(BusyError, SwitchedOffError):
-            self.mark_nonpresent(first, count, timeout=0)
+            self.mark_nonpresent(first, count, timeout=0 if self.peers is None else _ANSWER_SECONDS)
 
     def complete(self, first: int, count: int) -> Outcome:
         """Make present what nobody is at of a range, and pass over the rest: waits for no claim.
