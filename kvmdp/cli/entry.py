@@ -18,11 +18,11 @@ _INTERRUPTED = 130
 
 def entry() -> NoReturn:
     """Run the command and exit with its status."""
-    _on_interruption(leave)
+    on_interruption(leave)
     open_streams()
     from kvmdp.cli.main import main  # here, for this is what takes the time
 
-    sys.exit(main(started=lambda: _on_interruption(signal.default_int_handler)))
+    sys.exit(main(started=lambda: on_interruption(signal.default_int_handler)))
 
 
 def open_streams() -> None:
@@ -32,11 +32,16 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
-def _on_interruption(handler: signal._HANDLER) -> None:
-    signal.signal(signal.SIGTERM, handler)
-    # A shell's background job ignores SIGINT, and goes on doing so.
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, handler)
+def interruptions() -> set[signal.Signals]:
+    """Return the signals that interrupt: a shell's background job ignores SIGINT, and goes on doing so."""
+    ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return {signal.SIGTERM} if ignores else {signal.SIGTERM, signal.SIGINT}
+
+
+def on_interruption(handler: signal._HANDLER) -> None:
+    """Have `handler` called when this process is interrupted."""
+    for number in interruptions():
+        signal.signal(number, handler)
 
 
 def leave(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -157,7 +157,7 @@ def _add_trap_options(group: argparse._ArgumentGroup) -> None:
         "--slot-memory",
         metavar="SIZE",
         help="for memory-fault and mmio: kernel memory that the memslots of regions with too many granules may take "
-        "before the fullest are completed and merged "
+        "before the fullest are completed and merged (with --resident-limit: the emptiest shut off) "
         f"(default: {format_size(DEFAULT_SLOT_MEMORY)})",
     )
     option(

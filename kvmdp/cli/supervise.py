@@ -19,12 +19,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
 from types import FrameType
 from typing import NoReturn
 
 from kvmdp.abi.libc import libc
 from kvmdp.abi.signal import siginfo_t
+from kvmdp.cli.entry import interruptions, leave, on_interruption, open_streams
 from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, say
 from kvmdp.machine.leaks import Leak, LeakKind
 
@@ -38,7 +39,7 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 
 _supervised = False
-_START = "import sys; sys.path[:] = {path!r}; from kvmdp.cli.supervise import child; child({stacks}, {beats})"
+_START = "import sys; sys.path[:] = {path!r}; from kvmdp.cli.supervise import child; child({stacks}, {beats}, {parent})"
 
 
 class TouchedError(Exception):
@@ -64,33 +65,48 @@ def supervise() -> int:
     """
     stacks = os.memfd_create("kvmdp-stacks", os.MFD_CLOEXEC)
     beats, beating = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
+    interrupting, asked = interruptions(), deque[int]()
+    heeded = {*interrupting, signal.SIGCHLD}
+    # What is blocked here the kernel gives to another thread that takes it (numpy has some), and then this one has to
+    # answer it in Python, wherever it is: between a child's start and the name for it, say. So it only takes note.
+    handlers = {each: signal.signal(each, lambda number, _: asked.append(number)) for each in interrupting}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, heeded)
     child = None
     try:
-        start = _START.format(path=sys.path, stacks=stacks, beats=beating)
+        start = _START.format(path=sys.path, stacks=stacks, beats=beating, parent=os.getpid())
         child = subprocess.Popen(
             [sys.executable, "-c", start, *sys.argv[1:]], pass_fds=(stacks, beating), close_fds=True
         )
-        stalled = _watch(child, beats)
+        stalled = _watch(child, beats, heeded, asked)
         return _verdict(child, stalled, stacks)
     finally:
         if child is not None and child.poll() is None:
             child.kill()
             child.wait()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for descriptor in (stacks, beats, beating):
             os.close(descriptor)
 
 
-def _watch(child: subprocess.Popen[bytes], beats: int) -> bool:
-    """Wait for the child's end, handing on signals; returns whether it stalled and had to be killed."""
-    missed, beaten, asked = 0, False, 0
+def _watch(
+    child: subprocess.Popen[bytes], beats: int, heeded: set[signal.Signals], asked: deque[int]
+) -> bool:
+    """Wait for the child's end, handing on signals; returns whether it stalled and had to be killed.
+
+    The `heeded` ones are blocked; `asked` has those that came by another thread.
+    """
+    missed, beaten, handed_on = 0, False, 0
     while child.poll() is None:
-        got = signal.sigtimedwait({*_FORWARDED, signal.SIGCHLD}, _BEAT_SECONDS)
+        got = signal.sigtimedwait(heeded, _BEAT_SECONDS)
         if got is not None and got.si_signo in _FORWARDED:
+            asked.append(got.si_signo)
+        while asked:
             # A terminal sends it to the child too, which heeds the first and no other. Who asks again means it.
-            asked += 1
-            child.send_signal(got.si_signo if asked == 1 else signal.SIGKILL)
+            number = asked.popleft()
+            child.send_signal(signal.SIGKILL if handed_on else number)
+            handed_on += 1
         piece = b""
         with contextlib.suppress(BlockingIOError):
             piece = os.read(beats, 4096)
@@ -129,29 +145,28 @@ def _verdict(child: subprocess.Popen[bytes], stalled: bool, stacks: int) -> int:
 # The child
 
 
-def child(stacks: int, beating: int) -> NoReturn:
-    """Run the command line in this process, supervised: stacks go to the file `stacks`, beats to `beating`."""
+def child(stacks: int, beating: int, parent: int) -> NoReturn:
+    """Run the command line in this process, supervised: stacks go to the file `stacks`, beats to `beating`.
+
+    `parent` is the pid of the supervisor, without which this process does not go on.
+    """
     global _supervised
-    from kvmdp.cli.entry import leave, open_streams
     from kvmdp.cli.main import main
 
     _supervised = True
     libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it died before that
+        os._exit(EXIT_FAILED)
     for descriptor in (stacks, beating):
         os.set_inheritable(descriptor, False)
     faulthandler.enable(stacks, all_threads=True)
     faulthandler.register(_STACKS_SIGNAL, stacks, all_threads=True)
     _note_address(stacks)
     threading.Thread(target=_beat, args=(beating,), name="heartbeat", daemon=True).start()
-    _on_interruption(leave)
+    on_interruption(leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_FORWARDED, signal.SIGCHLD})
     open_streams()
-    sys.exit(main(started=lambda: _on_interruption(_interrupt)))
-
-
-def _on_interruption(handler: Callable[[int, FrameType | None], object]) -> None:
-    for each in _FORWARDED:
-        signal.signal(each, handler)
+    sys.exit(main(started=lambda: on_interruption(_interrupt)))
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

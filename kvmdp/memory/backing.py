@@ -235,7 +235,7 @@ def _open_file(path: str | None) -> tuple[int, Path | None]:
     try:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), Path(path)
     except FileExistsError:
-        return os.open(path, flags), None
+        return os.open(path, flags | os.O_CREAT, 0o600), None  # a link to nothing yet is there too
 
 
 def check_file(path: str) -> None:

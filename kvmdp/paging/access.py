@@ -86,8 +86,8 @@ class GuestMemory:
     A vCPU's own accesses (`Origin.VCPU`), as for decoding an instruction, are never frozen.
 
     An access is whole: it is made with all its pages present and held, or raises and has touched nothing. One of more
-    than 2 MiB is done as several of at most that. Whoever holds a view does not wait for another page: a revocation
-    of both would wait for the view.
+    than 2 MiB, or of more pages than half a resident limit, is done as several of at most that; a view cannot be.
+    Whoever holds a view does not wait for another page: a revocation of both would wait for the view.
     """
 
     # Why a copy never meets a revocation, without a pin. The test of the page's state and the copy are made under the
@@ -196,6 +196,12 @@ class GuestMemory:
         The block keeps nothing that looks into it, no slice and no array.
         """
         offset, length = stretch = self._stretch(gpa, length)
+        most = self._pager.most_at_once
+        if most is not None and length and _pages_of(offset, length) > most:
+            raise PagingError(
+                f"a view of {length} bytes at gpa {gpa:#x} needs more than the {most} pages that the resident limit "
+                "lets anybody have at once: take a smaller one, or raise the limit"
+            )
         with self._held([stretch], Access.WRITE), self._view[offset : offset + length] as bytes_themselves:
             yield bytes_themselves
 
@@ -233,14 +239,17 @@ class GuestMemory:
     def _batches(self, segments: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """Return the stretches of RAM (offset, bytes) of all segments, in batches of at most `_AT_ONCE` bytes."""
         batches: list[list[tuple[int, int]]] = [[]]
-        room = _AT_ONCE
+        room, pages = _AT_ONCE, self._pager.most_at_once
         for gpa, length in segments:
             offset, left = self._stretch(gpa, length)
             while left:
-                if not room:
+                if not room or pages == 0:
                     batches.append([])
-                    room = _AT_ONCE
+                    room, pages = _AT_ONCE, self._pager.most_at_once
                 part = min(left, room)
+                if pages is not None:
+                    part = min(part, pages * PAGE_SIZE - (offset & _IN_PAGE))
+                    pages -= _pages_of(offset, part)
                 batches[-1].append((offset, part))
                 offset, left, room = offset + part, left - part, room - part
         return batches
@@ -270,11 +279,7 @@ class GuestMemory:
         self, stretches: Sequence[tuple[int, int]], access: Access, nowait: bool = False
     ) -> Iterator[None]:
         """Make all pages of the stretches present, and hold them for the time of the block."""
-        runs = [
-            (offset >> PAGE_SHIFT, (offset + length - 1 >> PAGE_SHIFT) - (offset >> PAGE_SHIFT) + 1)
-            for offset, length in stretches
-            if length
-        ]
+        runs = [(offset >> PAGE_SHIFT, _pages_of(offset, length)) for offset, length in stretches if length]
         deadline = None
         # One page is waited for at a time, with nothing held: see AccessGate.enter.
         while (page := self._gate.enter(runs)) is not None:
@@ -310,6 +315,11 @@ class GuestMemory:
         if outcome is Outcome.POISONED:
             raise PoisonedError(f"{where} is poisoned: what was in it is lost")
         raise self._pager.error or PagingError(f"{where} cannot be made present: {outcome.name.lower()}")
+
+
+def _pages_of(offset: int, length: int) -> int:
+    """Return how many pages a stretch of one byte or more touches."""
+    return (offset + length - 1 >> PAGE_SHIFT) - (offset >> PAGE_SHIFT) + 1
 
 
 def _check_aligned(gpa: int) -> None:

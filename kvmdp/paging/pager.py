@@ -27,7 +27,9 @@ from kvmdp.source.base import PageSource, ram_source
 
 __all__ = ["DemandPager", "Peers"]
 
-_ANSWER_SECONDS = 0.005
+ANSWER_SECONDS = (
+    0.005  # what who waits for nobody waits for a device in another process, whose answer takes its time
+)
 _MAX_CLAIM = 512  # pages claimed at once when a range is made present: 2 MiB
 
 
@@ -169,12 +171,12 @@ class DemandPager(Revoker):
         return self._sleep(wait, None) or Outcome.PRESENT, page
 
     def shut_off(self, first: int, count: int) -> None:
-        """Shut the guest out of what nobody is at of a range, up to the first page that somebody keeps.
+        """Shut the guest out of a range, up to the first page that somebody is at.
 
-        Waits for nobody but a device in another process, whose answer takes its time.
+        Waits for nobody but a device in another process, and for that a moment.
         """
         with contextlib.suppress(BusyError, SwitchedOffError):
-            self.mark_nonpresent(first, count, timeout=0 if self.peers is None else _ANSWER_SECONDS)
+            self.mark_nonpresent(first, count, timeout=0 if self.peers is None else ANSWER_SECONDS)
 
     def complete(self, first: int, count: int) -> Outcome:
         """Make present what nobody is at of a range, and pass over the rest: waits for no claim.
@@ -237,6 +239,8 @@ class DemandPager(Revoker):
                 self.trap.arm(self)
                 with self.mutex:
                     self.enabled = True
+        for remind in self.reminders:  # all of RAM may be present
+            remind()
 
     def disable(self) -> None:
         """Disarm the trap: RAM is plain memory again, with no overhead left. Does nothing if it is disarmed.

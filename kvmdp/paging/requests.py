@@ -19,7 +19,7 @@ from kvmdp.paging.fault import Access, Origin, Outcome, PageFault
 from kvmdp.paging.pager import DemandPager
 from kvmdp.thread import JoinableThread
 
-_PAUSE_SECONDS = 0.001  # from one look whether there is room for a page to the next
+_HELD_SECONDS = 0.001  # from one look whether there is room for a page to the next
 
 
 class PeerCounters:
@@ -150,8 +150,8 @@ class FaultRequests:
     def _resolve(self, request: _Request) -> Outcome | None:
         """Go on with a request; returns how it ended, or None if it is parked."""
         while request.page < request.end:
-            while not self._pager.room(request.asked) and not self._released(request):
-                time.sleep(_PAUSE_SECONDS)
+            while not (self._may_begin(request) or self._released(request)):
+                time.sleep(_HELD_SECONDS)
             waiter = Waiter(lambda: self._todo.put(request))
             with self._mutex:
                 request.waiter = waiter
@@ -173,9 +173,12 @@ class FaultRequests:
                 return outcome
             if outcome is Outcome.ADMITTED:
                 request.outcome = outcome
+                request.asked = time.perf_counter_ns()
             request.page += 1
-            request.asked = time.perf_counter_ns()
         return request.outcome
+
+    def _may_begin(self, request: _Request) -> bool:
+        return self._pager.bitmap.test(request.page) or self._pager.room(request.asked)
 
     def _released(self, request: _Request) -> bool:
         with self._mutex:

@@ -1,9 +1,9 @@
 """A limit on the pages of RAM that are in memory: a guest runs in less memory than it has.
 
-Second chance, in the manner of an active and an inactive list. Pages are *aged* in the order of a hand that goes round
-RAM: shut off softly (BACKED), their bytes kept, so that the next access traps and brings them back without a fetch.
-That access is the reference bit. Aged pages wait in a queue; when one's turn comes, it is evicted if nobody has come
-for it, and passed over if somebody has.
+Second chance, by a clock with two hands that go round RAM. Pages that the first one passes are *aged*: shut off softly
+(BACKED), their bytes kept, so that the next access traps and brings them back without a fetch. That access is the
+reference bit. The second hand follows where a quarter of the limit is aged: what it finds shut off, by the first or by
+anybody else, is evicted; what somebody has come for is present again and passed over.
 
 Whoever has brought a page in over the limit takes others out again before it goes on. So the limit is exceeded by no
 more than what is being brought in at that moment, as long as there are pages to be had. It may be a vCPU in the middle
@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
 from kvmdp.paging.claim import State
 from kvmdp.paging.fault import BusyError, PagingError, SwitchedOffError
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import ANSWER_SECONDS, DemandPager
 from kvmdp.thread import JoinableThread
 
 _BACKED = int(State.BACKED)
@@ -37,8 +36,8 @@ _ROOM_SHARE = (
 )
 # What a thread on its way from a fault tries before it goes on: batches in all, and those that somebody was at.
 _MOST_STEPS, _MOST_BUSY = 256, 8
-_ANSWER_SECONDS = 0.005  # what is waited for a device in another process, whose answer takes its time
-_PAUSE_SECONDS = 0.01  # of the thread, when somebody was at what it wanted
+_PATIENCE_SECONDS = 0.2  # of the thread, for a device in another process
+_PAUSE_SECONDS = 0.01  # of the thread, when somebody was at what it wanted, or nothing can be had
 # How long a fault is held back, and how long while somebody waits for the vCPUs to come out of KVM_RUN: before Linux
 # 6.2 one that sleeps there on a page is not interrupted, and has to be given it.
 _HOLD_NS, _HOLD_CLOSED_NS = 100_000_000, 2_000_000
@@ -87,10 +86,8 @@ class ResidentLimit:
         self._pager = pager
         self._room = max(_BATCH, limit // _ROOM_SHARE)
         self._mutex = threading.Lock()  # guards what follows
-        self._hand = 0
-        self._aged: deque[tuple[int, int]] = deque()
-        self._waiting = 0  # pages in the queue
-        self._shut_off_hand = 0
+        self._age_hand = 0
+        self._evict_hand = 0
         self._exceeded = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
@@ -98,6 +95,8 @@ class ResidentLimit:
         self._thread = JoinableThread(self._keep, "resident-limit")
         self._thread.start()
         pager.is_limited = True
+        # Who needs more pages at once would lose the first to the limit before it had the last.
+        pager.most_at_once = max(limit // 2, 1)
         pager.room = self._has_room
         pager.housekeeping.append(self._keep_to_it_on_the_way)
         pager.reminders.append(self._remind)
@@ -133,7 +132,7 @@ class ResidentLimit:
                 self._remind()
                 return
             try:
-                self._step()
+                self._step(ANSWER_SECONDS)
             except BusyError:
                 busy += 1
             except SwitchedOffError:
@@ -183,60 +182,57 @@ class ResidentLimit:
             and idle < 2 * (self._pager.layout.pages // _BATCH + 1)
         ):
             try:
-                idle = 0 if self._step() else idle + 1
+                idle = 0 if self._step(_PATIENCE_SECONDS) else idle + 1
             except BusyError:
                 idle += 1
                 self._closing.wait(_PAUSE_SECONDS)
+        if self._is_exceeded():
+            self._closing.wait(_PAUSE_SECONDS)  # for who holds a fault back asks all the time
 
     # Taking out
 
-    def _step(self) -> bool:
-        """Age a few pages, or evict those that have waited longest; False if that changed nothing.
+    def _step(self, patience: float) -> bool:
+        """Age a few pages, or evict some that have been aged; False if that changed nothing.
 
-        Raises BusyError, at once, if somebody is at one of them.
+        Raises BusyError if somebody is at one of them: at once, or after `patience` seconds if that can be a device in
+        another process.
         """
         pager = self._pager
-        patience = 0 if pager.peers is None else _ANSWER_SECONDS
+        timeout = 0 if pager.peers is None else patience
         with self._mutex:
             run = None
-            if self._waiting < self.limit // _AGED_SHARE or not self._aged:
+            if pager.ledger.resident - pager.bitmap.count() < self.limit // _AGED_SHARE:
                 run = self._next_present()
             evict = run is None
-            if run is None and self._aged:
-                run = self._aged.popleft()
-                self._waiting -= run[1]
+            if run is None:
+                run = self._next_shut_off()
+        if run is None:
+            return False
         if evict:
-            run = run or self._next_shut_off()
-            return run is not None and pager.evict_shut_off(*run, timeout=patience) > 0
-        assert run is not None
-        try:
-            return pager.mark_nonpresent(*run, timeout=patience) > 0
-        finally:
-            with self._mutex:  # even if somebody was at a page: what was shut off before it waits too
-                self._aged.append(run)
-                self._waiting += run[1]
+            return pager.evict_shut_off(*run, timeout=timeout) > 0
+        return pager.mark_nonpresent(*run, timeout=timeout) > 0
 
     def _next_present(self) -> tuple[int, int] | None:
         """Return the next run of present pages at the hand, and move the hand behind it."""
         pages = self._pager.layout.pages
-        for start, end in ((self._hand, pages), (0, self._hand)):
+        for start, end in ((self._age_hand, pages), (0, self._age_hand)):
             run = self._pager.bitmap.next_present_run(start, end) if start < end else None
             if run is not None:
                 first, count = run[0], min(run[1], _BATCH)
-                self._hand = (first + count) % pages
+                self._age_hand = (first + count) % pages
                 return first, count
         return None
 
     def _next_shut_off(self) -> tuple[int, int] | None:
-        """Return where the next pages are that others have shut off, and that are in no queue here."""
+        """Return where the next pages are that are shut off, and move the hand behind them."""
         pager = self._pager
         with pager.mutex:
-            states, hand = pager.ledger.states, self._shut_off_hand
+            states, hand = pager.ledger.states, self._evict_hand
             first = states.find(_BACKED, hand)
             if first < 0:
                 first = states.find(_BACKED, 0, hand)
             if first < 0:
                 return None
             count = min(_BATCH, pager.layout.pages - first)
-            self._shut_off_hand = (first + count) % pager.layout.pages
+            self._evict_hand = (first + count) % pager.layout.pages
             return first, count

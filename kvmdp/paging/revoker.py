@@ -186,7 +186,7 @@ class Revoker(Resolver):
         try:
             sink = FileSink()
         except OSError as error:
-            raise PagingError(f"no page can be evicted: {error.strerror}") from error
+            raise PagingError(f"no page can be evicted: {error.strerror or error}") from error
         with self.mutex:
             if self.sink is None:
                 self.sink = sink
@@ -260,7 +260,7 @@ class Revoker(Resolver):
                 taken += count
         except (OSError, SourceError) as error:
             gpa = self.layout.gpa_of_page(claim.first)
-            why = error.strerror if isinstance(error, OSError) else error
+            why = (isinstance(error, OSError) and error.strerror) or error
             raise PagingError(
                 f"pages from gpa {gpa:#x} on stay in RAM, they cannot be saved: {why}"
             ) from error

@@ -29,7 +29,7 @@ def test_an_interruption_while_a_module_is_loaded(module, number):
 
 READY = """import sys
 import kvmdp.cli.entry as entry
-entry._on_interruption(entry.leave)
+entry.on_interruption(entry.leave)
 print("ready", file=sys.stderr, flush=True)
 """
 
@@ -44,6 +44,17 @@ def test_an_interruption_while_a_supervised_run_starts(tenths, number):
         done = command.finish()
     assert done.status in (130, 4)  # 4: no KVM here, and it was said before the signal came
     assert done.error == "interrupted" or done.status == 4
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("leaks", [(), ("--detect-leaks",)], ids=["plain", "supervised"])
+def test_a_background_jobs_run_goes_on_ignoring_sigint(leaks):
+    prelude = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    with Running("run", "--memory", "8M", *leaks, prelude=prelude) as command:
+        command.wait_for_progress("RAM from")
+        command.process.send_signal(signal.SIGINT)
+        done = command.finish()
+    assert done.status == 0
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2])

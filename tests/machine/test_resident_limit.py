@@ -5,6 +5,7 @@ import tempfile
 import threading
 import time
 
+import numpy as np
 import pytest
 from harness import (
     MEMORY,
@@ -30,6 +31,7 @@ from kvmdp.paging.resident import ResidentLimit, check_limit
 from kvmdp.paging.trap import slots
 from kvmdp.paging.trap.partial_regions import SLOT_BYTES
 from kvmdp.paging.trap.slot_trap import LEAST_SLOT_MEMORY, SlotOptions
+from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
@@ -103,7 +105,11 @@ def test_a_sink_that_is_full_ends_the_run(trap):
 
 @every_trap
 def test_a_fault_over_the_limit_passes_over_the_pages_that_somebody_is_at(monkeypatch, trap):
-    for name in ("_PAUSE_SECONDS", "_ANSWER_SECONDS"):  # for the thread, and for devices elsewhere
+    for name in (
+        "_PAUSE_SECONDS",
+        "ANSWER_SECONDS",
+        "_PATIENCE_SECONDS",
+    ):  # for the thread, and for devices elsewhere
         monkeypatch.setattr(resident, name, 10 * TIMEOUT)
     with make_machine(trap, resident_limit=LIMIT) as machine:
         pager = machine.pager
@@ -175,6 +181,51 @@ def test_what_a_reader_brings_in_around_a_fault_is_kept_back_while_there_is_no_r
         assert machine.pager.counters.pages_evicted > 1024
         # Held back for a while, not for ever: a thread that gets no CPU makes no room.
         assert limit // PAGE_SIZE < machine.limit.peak <= 2 * limit // PAGE_SIZE
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_pages_that_others_have_shut_off_go_before_the_guest_starves(trap):
+    limit = LIMIT // PAGE_SIZE
+    workload = plan("touch", pages=64)
+    with make_machine(trap, workload=workload, resident_limit=LIMIT) as machine:
+        machine.pager.mark_present(300, limit)
+        machine.pager.mark_nonpresent(300, limit)
+        machine.run(TIMEOUT)
+        assert machine.pager.counters.pages_refetched < limit
+
+
+def test_an_access_of_more_than_half_the_limit_is_made_in_parts_and_a_view_is_refused():
+    with make_machine("mmio", resident_limit=LIMIT) as machine:
+        image = read_pages(SyntheticSource(MEMORY, SEED), np.arange(MEMORY // PAGE_SIZE)).tobytes()
+        assert machine.memory.read(100, MEMORY - 200) == image[100:-100]
+        everywhere = [(page * PAGE_SIZE + PAGE_SIZE - 4, 8) for page in range(0, 500, 2)]
+        machine.memory.writev(everywhere, b"12345678" * len(everywhere))
+        assert machine.memory.readv(everywhere) == b"12345678" * len(everywhere)
+        with (
+            pytest.raises(PagingError, match="needs more than the 64 pages that the resident limit lets"),
+            machine.memory.view(0, LIMIT),
+        ):
+            pass
+
+
+def test_the_limit_is_kept_once_demand_paging_is_switched_on():
+    with make_machine("mmio", resident_limit=LIMIT, demand_paging=False) as machine:
+        machine.pager.enable()
+        settles_at_the_limit(machine.pager)
+
+
+@pytest.mark.userfaultfd
+def test_who_comes_to_a_present_page_is_not_kept_waiting_for_room():
+    with make_machine("hybrid-mmio", resident_limit=LIMIT) as machine:
+        pager = machine.pager
+        machine.memory.read(0, LIMIT // 2)
+        asked = []
+        pager.room = lambda since: asked.append(since) or True
+        device = machine.device_view
+        assert device.read(5 * PAGE_SIZE, 8) == machine.memory.read(5 * PAGE_SIZE, 8)
+        assert asked == []
+        assert device.read(400 * PAGE_SIZE, 8) == machine.memory.read(400 * PAGE_SIZE, 8)
+        assert len(asked) == 1
 
 
 @every_trap

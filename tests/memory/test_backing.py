@@ -129,6 +129,12 @@ def test_a_disk_without_room_is_said_before_a_fault_could_find_out(tmp_path):
     assert path.stat().st_size == 0
 
 
+def test_a_link_to_a_file_that_is_not_there_yet_will_do(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "ram")
+    FileBacking(SIZE, str(tmp_path / "link")).close()
+    assert (tmp_path / "ram").stat().st_size == SIZE
+
+
 def test_a_file_with_something_in_it_is_not_overwritten(tmp_path):
     path = tmp_path / "image"
     path.write_text("precious")

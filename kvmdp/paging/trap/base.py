@@ -70,7 +70,7 @@ class Presence(Protocol):
         ...
 
     def shut_off(self, first: int, count: int) -> None:
-        """Make absent what nobody is at of a range, and keep its bytes. Waits for no claim."""
+        """Make a range absent, up to the first page that somebody is at, and keep its bytes. Waits for no claim."""
         ...
 
     def discarded(self, first: int, count: int) -> None:

@@ -4,10 +4,10 @@ A region of which some pages are present and some absent takes a memslot for eac
 comes it is merged, with its neighbours as far as they are full too. When all partial regions together take more kernel
 memory than they may, or more memslots than KVM can spare, the fullest are completed: what they lack is fetched, and
 they are merged. Where not all of RAM may be present at once (`Presence.is_limited`) others would have to go for that,
-and leave pieces: there the emptiest are shut off, which makes one memslot of each.
+and leave pieces: there the emptiest are shut off, which makes one memslot of each, if nobody is at a page of it.
 
 That is not done where the page becomes present, but by `housekeep`, with no claim held: it stops the vCPUs and may
-fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`Presence.complete`), because
+fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`complete`, `shut_off`), because
 whoever calls it may hold a pin on which the owner of a claim waits.
 
 Units: RAM pages; memory in bytes.
@@ -113,7 +113,7 @@ class PartialRegions:
                 self._presence.shut_off(low, size)
                 self._slots.merge(low, size, self._presence.quiesced, Kind.CLOSED)
                 self._recount(region)
-                left -= partial[region]
+                left += self._partial.get(region, 0) - partial[region]
                 continue
             if self._presence.complete(low, size) is not Outcome.PRESENT:
                 return  # the machine stops, or the source has failed

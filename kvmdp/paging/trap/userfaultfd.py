@@ -203,11 +203,13 @@ class UserfaultfdTrap(UffdTrap):
     def _poison(self, page: int) -> None:
         """Have who sleeps on a poisoned page leave KVM_RUN with a SIGBUS: only its own thread can inject.
 
-        If the page has been healed since, and mapped, it stays so, and the sleeper is woken.
+        If the page has been healed since, and mapped, it stays so, and the sleeper is woken. So it has been if the
+        page's region has been collapsed since.
         """
         assert self._presence is not None
         if supported_features() & abi.UFFD_FEATURE_POISON:
-            self._uffd_of(page).poison(self._hva(page), self._unit_bytes)
+            with self._regions.unless_plain(page, self._unit):
+                self._uffd_of(page).poison(self._hva(page), self._unit_bytes)
         else:
             self._presence.abort(PagingError(NO_POISON))
 

@@ -165,6 +165,7 @@ class UffdView(ABC):
         messages = (abi.uffd_msg * _BATCH)()
         assert self._presence is not None
         presence, serve = self._presence, self._reader()
+        is_present = presence.bitmap.test  # such a fault brings nothing in
         faults: deque[tuple[int, int]] = deque()  # address, when it was read
 
         def take() -> None:
@@ -186,7 +187,7 @@ class UffdView(ABC):
             # Events are read in any case: who takes pages out to make room may wait until a discard has been read.
             while not any(fd == self._wakeup for fd, _ in poll.poll(_HELD_SECONDS if faults else None)):
                 take()
-                while faults and presence.room(faults[0][1]):
+                while faults and (is_present(self._page_of(faults[0][0])) or presence.room(faults[0][1])):
                     serve(*faults.popleft())
 
     def _make_way(self) -> None:
