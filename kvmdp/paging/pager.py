@@ -27,9 +27,7 @@ from kvmdp.source.base import PageSource, ram_source
 
 __all__ = ["DemandPager", "Peers"]
 
-ANSWER_SECONDS = (
-    0.005  # what who waits for nobody waits for a device in another process, whose answer takes its time
-)
+ANSWER_SECONDS = 0.005  # for a device in another process to answer, by who waits for nobody else
 _MAX_CLAIM = 512  # pages claimed at once when a range is made present: 2 MiB
 
 

@@ -32,7 +32,7 @@ _BACKED = int(State.BACKED)
 _BATCH = 32  # aged or evicted at once: bounds how long vCPUs are kept out of KVM_RUN
 _AGED_SHARE = 4  # a quarter of the limit is aged and waits
 _ROOM_SHARE = (
-    16  # the thread makes room for a sixteenth of the limit: who leaves it to the thread waits less often
+    16  # the thread makes room for a sixteenth of the limit, so that who leaves it to that waits less often
 )
 # What a thread on its way from a fault tries before it goes on: batches in all, and those that somebody was at.
 _MOST_STEPS, _MOST_BUSY = 256, 8
@@ -94,7 +94,6 @@ class ResidentLimit:
         self._closing = threading.Event()
         self._thread = JoinableThread(self._keep, "resident-limit")
         self._thread.start()
-        pager.is_limited = True
         # Who needs more pages at once would lose the first to the limit before it had the last.
         pager.most_at_once = max(limit // 2, 1)
         pager.room = self._has_room
@@ -105,6 +104,7 @@ class ResidentLimit:
         """Let everybody go on without a limit; a second call does nothing."""
         self._closing.set()
         self._exceeded.set()
+        self._pager.most_at_once = None
         self._thread.join()
 
     def settle(self, timeout: float) -> bool:

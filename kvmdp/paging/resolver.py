@@ -64,8 +64,8 @@ class Resolver:
     `mutex` guards the ledger, `error` and the gates; the rest is as the pager has it. `housekeeping` is called after
     each fault that was resolved by a thread that may sleep, and after pages were taken away, with no claim held and no
     pin, while demand paging is `enabled`; `reminders` are called after each other fault and must not wait for anybody.
-    `room` is as `Presence.room` has it. `is_limited`: pages are taken away again because there must not be too many;
-    then no access needs more than `most_at_once` pages at the same time.
+    `room` is as `Presence.room` has it. `most_at_once`, if set, is how many pages an access may need at the same time,
+    because pages are taken away again lest there be too many.
     """
 
     def __init__(self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy) -> None:
@@ -97,11 +97,15 @@ class Resolver:
         self.housekeeping: list[Callable[[], None]] = []
         self.reminders: list[Callable[[], None]] = []
         self.room: Callable[[int], bool] = lambda _since: True
-        self.is_limited = False
         self.most_at_once: int | None = None
         self._this_thread = threading.local()
         self._housekeepers = 0  # threads in `_keep_house`
         self._nobody_keeps_house = threading.Condition(self.mutex)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether pages are taken away again because there must not be too many of them."""
+        return self.most_at_once is not None
 
     # A fault
 

@@ -104,6 +104,20 @@ def test_on_and_off_while_the_guest_runs_loses_nothing(trap, backing):
         assert pager.counters.pages_fetched == PAGES
 
 
+def off_waits_for(pager, last, entered, may_go_on):
+    """Switch off while the thread `last` is held up until `may_go_on`, in the middle of what it does."""
+    off = threading.Thread(target=pager.disable)
+    last.start()
+    assert entered.wait(TIMEOUT)
+    off.start()
+    off.join(0.1)
+    still_on = off.is_alive()
+    may_go_on.set()
+    last.join()
+    off.join()
+    assert still_on
+
+
 @EVERY
 def test_off_waits_for_a_page_that_is_being_admitted(monkeypatch, trap, backing):
     # The bit is set before the trap admits: a full bitmap does not say that all is in place.
@@ -119,16 +133,7 @@ def test_off_waits_for_a_page_that_is_being_admitted(monkeypatch, trap, backing)
 
         monkeypatch.setattr(pager.trap, "admit", admit_late)
         last = threading.Thread(target=pager.mark_present, args=(PAGES - 1, 1))
-        off = threading.Thread(target=pager.disable)
-        last.start()
-        entered.wait()
-        off.start()
-        off.join(0.1)
-        still_on = off.is_alive()
-        may_go_on.set()
-        last.join()
-        off.join()
-        assert still_on
+        off_waits_for(pager, last, entered, may_go_on)
         assert not pager.enabled
         assert pager.trap.memslots == len(machine.layout.regions)
 
@@ -267,16 +272,7 @@ def test_off_does_not_disarm_before_a_merge_has_ended(monkeypatch, trap):
         pager.mark_present(0, PAGES - 1)
         monkeypatch.setattr(RamSlots, "merge", merge_late)
         last = threading.Thread(target=machine.memory.read, args=((PAGES - 1) * PAGE_SIZE, 8))
-        off = threading.Thread(target=pager.disable)
-        last.start()
-        assert entered.wait(TIMEOUT)
-        off.start()
-        off.join(0.1)
-        still_on = off.is_alive()
-        may_go_on.set()
-        last.join()
-        off.join()
-        assert still_on
+        off_waits_for(pager, last, entered, may_go_on)
         assert (pager.enabled, pager.trap.memslots, violations(pager)) == (False, 1, [])
 
 
