@@ -96,17 +96,20 @@ class DemandPager(Revoker):
             self.peers.thaw()
         self.accesses.open()
 
-    def reassert(self, page: int) -> None:
+    def reassert(self, page: int) -> bool:
         """Have the trap admit a present page once more: an access has trapped although it is present.
 
-        Under a claim, so that the trap is neither disarmed nor the page revoked meanwhile.
+        Under a claim, so that the trap is neither disarmed nor the page revoked meanwhile. Returns whether the next
+        access can be another one: there was something to mend, or another thread is at the page.
         """
         with self.mutex:
-            claim = self.ledger.begin_reassert(page) if self.enabled else None
+            if not self.enabled:
+                return False
+            claim = self.ledger.begin_reassert(page)
         if claim is None:
-            return
+            return True
         try:
-            self.trap.reassert(claim.first, claim.count)
+            return self.trap.reassert(claim.first, claim.count)
         finally:
             self._end(claim, State.PRESENT)
 

@@ -37,8 +37,8 @@ from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.trap.operand import MAX_INSTRUCTION, TruncatedError, memory_operands
 
-# How often one instruction may fault on one page while nothing is revoked. One repeat is normal (a SIGBUS that
-# was on its way when another thread admitted the page); this many are a livelock.
+# How often one instruction may fault on one page while nothing is revoked and nothing found that could be mended. One
+# repeat is normal (a SIGBUS that was on its way when another thread admitted the page); this many are a livelock.
 _MAX_REPEATS = 64
 
 # On the way of every fault; as attributes of their enums they would be looked up each time.
@@ -117,7 +117,7 @@ class VcpuPaging:
                 "this KVM does not retry the access; try another trap"
             )
         # Present, and yet it trapped: on its way before the admit, or the trap is wrong about the page.
-        self._pager.reassert(page)
+        self._reassert([page])
 
     def _check(self, outcome: Outcome, page: int) -> None:
         if outcome in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.CANCELLED):
@@ -135,6 +135,12 @@ class VcpuPaging:
             self._repeats.clear()
         count = self._repeats[pages] = self._repeats.get(pages, 0) + 1
         return count
+
+    def _reassert(self, pages: list[int]) -> None:
+        """Have the trap mend these pages. If it could, that has had an effect: a peer may punch holes all the time."""
+        mended = [self._pager.reassert(page) for page in pages]
+        if any(mended):
+            self._repeats.clear()
 
     def _page_of_bus_error(self, error: BusError) -> int:
         """Return the RAM page a SIGBUS is about; one that is not about the guest view is real, and fatal."""
@@ -281,8 +287,7 @@ class VcpuPaging:
         # All are present: another thread has been faster, they are not mapped, or KVM cannot emulate this at all.
         if self._repeats_of(*pages) > _MAX_REPEATS:
             return False
-        for page in pages:
-            self._pager.reassert(page)
+        self._reassert(pages)
         return True
 
     def resolve_stall(self) -> bool:
@@ -306,7 +311,7 @@ class VcpuPaging:
         if len(code) < MAX_INSTRUCTION:
             # It may go on in the next page. Last, because a short one does not.
             pages.append(self._ram_page(rip + len(code)))
-        return [page for page in pages if page is not None]
+        return list(dict.fromkeys(page for page in pages if page is not None))
 
     def _pages_of_operands(self, code: bytes) -> list[int | None]:
         """Return where the memory operands of the instruction at RIP begin and end; none if `code` is not all of it."""

@@ -3,6 +3,8 @@
 So no vCPU may meet one that we made, and one that the host makes (reclaim) is filled after the failure.
 """
 
+import ctypes
+import itertools
 import random
 import time
 from collections import Counter
@@ -11,7 +13,10 @@ import numpy as np
 import pytest
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, without_kernel_faults
 
+from kvmdp.abi.mman import PROT_NONE
 from kvmdp.kvm import BadAddress, BusError
+from kvmdp.machine.runloop import GuestError
+from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.collapse import REGION
 from kvmdp.paging.fault import Outcome
 from kvmdp.paging.invariants import violations
@@ -118,6 +123,37 @@ def test_what_reclaim_has_unmapped_is_mapped_again(trap, ring):
         machine.run(TIMEOUT)
         exits = check(machine, workload)
         assert ring == 0 or exits[BadAddress] > 0
+
+
+@SHARED
+def test_a_page_that_is_unmapped_again_before_each_access_is_mapped_until_there_is_one(trap, monkeypatch):
+    workload = plan("checksum", memory=MEMORY)
+    with machine_for(trap, "memfd", workload) as machine:
+        pager, times = machine.pager, itertools.count(1)
+        reassert = pager.reassert
+
+        def reassert_and_unmap(page):
+            mended = reassert(page)
+            if next(times) < 200:
+                machine.backing.guest.drop(page * PAGE_SIZE, PAGE_SIZE)
+            return mended
+
+        monkeypatch.setattr(pager, "reassert", reassert_and_unmap)
+        assert pager.mark_present(0, PAGES) is Outcome.PRESENT
+        machine.backing.guest.drop(100 * PAGE_SIZE, PAGE_SIZE)
+        machine.run(TIMEOUT)
+        assert check(machine, workload)[BadAddress] == 200
+
+
+@SHARED
+def test_what_no_mapping_mends_ends_the_run(trap):
+    workload = plan("checksum", memory=MEMORY)
+    with machine_for(trap, "memfd", workload) as machine:
+        assert machine.pager.mark_present(0, PAGES) is Outcome.PRESENT
+        hva = machine.backing.guest.hva + 100 * PAGE_SIZE
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(hva), ctypes.c_size_t(PAGE_SIZE), PROT_NONE) == 0
+        with pytest.raises(GuestError, match="KVM_RUN failed with EFAULT"):
+            machine.run(TIMEOUT)
 
 
 @SHARED

@@ -101,6 +101,7 @@ class FakeTrap:
 
     def reassert(self, first, count):
         self.calls.append(("reassert", first, count))
+        return False
 
     def collapse(self, first, count):
         assert set(self.entered[first : first + count]) == {1}

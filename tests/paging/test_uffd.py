@@ -95,8 +95,9 @@ def test_a_continue_maps_what_the_file_holds_and_fails_on_a_hole(uffd):
         )
         uffd.poison(guest.hva, guest.length)
         backing.vmm.view[: 4 * PAGE] = bytes([7]) * (4 * PAGE)
-        uffd.continue_(guest.hva + PAGE, PAGE)
-        uffd.continue_(guest.hva, 4 * PAGE)
+        assert uffd.continue_(guest.hva + PAGE, PAGE) == PAGE
+        assert uffd.continue_(guest.hva, 4 * PAGE) == 3 * PAGE
+        assert uffd.continue_(guest.hva, 4 * PAGE) == 0
         assert bytes(guest.view[: 4 * PAGE]) == bytes([7]) * (4 * PAGE)
         with pytest.raises(OSError, match="UFFDIO_CONTINUE at") as caught:
             uffd.continue_(guest.hva + 4 * PAGE, PAGE)

@@ -158,8 +158,8 @@ class Trap(Protocol):
         """
         ...
 
-    def reassert(self, first: int, count: int) -> None:
-        """Mend what made present pages trap, if this trap knows how that can be; else do nothing."""
+    def reassert(self, first: int, count: int) -> bool:
+        """Mend what made present pages trap, if this trap knows how that can be; True if it found any such thing."""
         ...
 
     def picture(self) -> Picture:

@@ -87,9 +87,9 @@ class HybridTrap:
         """Put together what vCPUs use; the device view is entered page by page, as devices touch it."""
         return self._vcpus.collapse(first, count)
 
-    def reassert(self, first: int, count: int) -> None:
+    def reassert(self, first: int, count: int) -> bool:
         """Do what the exit trap does: a reader that finds a page unmapped maps it."""
-        self._vcpus.reassert(first, count)
+        return self._vcpus.reassert(first, count)
 
     def picture(self) -> Picture:
         """What the exit trap has set up."""

@@ -72,15 +72,6 @@ class MarkerTrap(UffdTrap):
     def hold_sleepers(self) -> None:
         """Do nothing, as `release_sleepers`."""
 
-    def reassert(self, first: int, count: int) -> None:
-        """Admit pages again that are present and have trapped: the reader put a marker where none belongs.
-
-        It can: it sees a fault, finds the page not admitted yet, and sets the marker after the admit, if the
-        page was taken out of the page table once more between the two.
-        """
-        if self._staging is None and not self._regions.is_plain(first):
-            self.admit(first, count)
-
     def _reader(self) -> Callable[[int, int], None]:
         return self._serve
 

@@ -141,8 +141,9 @@ class SlotTrap:
         """The memslots; no page table is involved."""
         return Picture(self._slots.blocks(), self.absent)
 
-    def reassert(self, first: int, count: int) -> None:
+    def reassert(self, first: int, count: int) -> bool:
         """Do nothing: a slot does not go away by itself."""
+        return False
 
     def release_sleepers(self) -> None:
         """Do nothing: an access to an absent page is an exit, nobody sleeps."""

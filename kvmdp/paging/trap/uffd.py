@@ -131,19 +131,24 @@ class Uffd:
         request = abi.uffdio_range(hva, length)
         libc.ioctl(self.fd, abi.UFFDIO_WAKE, byref(request), "UFFDIO_WAKE")
 
-    def continue_(self, hva: int, length: int) -> None:
+    def continue_(self, hva: int, length: int) -> int:
         """Map pages that the page cache holds; `on_hole` sees to those that it has lost. Pages already mapped stay.
 
-        Raises OSError, EFAULT for a page that is lost again each time it has been seen to.
+        Returns how many bytes were not mapped before. Raises OSError, EFAULT for a page that is lost again each time
+        it has been seen to.
         """
         request = abi.uffdio_continue((hva, length))
-        if self._ioctl(self.fd, abi.UFFDIO_CONTINUE, byref(request)) != 0:
-            self._each(abi.UFFDIO_CONTINUE, request, request.range, hva, length, "UFFDIO_CONTINUE")
+        if self._ioctl(self.fd, abi.UFFDIO_CONTINUE, byref(request)) == 0:
+            return length
+        done = max(int(request.mapped), 0)
+        return done + self._each(
+            abi.UFFDIO_CONTINUE, request, request.range, hva + done, length - done, "UFFDIO_CONTINUE"
+        )
 
     def poison(self, hva: int, length: int) -> bool:
         """Put markers on absent pages; False if a page was mapped or had a marker already."""
         request = abi.uffdio_poison()
-        return self._each(abi.UFFDIO_POISON, request, request.range, hva, length, "UFFDIO_POISON")
+        return self._each(abi.UFFDIO_POISON, request, request.range, hva, length, "UFFDIO_POISON") == length
 
     def copy(self, hva: int, source: int, length: int) -> None:
         """Fill absent pages from `source` (hva): private ones, or holes of a memory file. Pages there already stay."""
@@ -162,10 +167,10 @@ class Uffd:
         hva: int,
         length: int,
         call: str,
-    ) -> bool:
-        """Make a ranged call to the range's end; False if it skipped pages that were there already."""
+    ) -> int:
+        """Make a ranged call to the range's end; return its length less that of the pages that were there already."""
         result = type(request)._fields_[-1][0]
-        done, complete, holes = 0, True, 0
+        done = skipped = holes = 0
         while done < length:
             range_.start, range_.len = hva + done, length - done
             if self._ioctl(self.fd, number, byref(request)) == 0:
@@ -175,15 +180,15 @@ class Uffd:
                 holes += 1
                 self.on_hole(hva + done)
                 continue
-            step, skipped = self._progress(moved, hva + done, call)
+            step, was_there = self._progress(moved, hva + done, call)
             if step:
                 holes = 0
             done += step
-            complete = complete and not skipped
-        return complete
+            skipped += step * was_there
+        return length - skipped
 
     def _progress(self, result: int, hva: int, call: str) -> tuple[int, bool]:
-        """Return how many bytes a failed ranged call got past, and whether it got past them by skipping.
+        """Return how many bytes a failed ranged call got past, and whether a page was there already.
 
         Positive: it stopped in the middle. EAGAIN with none done: the address space was changing, try again.
         EEXIST: a page is there already. The page behind is somebody else's doing, which is no error.

@@ -116,11 +116,6 @@ class UserfaultfdTrap(UffdTrap):
             self._announce(start, number)
             self._view.advise(MADV_REMOVE, start * PAGE_SIZE, number * PAGE_SIZE)
 
-    def reassert(self, first: int, count: int) -> None:
-        """Map present pages that something took out of the page table."""
-        if self._staging is None and not self._regions.is_plain(first):
-            self.admit(first, count)
-
     def release_sleepers(self) -> None:
         """Let go of every vCPU that sleeps on an absent page, so that it can leave KVM_RUN for good.
 

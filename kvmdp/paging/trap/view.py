@@ -385,6 +385,19 @@ class UffdTrap(UffdView):
                 uffd.copy(self._hva(start), self._staging.hva + start * PAGE_SIZE, length)
                 self._staging.drop(start * PAGE_SIZE, length)
 
+    def reassert(self, first: int, count: int) -> bool:
+        """Map present pages that something took out of the page table, or put a marker over; True if there were any.
+
+        A marker trap's reader can: it sees a fault, finds the page not admitted yet, and sets the marker after the
+        admit, if the page was taken out of the page table once more between the two.
+        """
+        if self._staging is not None or self._regions.is_plain(first):
+            return False
+        mapped = 0
+        for start, number, uffd in self._pieces(first, count):
+            mapped += uffd.continue_(self._hva(start), number * PAGE_SIZE)
+        return mapped > 0
+
     def forget(self, first: int, count: int) -> None:
         """Give up the bytes of pages that were revoked, wherever they lie."""
         if self._staging is not None:
