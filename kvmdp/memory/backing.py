@@ -174,9 +174,11 @@ class AnonymousBacking(Backing):
 class FileBacking(Backing):
     """RAM in a file on disk, mapped MAP_SHARED: at `path`, new or empty, or a temporary one without a name.
 
-    What the guest wrote is in the file at `path` afterwards. The disk's space is taken at once: a fault that found none
-    would be a SIGBUS. Nobody is handed it, for a file cannot be sealed, and who cuts it short ends all that have it
-    mapped.
+    What the guest wrote is in the file at `path` afterwards. An exception that leaves a `with` of it undoes the file,
+    so that nothing stays of a machine that could not be made.
+
+    The disk's space is taken at once: a fault that found none would be a SIGBUS. Nobody is handed it, for a file cannot
+    be sealed, and who cuts it short ends all that have it mapped.
 
     Raises UnsupportedError if the disk is too small, OSError; `check_file` says what else is wrong with a path.
     """
@@ -188,14 +190,12 @@ class FileBacking(Backing):
 
     def __init__(self, size: int, path: str | None = None, *, thp: bool = False) -> None:
         with contextlib.ExitStack() as stack:
-            self._file, created = _open_file(path)  # not `fd`, which may be handed over
+            self._file, self._created = _open_file(path)  # not `fd`, which may be handed over
             stack.callback(os.close, self._file)
+            stack.callback(self._undo)
             try:
                 os.posix_fallocate(self._file, 0, size)
             except OSError as error:
-                os.ftruncate(self._file, 0)
-                if created is not None:
-                    created.unlink()
                 where = path or "the folder of temporary files"
                 raise UnsupportedError(
                     f"{where} has no room for {format_size(size)} of RAM ({error.strerror}): free some, or name a file "
@@ -221,6 +221,19 @@ class FileBacking(Backing):
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._file >= 0:
+            self._undo()
+        super().__exit__(kind, error, trace)
+
+    def _undo(self) -> None:
+        """Leave the path as it was found: without a file, or with an empty one."""
+        os.ftruncate(self._file, 0)
+        if self._created is not None:
+            self._created.unlink(missing_ok=True)
 
 
 def _open_file(path: str | None) -> tuple[int, Path | None]:

@@ -55,6 +55,22 @@ def test_guest_memfd_on_a_kernel_that_cannot_map_it_is_one_sentence():
     )
 
 
+WITHOUT_VCPUS = """
+from kvmdp.kvm import KvmError, Vm
+def create_vcpu(vm, index):
+    raise KvmError(12, "KVM_CREATE_VCPU")
+Vm.create_vcpu = create_vcpu
+"""
+
+
+def test_a_machine_that_cannot_be_made_leaves_no_file(tmp_path):
+    path = tmp_path / "ram"
+    options = ("--backing", "file", "--backing-file", path)
+    done = kvmdp("run", "--trap", "memory-fault", *options, prelude=WITHOUT_VCPUS)
+    assert "KVM_CREATE_VCPU failed: Cannot allocate memory" in done.error
+    assert not path.exists()
+
+
 def test_a_file_of_ones_own_has_what_ram_had(tmp_path):
     path = tmp_path / "ram"
     arguments = ("run", "--memory", "2M", "--workload", "fill", "--backing", "file", "--backing-file", path)

@@ -129,6 +129,16 @@ def test_a_disk_without_room_is_said_before_a_fault_could_find_out(tmp_path):
     assert path.stat().st_size == 0
 
 
+def test_an_exception_undoes_the_file(tmp_path):
+    path = tmp_path / "ram"
+    for was_there in (False, True):
+        with pytest.raises(KeyError), FileBacking(SIZE, str(path)):
+            raise KeyError
+        assert path.exists() == was_there
+        path.touch()
+    assert path.stat().st_size == 0
+
+
 def test_a_link_to_a_file_that_is_not_there_yet_will_do(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "ram")
     FileBacking(SIZE, str(tmp_path / "link")).close()
