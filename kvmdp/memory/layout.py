@@ -15,21 +15,24 @@ from kvmdp.source.base import PAGE_SIZE
 
 __all__ = [
     "HIGH_RAM_BASE",
+    "HUGE_PAGE",
     "LOW_RAM_END",
     "MAX_MEMORY",
     "MIN_MEMORY",
     "PAGE_SHIFT",
     "PAGE_SIZE",
+    "REGION",
     "GuestLayout",
     "Region",
 ]
 
 PAGE_SHIFT = PAGE_SIZE.bit_length() - 1
+HUGE_PAGE = 2 << 20  # bytes that one entry of the second level of page tables can map
+REGION = HUGE_PAGE // PAGE_SIZE  # the same in pages: what the host maps as one where it can
 LOW_RAM_END = 3 << 30
 HIGH_RAM_BASE = 4 << 30
 
-# One 2 MiB guest page, the unit in which the guest maps its RAM.
-MIN_MEMORY = 2 << 20
+MIN_MEMORY = HUGE_PAGE  # the guest maps its RAM in units of that
 # The boot slot holds the guest's page tables: a page directory of 4 KiB for each GiB, 1 MiB of them here.
 MAX_MEMORY = 256 << 30
 

@@ -25,9 +25,7 @@ from kvmdp.abi.mman import (
     PROT_READ,
     PROT_WRITE,
 )
-from kvmdp.memory.layout import PAGE_SIZE
-
-HUGE_PAGE = 2 << 20  # bytes that one entry of the second level of page tables can map
+from kvmdp.memory.layout import HUGE_PAGE, PAGE_SIZE
 
 
 def _reserve_aligned(length: int) -> int:

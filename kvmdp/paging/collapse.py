@@ -14,10 +14,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self, get_args
 
+from kvmdp.memory.layout import REGION
 from kvmdp.paging.claim import Claim
 from kvmdp.paging.fault import PageFault, PagingError
 from kvmdp.paging.pager import DemandPager
-from kvmdp.paging.trap.collapse import REGION
 from kvmdp.thread import JoinableThread
 
 CollapsePolicy = Literal["off", "full", "background", "end"]

@@ -15,14 +15,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from kvmdp.memory.bitmap import Words, runs_of
-from kvmdp.memory.layout import GuestLayout
+from kvmdp.memory.layout import REGION, GuestLayout
 from kvmdp.paging.claim import State, Wait
 from kvmdp.paging.fault import BusyError, Outcome, PageFault, PagingError, SwitchedOffError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.revoker import Peers, Revoker
 from kvmdp.paging.trap.base import Trap
-from kvmdp.paging.trap.collapse import REGION
 from kvmdp.source.base import PageSource, ram_source
 
 __all__ = ["DemandPager", "Peers"]

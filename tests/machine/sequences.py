@@ -207,7 +207,7 @@ class RandomSequence:
         if self.chance.random() < 0.5:
             patches.setattr(slots, "MAX_GRANULE_SLOTS", 16)
             for module in (slots, memory_fault, partial_regions):
-                patches.setattr(module, "REGION_PAGES", REGION)
+                patches.setattr(module, "REGION", REGION)
             self.in_regions = True
         return self.chance.choice((PAGE_SIZE, PAGE_SIZE, 4 * PAGE_SIZE))
 

@@ -11,11 +11,12 @@ import pytest
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan
 
 from kvmdp.machine.machine import Machine
+from kvmdp.memory.layout import REGION
 from kvmdp.paging.collapse import Collapser
 from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.trap import collapse as trap_collapse
-from kvmdp.paging.trap.collapse import REGION, can_collapse
+from kvmdp.paging.trap.collapse import can_collapse
 from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.source.synthetic import SyntheticSource
 

@@ -7,7 +7,8 @@ import pytest
 
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.abi.mman import MADV_COLLAPSE, MADV_HUGEPAGE
-from kvmdp.memory.mapping import HUGE_PAGE, Mapping
+from kvmdp.memory.layout import HUGE_PAGE
+from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.trap.collapse import can_collapse
 from kvmdp.paging.trap.uffd import Uffd, supported_features
 

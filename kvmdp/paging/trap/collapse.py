@@ -43,10 +43,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from kvmdp.abi.mman import MADV_COLLAPSE, MADV_HUGEPAGE, MADV_NOHUGEPAGE
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.memory.mapping import HUGE_PAGE, Mapping
+from kvmdp.memory.layout import HUGE_PAGE, PAGE_SIZE, REGION
+from kvmdp.memory.mapping import Mapping
 
-REGION = HUGE_PAGE // PAGE_SIZE
 # The kernel says "again" while somebody looks at one of the pages, as KVM does for a moment at every fault.
 _ATTEMPTS = 8
 

@@ -16,7 +16,7 @@ import dataclasses
 
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import HUGE_PAGE, PAGE_SIZE, GuestLayout
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.marker import MarkerTrap
 from kvmdp.paging.trap.memory_fault import require_closed_slots
@@ -24,7 +24,6 @@ from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Block, Kind, Piece
 from kvmdp.paging.trap.slots import RamSlots
 
-_LEAST_REGION = 2 << 20
 _MOST_REGIONS = 512
 
 
@@ -34,7 +33,7 @@ def region_size(layout: GuestLayout) -> int:
     The first touch of a region costs several times what another does, for its memslot is replaced. With few regions
     that is a small share of all faults; the price is page tables, 2 KiB a MiB, for what a touched region has beside.
     """
-    size = _LEAST_REGION
+    size = HUGE_PAGE
     while -(-layout.memory_bytes // size) > _MOST_REGIONS:
         size *= 2
     return size

@@ -12,12 +12,12 @@ from __future__ import annotations
 from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.layout import PAGE_SIZE, REGION
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.slot_map import Block, Kind, Piece
 from kvmdp.paging.trap.slot_trap import SlotOptions, SlotTrap
-from kvmdp.paging.trap.slots import REGION_PAGES, RamSlots
+from kvmdp.paging.trap.slots import RamSlots
 
 
 def require_closed_slots(vm: Vm, trap: str) -> None:
@@ -70,8 +70,8 @@ class MemoryFaultTrap(SlotTrap):
         if self._options.split == "gap":
             low, high = first, end
         else:
-            low = max(first // REGION_PAGES * REGION_PAGES, block.first)
-            high = min(-(-end // REGION_PAGES) * REGION_PAGES, block.end)
+            low = max(first // REGION * REGION, block.first)
+            high = min(-(-end // REGION) * REGION, block.end)
         granule = self.granule // PAGE_SIZE
         closed = block.without(low, high)
         closed += self._slots.pieces(low, first - low, Kind.CLOSED, granule)

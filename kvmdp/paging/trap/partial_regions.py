@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import threading
 
+from kvmdp.memory.layout import REGION
 from kvmdp.paging.fault import Outcome
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.slot_map import Kind
-from kvmdp.paging.trap.slots import REGION_PAGES, RamSlots
+from kvmdp.paging.trap.slots import RamSlots
 
 SLOT_BYTES = 26 << 10  # kernel memory of a memslot, the most that was measured
 DEFAULT_SLOT_MEMORY = 256 << 20
 # What several threads may cut up before the one that keeps house has merged something: regions, each to its pages.
-_MARGIN = 4 * REGION_PAGES
+_MARGIN = 4 * REGION
 
 
 class PartialRegions:
@@ -44,7 +45,7 @@ class PartialRegions:
 
     def changed(self, first: int, count: int) -> None:
         """Take note that the memslots of these pages are others now, or may be."""
-        for region in range(first // REGION_PAGES, (first + count - 1) // REGION_PAGES + 1):
+        for region in range(first // REGION, (first + count - 1) // REGION + 1):
             # Pages whose trap is still being told count as there too: who tells it comes here afterwards.
             if self._recount(region):
                 with self._mutex:
@@ -64,8 +65,8 @@ class PartialRegions:
 
     def _run(self, region: int) -> tuple[int, int]:
         """Return (first, count) of a region's pages; the last may be smaller."""
-        low = region * REGION_PAGES
-        return low, min(REGION_PAGES, self._pages - low)
+        low = region * REGION
+        return low, min(REGION, self._pages - low)
 
     def housekeep(self) -> None:
         """Merge the regions that are full, and complete some if too much is in pieces."""

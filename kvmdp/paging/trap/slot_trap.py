@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.layout import PAGE_SIZE, REGION
 from kvmdp.memory.size import format_size
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.collapse import can_collapse, put_together
 from kvmdp.paging.trap.partial_regions import DEFAULT_SLOT_MEMORY, SLOT_BYTES, PartialRegions
 from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Kind
-from kvmdp.paging.trap.slots import REGION_PAGES, RamSlots
+from kvmdp.paging.trap.slots import RamSlots
 
 Split = Literal["gap", "region"]
-LEAST_SLOT_MEMORY = 2 * REGION_PAGES * SLOT_BYTES  # room for a few regions in pieces
+LEAST_SLOT_MEMORY = 2 * REGION * SLOT_BYTES  # room for a few regions in pieces
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from kvmdp.abi.kvm import (
 from kvmdp.abi.kvm_x86 import KVM_X86_QUIRK_SLOT_ZAP_ALL
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import PAGE_SIZE, REGION, GuestLayout
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import PagingError
@@ -45,15 +45,11 @@ from kvmdp.paging.trap.slot_map import Block, Kind, Piece, SlotMap, SlotsExhaust
 
 MAX_GRANULE_SLOTS = 16384
 MAX_GRANULE = 1 << 30  # a granule must not reach over the hole at 3 GiB
-REGION_PAGES = 512  # 2 MiB: what the host maps as one where it can
 
 _FIRST_RAM_SLOT = 8  # below: the machine's own (boot slot)
 _GUEST_MEMFD_FLAGS = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
 _MAX_DELETES = 32  # slots that one stop of the vCPUs merges: it takes milliseconds at the most
-_PARENTS = (
-    32 * REGION_PAGES,
-    1024 * REGION_PAGES,
-)  # 64 MiB and 2 GiB: what a merge goes on to, 32 to one each time
+_PARENTS = (32 * REGION, 1024 * REGION)  # 64 MiB and 2 GiB: what a merge goes on to, 32 to one each time
 
 Quiesced = Callable[[], AbstractContextManager[None]]
 
@@ -124,7 +120,7 @@ class RamSlots:
 
         A granule where that makes at most 16,384 slots, else the least power of two from 2 MiB that does.
         """
-        pages = max(self.granule // PAGE_SIZE, REGION_PAGES) if self.in_regions else self.granule // PAGE_SIZE
+        pages = max(self.granule // PAGE_SIZE, REGION) if self.in_regions else self.granule // PAGE_SIZE
         while -(-self._layout.pages // pages) > MAX_GRANULE_SLOTS:
             pages *= 2
         return pages

@@ -29,11 +29,11 @@ from collections.abc import Callable, Sequence
 
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.layout import PAGE_SIZE, REGION
 from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.base import Presence
-from kvmdp.paging.trap.collapse import REGION, Regions, can_collapse
+from kvmdp.paging.trap.collapse import Regions, can_collapse
 from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Kind
 from kvmdp.paging.trap.slots import RamSlots
