@@ -98,15 +98,13 @@ class DemandPager(Revoker):
     def reassert(self, page: int) -> bool:
         """Have the trap admit a present page once more: an access has trapped although it is present.
 
-        Under a claim, so that the trap is neither disarmed nor the page revoked meanwhile. Returns whether the next
-        access can be another one: there was something to mend, or another thread is at the page.
+        Under a claim, so that the trap is neither disarmed nor the page revoked meanwhile. Returns whether there was
+        something to mend.
         """
         with self.mutex:
-            if not self.enabled:
-                return False
-            claim = self.ledger.begin_reassert(page)
+            claim = self.ledger.begin_reassert(page) if self.enabled else None
         if claim is None:
-            return True
+            return False
         try:
             return self.trap.reassert(claim.first, claim.count)
         finally:
