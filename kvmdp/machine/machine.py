@@ -362,7 +362,7 @@ class Machine:
     def stop(self) -> None:
         """Get every vCPU out of the guest and wait for the threads' end. Raises PagingError if one stays.
 
-        Pages that are being evicted have got where they go when this returns.
+        The vCPUs' faults are all counted, and pages that are being evicted have got where they go, when this returns.
         """
         self.gate.stop()
         self.pager.cancel()
@@ -372,6 +372,10 @@ class Machine:
                     f"vCPU {thread.vcpu.index} did not stop within {_JOIN_SECONDS:.0f} seconds: the source or "
                     "the kernel holds it"
                 )
+        if not self.pager.trap.settle(_JOIN_SECONDS):
+            raise PagingError(
+                f"a fault was not resolved within {_JOIN_SECONDS:.0f} seconds: the source or the kernel holds it"
+            )
         if self.limit is not None and not self.limit.settle(_JOIN_SECONDS):
             raise PagingError(
                 f"an eviction did not end within {_JOIN_SECONDS:.0f} seconds: the kernel holds it"

@@ -166,3 +166,24 @@ def test_a_vcpu_that_sleeps_on_a_page_that_never_comes_is_let_go(backing, form, 
             machine.run(TIMEOUT)
         assert not machine.pager.bitmap.test(5)
         assert all(thread.join(0) for thread in machine.threads)
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_all_is_counted_and_traced_when_the_run_ends_however_slow_the_reader_is_behind_its_wake(
+    backing, monkeypatch
+):
+    workload = plan("touch", pages=8)
+    with make_machine("userfaultfd", backing, workload=workload) as machine:
+        trap, traced = machine.pager.trap, []
+        admit = trap.admit
+
+        def admit_and_dawdle(first, count):
+            admit(first, count)  # which wakes the vCPU
+            time.sleep(0.05)
+
+        monkeypatch.setattr(trap, "admit", admit_and_dawdle)
+        machine.pager.observer = lambda fault, *_: traced.append(fault.page)
+        machine.run(TIMEOUT)
+        assert machine.pager.counters.pages_fetched == 8
+        assert sorted(traced) == list(range(8))
+        assert sum(len(each) for each in machine.pager.trap.latencies) == 8

@@ -108,6 +108,9 @@ class FakeTrap:
         self.calls.append(("collapse", first, count))
         return True
 
+    def settle(self, timeout):
+        return True
+
     def hold_sleepers(self):
         pass
 

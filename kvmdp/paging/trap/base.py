@@ -170,6 +170,13 @@ class Trap(Protocol):
         """Wake every vCPU that sleeps in the kernel on an absent page: the machine is stopping."""
         ...
 
+    def settle(self, timeout: float) -> bool:
+        """Wait until threads of the trap's own have counted what they did for vCPUs; False after `timeout` seconds.
+
+        With every vCPU out of KVM_RUN for good, and the pager cancelled.
+        """
+        ...
+
     def hold_sleepers(self) -> None:
         """Undo `release_sleepers`, with every vCPU out of KVM_RUN: the machine runs again."""
         ...

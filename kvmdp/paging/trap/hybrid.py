@@ -99,6 +99,10 @@ class HybridTrap:
         """End the device view: whoever sleeps on an absent page wakes to an error."""
         self._devices.release()
 
+    def settle(self, timeout: float) -> bool:
+        """Do what the exit trap does: a device may be at a page for as long as the source takes."""
+        return self._vcpus.settle(timeout)
+
     def hold_sleepers(self) -> None:
         """Do nothing but for the exit trap: a device view that has ended stays so."""
         self._vcpus.hold_sleepers()

@@ -148,6 +148,10 @@ class SlotTrap:
     def release_sleepers(self) -> None:
         """Do nothing: an access to an absent page is an exit, nobody sleeps."""
 
+    def settle(self, timeout: float) -> bool:
+        """Do nothing: the trap has no threads."""
+        return True
+
     def hold_sleepers(self) -> None:
         """Do nothing, as `release_sleepers`."""
 

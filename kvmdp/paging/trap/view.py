@@ -42,6 +42,7 @@ from kvmdp.thread import JoinableThread
 
 _BATCH = 32  # events taken with one read
 _HELD_SECONDS = 0.001  # from one look whether there is room for a page to the next
+_SETTLE_SECONDS = 0.0005  # from one look whether the readers are at work to the next
 
 
 class UffdView(ABC):
@@ -73,6 +74,9 @@ class UffdView(ABC):
         self._shard = -(-self._pages // (shards * self._unit)) * self._unit  # pages a descriptor has
         self._readers_each = readers
         self._readers: list[JoinableThread] = []
+        self._at_work: set[int] = (
+            set()
+        )  # readers that are between an event and the next wait, by thread identifier
         self._wakeup = -1
         self._presence: Presence | None = None
         self._this_thread = threading.local()
@@ -160,11 +164,13 @@ class UffdView(ABC):
         except Exception as error:
             assert self._presence is not None
             self._presence.abort(PagingError(f"a userfaultfd reader broke: {error!r}"))
+        finally:
+            self._at_work.discard(threading.get_ident())
 
     def _serve_until_stopped(self, uffd: Uffd) -> None:
         messages = (abi.uffd_msg * _BATCH)()
         assert self._presence is not None
-        presence, serve = self._presence, self._reader()
+        presence, serve, reader = self._presence, self._reader(), threading.get_ident()
         is_present = presence.bitmap.test  # such a fault brings nothing in
         faults: deque[tuple[int, int]] = deque()  # address, when it was read
 
@@ -186,9 +192,11 @@ class UffdView(ABC):
             poll.register(self._wakeup, select.EPOLLIN)
             # Events are read in any case: who takes pages out to make room may wait until a discard has been read.
             while not any(fd == self._wakeup for fd, _ in poll.poll(_HELD_SECONDS if faults else None)):
+                self._at_work.add(reader)
                 take()
                 while faults and (is_present(self._page_of(faults[0][0])) or presence.room(faults[0][1])):
                     serve(*faults.popleft())
+                self._at_work.discard(reader)
 
     def _make_way(self) -> None:
         """Let a discard go on that the kernel wants finished before it maps anything (EAGAIN).
@@ -201,6 +209,18 @@ class UffdView(ABC):
             time.sleep(0)  # no reader: they will see to it
         else:
             take()
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until no reader is at a fault whose sleeper it has woken; False after `timeout` seconds.
+
+        A sleeper goes on before its reader has counted the fault, and can be done with everything by then.
+        """
+        deadline = time.monotonic() + timeout
+        while self._at_work:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_SETTLE_SECONDS)
+        return True
 
     def _stop_readers(self) -> None:
         if self._readers:
