@@ -33,16 +33,21 @@ class HandlerProcess:
         )
         self.pid = self.process.pid
         self.said = ""
-        self.await_word("serving")
+        assert self.says("serving")
 
-    def await_word(self, word):
-        """Wait until it has said `word` on stderr."""
+    def __repr__(self):
+        return f"<handler that has said {self.said!r}>"
+
+    def says(self, word):
+        """Whether it says `word` on stderr, or has said it; it has a minute for that."""
         deadline = time.monotonic() + 60
         while word not in self.said:
-            ready, _, _ = select.select([self.process.stderr], [], [], deadline - time.monotonic())
+            ready, _, _ = select.select([self.process.stderr], [], [], max(deadline - time.monotonic(), 0))
             piece = os.read(self.process.stderr.fileno(), 65536).decode() if ready else ""
-            assert piece, f"no {word!r}: {self.said}"
+            if not piece:
+                return False
             self.said += piece
+        return True
 
     def end(self, number=signal.SIGKILL):
         """Send it a signal and return its exit status."""

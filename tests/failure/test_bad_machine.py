@@ -63,7 +63,7 @@ def unharmed(handler):
             source.cancel()
     finally:
         source.close()
-    handler.await_word("0 vCPU, 0 device, 1 host faults")
+    assert handler.says("0 vCPU, 0 device, 1 host faults")
     deadline = time.monotonic() + 20
     while descriptors_of(handler.pid) != before:
         assert time.monotonic() < deadline, (descriptors_of(handler.pid), before)
@@ -117,7 +117,7 @@ def memfd(size, *seals):
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 16])
 def test_a_hand_over_with_another_number_of_descriptors(handler, machine, count):
     socket.send_fds(machine.connection, [machine.message()], [machine.ram] * count)
-    handler.await_word(f"was given up: a hand-over with {count} descriptors, where 3 belong to it")
+    assert handler.says(f"was given up: a hand-over with {count} descriptors, where 3 belong to it")
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_a_hand_over_with_another_number_of_descriptors(handler, machine, count)
 def test_what_is_no_hand_over(handler, machine, change, sentence):
     fds = [machine.ram, machine.bitmap, machine.theirs.fileno()]
     socket.send_fds(machine.connection, [change(machine.message())], fds)
-    handler.await_word(sentence)
+    assert handler.says(sentence)
 
 
 def test_a_hand_over_that_is_not_for_a_handler(handler, machine):
     machine.hand_over(Handover(1, Role.DEVICE, 64, TERMS.pages, TERMS.regions))
-    handler.await_word("it wants a device, and this is a handler")
+    assert handler.says("it wants a device, and this is a handler")
 
 
 @pytest.mark.parametrize(
@@ -157,33 +157,33 @@ def test_ram_that_could_end_the_handler(handler, machine, make, sentence):
         machine.hand_over(ram=ram)
     finally:
         os.close(ram)
-    handler.await_word(sentence)
+    assert handler.says(sentence)
 
 
 def test_more_ram_than_there_are_addresses(handler, machine):
     size = 1 << 63
     machine.hand_over(Handover(1, Role.HANDLER, 64, size // PAGE, ((0, size, 0),)))
-    handler.await_word(f"less than {size} bytes")
+    assert handler.says(f"less than {size} bytes")
 
 
 def test_a_notifier_that_is_no_socket(handler, machine):
     machine.hand_over(notifier=machine.bitmap)
-    handler.await_word("was given up: a notifier that is no socket")
+    assert handler.says("was given up: a notifier that is no socket")
 
 
 def test_a_notifier_that_is_not_connected(handler, machine):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as alone:
         machine.hand_over(notifier=alone.fileno())
-        handler.await_word("its notifier does not work")
+        assert handler.says("its notifier does not work")
 
 
 def test_one_that_closes_before_the_hand_over(handler, machine):
     machine.connection.close()
-    handler.await_word("was given up: the connection was closed before the hand-over")
+    assert handler.says("was given up: the connection was closed before the hand-over")
 
 
 def test_one_that_never_hands_over(handler, machine):
-    handler.await_word("was given up: nothing was handed over within 0.2 seconds")
+    assert handler.says("was given up: nothing was handed over within 0.2 seconds")
 
 
 def fault(gpa, size=PAGE):
@@ -208,8 +208,8 @@ def fault(gpa, size=PAGE):
 def test_records_that_are_none_for_a_handler(handler, machine, message, sentence):
     machine.hand_over()
     machine.ours.send(message)
-    handler.await_word(sentence)
-    handler.await_word("it was cut off")
+    assert handler.says(sentence)
+    assert handler.says("it was cut off")
     assert machine.ours.recv(64) == b""
     assert os.pread(machine.ram, MEMORY, 0) == bytes(MEMORY)
 
@@ -223,7 +223,7 @@ def test_ram_beyond_the_image_cannot_be_brought(handler, machine):
     machine.ours.send(fault(MEMORY).pack(1))
     assert unpack(machine.ours.recv(65), 1).outcome is Outcome.FAILED
     machine.ours.close()
-    handler.await_word("1 of them failed")
+    assert handler.says("1 of them failed")
 
 
 def test_one_that_never_reads_its_answers_is_rid_of_when_it_closes(handler, machine):
@@ -234,7 +234,7 @@ def test_one_that_never_reads_its_answers_is_rid_of_when_it_closes(handler, mach
             machine.ours.send(Record(Kind.FAULT, number, 0, PAGE).pack(1))
         pytest.fail("it reads on although nobody reads its answers")
     machine.ours.close()
-    handler.await_word("has gone")
+    assert handler.says("has gone")
 
 
 def test_one_that_makes_its_notifier_not_wait(handler, machine):
@@ -243,4 +243,4 @@ def test_one_that_makes_its_notifier_not_wait(handler, machine):
     machine.ours.send(fault(0).pack(1))
     assert unpack(machine.ours.recv(65), 1).outcome is Outcome.PRESENT
     machine.ours.close()
-    handler.await_word("has gone")
+    assert handler.says("has gone")

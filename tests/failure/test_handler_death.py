@@ -50,7 +50,7 @@ def test_every_trap_is_exact_with_one_fetch_a_page(trap, name, socket_path):
     require_trap(trap)
     with HandlerProcess(socket_path) as handler:
         result = run(socket_path, name, trap)
-        handler.await_word("has gone")
+        assert handler.says("has gone")
         status = handler.end(signal.SIGINT)
     assert result.ok
     assert result.pages_checked == result.counters.pages_fetched == result.pages_present > 0
@@ -75,7 +75,7 @@ def test_a_device_fault_arrives_as_one(socket_path):
                 assert machine.memory.read(7 * PAGE, PAGE) == expected
         finally:
             source.close()
-        handler.await_word("0 vCPU, 1 device, 0 host faults")
+        assert handler.says("0 vCPU, 1 device, 0 host faults")
 
 
 DYING = """
@@ -130,7 +130,7 @@ def test_without_another_handler_the_run_ends_with_a_sentence(socket_path):
         HandlerProcess(socket_path, *SLOW[:2], "--latency", "20ms") as handler,
         Running(*command(socket_path, 0.5)) as guest,
     ):
-        handler.await_word("has come")
+        assert handler.says("has come")
         handler.end()
         done = guest.finish()
     assert done.status == 1
@@ -145,7 +145,7 @@ def test_an_interrupt_ends_the_pause_at_once(socket_path):
         HandlerProcess(socket_path, *SLOW[:2], "--latency", "20ms") as handler,
         Running(*command(socket_path, 3600)) as guest,
     ):
-        handler.await_word("has come")
+        assert handler.says("has come")
         handler.process.send_signal(signal.SIGSTOP)
         guest.process.send_signal(signal.SIGINT)
         assert guest.finish().status == 130
@@ -171,5 +171,5 @@ def test_a_successor_with_another_image_is_not_taken(socket_path):
                 f"process {second.pid} has taken the handler's place with an image of {2 * MEMORY} bytes, where the "
                 f"machine began with {MEMORY}"
             )
-            second.await_word("was given up")
+            assert second.says("was given up")
     assert said[0].startswith(f"paused: handler {first.pid} has died")

@@ -145,7 +145,7 @@ def test_a_machine_of_another_user_is_not_served(path):
     with HandlerProcess(path) as handler:
         Path(path).chmod(0o666)
         with Other(path, MACHINE) as machine:
-            handler.await_word("a machine was refused: " + refusal(machine.pid))
+            assert handler.says("a machine was refused: " + refusal(machine.pid))
             assert machine.hear() == (
                 f"process {handler.pid}, which listens at {path}, is no handler that can be used (the connection was "
                 "closed before the offer): start kvmdp handler there"
@@ -156,7 +156,7 @@ def test_who_cannot_be_seen_from_here_is_refused(path):
     with HandlerProcess(path, "--synthetic", f"{MEMORY},{SEED}", prelude=APART) as handler:
         with pytest.raises(EndpointError, match="closed before the offer"):
             HandlerSource(path)
-        handler.await_word(
+        assert handler.says(
             "a machine was refused: the process at the other end is in another PID namespace, so that its death could "
             "not be seen: run both in the same one"
         )

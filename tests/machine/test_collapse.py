@@ -307,12 +307,12 @@ def test_a_policy_collapses_what_the_guest_fills(machine_of, monkeypatch, trap, 
     check(machine, workload)
 
 
-def await_pages(collapser, pages):
-    """Its thread puts them together in its own time."""
+def gets_to(collapser, pages):
+    """Whether so many pages are put together; its thread does that in its own time."""
     deadline = time.monotonic() + TIMEOUT
     while collapser.pages != pages and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert collapser.pages == pages
+    return collapser.pages == pages
 
 
 @EVERY
@@ -344,7 +344,7 @@ def test_a_region_that_fills_while_somebody_is_at_a_page_of_it_is_collapsed_afte
         assert collapser.pages == 0
         may_go_on.set()
         other.join()
-        await_pages(collapser, REGION)
+        assert gets_to(collapser, REGION)
 
 
 @EVERY
@@ -355,7 +355,7 @@ def test_a_region_whose_last_page_is_healed_is_collapsed(machine_of, trap, backi
         pager.mark_present(0, 5)
         pager.mark_present(6, REGION - 6)
         pager.unpoison(5, bytes(4096))
-        await_pages(collapser, REGION)
+        assert gets_to(collapser, REGION)
 
 
 @EVERY

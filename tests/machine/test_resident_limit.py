@@ -124,11 +124,11 @@ def test_a_fault_over_the_limit_passes_over_the_pages_that_somebody_is_at(monkey
 
 
 def settles_at_the_limit(pager):
-    """The thread may have been at it."""
+    """Whether no more pages than the limit are left; the thread may have been at it."""
     deadline = time.monotonic() + TIMEOUT
     while pager.ledger.resident > LIMIT // PAGE_SIZE and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert pager.ledger.resident <= LIMIT // PAGE_SIZE
+    return pager.ledger.resident <= LIMIT // PAGE_SIZE
 
 
 @pytest.mark.parametrize("trap", TRAPS)
@@ -139,7 +139,7 @@ def test_of_what_others_have_shut_off_no_more_is_evicted_than_must_be(trap):
         pager.mark_nonpresent(0, machine.layout.pages)
         with contextlib.closing(ResidentLimit(pager, limit)):
             machine.memory.read(0, 8)
-            settles_at_the_limit(pager)
+            assert settles_at_the_limit(pager)
         assert pager.ledger.resident > limit - 2 * 32
 
 
@@ -166,7 +166,7 @@ def test_a_limit_gives_way_to_switching_off(monkeypatch, trap):
         pager.enable()
         pager.evict(0, 1)
         machine.memory.read(0, 8)
-        settles_at_the_limit(pager)
+        assert settles_at_the_limit(pager)
 
 
 @pytest.mark.userfaultfd
@@ -211,7 +211,7 @@ def test_an_access_of_more_than_half_the_limit_is_made_in_parts_and_a_view_is_re
 def test_the_limit_is_kept_once_demand_paging_is_switched_on():
     with make_machine("mmio", resident_limit=LIMIT, demand_paging=False) as machine:
         machine.pager.enable()
-        settles_at_the_limit(machine.pager)
+        assert settles_at_the_limit(machine.pager)
 
 
 @pytest.mark.userfaultfd
@@ -233,12 +233,12 @@ def test_whoever_marks_pages_present_keeps_to_the_limit(trap):
     with make_machine(trap, resident_limit=LIMIT) as machine:
         pager, limit = machine.pager, LIMIT // PAGE_SIZE
         assert pager.mark_present(0, machine.layout.pages) is Outcome.PRESENT
-        settles_at_the_limit(pager)
+        assert settles_at_the_limit(pager)
         assert pager.counters.pages_fetched == machine.layout.pages
         assert limit < machine.limit.peak <= limit + 512  # what is claimed at once
         page = pager.poison(machine.layout.pages - 1)[0]
         pager.unpoison(page, bytes(PAGE_SIZE))
-        settles_at_the_limit(pager)
+        assert settles_at_the_limit(pager)
 
 
 @pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
