@@ -407,7 +407,7 @@ def test_holes_of_a_shared_memory_file_are_never_in_a_huge_page(machine_of):
 def test_a_kernel_that_cannot_collapse_leaves_all_as_it_is(machine_of, monkeypatch, trap):
     machine = machine_of(trap, workload=atomic())
     machine.pager.mark_present(0, PAGES)
-    monkeypatch.setattr("kvmdp.paging.trap.view.can_collapse", lambda view: False)
+    monkeypatch.setattr("kvmdp.paging.trap.uffd_trap.can_collapse", lambda view: False)
     assert machine.pager.collapse(0, PAGES) == 0
     assert machine.pager.mark_nonpresent(7, 1) == 1
     machine.run(TIMEOUT)

@@ -2,7 +2,7 @@
 
 A marker (UFFDIO_POISON) makes KVM's own fault on the page fail as if the page were broken hardware: KVM_RUN
 returns EINTR with a SIGBUS (BUS_MCEERR_AR) pending whose address is the page's. The access is retried once the
-marker has been replaced by the page (`kvmdp.paging.trap.view`).
+marker has been replaced by the page (`kvmdp.paging.trap.uffd_trap`).
 
 Needs UFFD_FEATURE_POISON (Linux 6.6); a userfaultfd for user-mode faults alone will do, which needs no privilege.
 
@@ -24,7 +24,7 @@ from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
-from kvmdp.paging.trap.view import UffdTrap
+from kvmdp.paging.trap.uffd_trap import UffdTrap
 
 
 class MarkerTrap(UffdTrap):

@@ -35,7 +35,7 @@ from kvmdp.paging.claim import Waiter
 from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
-from kvmdp.paging.trap.view import UffdTrap
+from kvmdp.paging.trap.uffd_trap import UffdTrap
 
 _UNKNOWN = -1  # userfaultfd does not say which vCPU it was
 NO_POISON = (
