@@ -13,6 +13,7 @@ from ctypes import c_int16, c_uint8, c_uint16, c_uint32, c_uint64
 from kvmdp.abi.ioctl import _IO, _IOR, _IOW, _IOWR
 from kvmdp.abi.kvm_x86 import (
     kvm_cpuid2,
+    kvm_debugregs,
     kvm_msr_filter,
     kvm_msrs,
     kvm_regs,
@@ -21,6 +22,7 @@ from kvmdp.abi.kvm_x86 import (
     kvm_vcpu_events,
     kvm_x86_mce,
     kvm_xcrs,
+    kvm_xsave,
 )
 
 KVMIO = 0xAE
@@ -36,6 +38,8 @@ KVM_CAP_DESTROY_MEMORY_REGION_WORKS = 21
 KVM_CAP_MCE = 31
 KVM_CAP_INTERNAL_ERROR_DATA = 40
 KVM_CAP_VCPU_EVENTS = 41
+KVM_CAP_DEBUGREGS = 50
+KVM_CAP_XSAVE = 55
 KVM_CAP_XCRS = 56
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_SYNC_REGS = 74
@@ -311,5 +315,9 @@ KVM_X86_SETUP_MCE = _IOW(KVMIO, 0x9C, c_uint64)  # KVM_CAP_MCE
 KVM_X86_SET_MCE = _IOW(KVMIO, 0x9E, kvm_x86_mce)  # KVM_CAP_MCE
 KVM_GET_VCPU_EVENTS = _IOR(KVMIO, 0x9F, kvm_vcpu_events)  # KVM_CAP_VCPU_EVENTS
 KVM_SET_VCPU_EVENTS = _IOW(KVMIO, 0xA0, kvm_vcpu_events)  # KVM_CAP_VCPU_EVENTS
+KVM_GET_DEBUGREGS = _IOR(KVMIO, 0xA1, kvm_debugregs)  # KVM_CAP_DEBUGREGS
+KVM_SET_DEBUGREGS = _IOW(KVMIO, 0xA2, kvm_debugregs)  # KVM_CAP_DEBUGREGS
+KVM_GET_XSAVE = _IOR(KVMIO, 0xA4, kvm_xsave)  # KVM_CAP_XSAVE
+KVM_SET_XSAVE = _IOW(KVMIO, 0xA5, kvm_xsave)  # KVM_CAP_XSAVE
 KVM_GET_XCRS = _IOR(KVMIO, 0xA6, kvm_xcrs)  # KVM_CAP_XCRS
 KVM_SET_XCRS = _IOW(KVMIO, 0xA7, kvm_xcrs)  # KVM_CAP_XCRS

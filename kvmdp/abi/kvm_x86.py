@@ -217,6 +217,24 @@ class kvm_xcrs(ctypes.Structure):
     ]
 
 
+class kvm_debugregs(ctypes.Structure):
+    """Debug registers, KVM_CAP_DEBUGREGS."""
+
+    _fields_ = [
+        ("db", c_uint64 * 4),
+        ("dr6", c_uint64),
+        ("dr7", c_uint64),
+        ("flags", c_uint64),
+        ("reserved", c_uint64 * 9),
+    ]
+
+
+class kvm_xsave(ctypes.Structure):
+    """x87, SSE and AVX state in XSAVE's standard format, KVM_CAP_XSAVE (`extra` has what KVM_GET_XSAVE2 adds)."""
+
+    _fields_ = [("region", c_uint32 * 1024)]
+
+
 class kvm_x86_mce(ctypes.Structure):
     """A machine check to be injected, KVM_CAP_MCE."""
 

@@ -18,6 +18,7 @@ from kvmdp.abi.kvm_x86 import (
     KVM_SYNC_X86_REGS,
     kvm_cpuid2,
     kvm_cpuid_entry2,
+    kvm_debugregs,
     kvm_msr_entry,
     kvm_msrs,
     kvm_regs,
@@ -25,6 +26,7 @@ from kvmdp.abi.kvm_x86 import (
     kvm_vcpu_events,
     kvm_x86_mce,
     kvm_xcrs,
+    kvm_xsave,
 )
 from kvmdp.kvm import exits
 from kvmdp.kvm.errors import KvmError, failed
@@ -197,6 +199,28 @@ class Vcpu:
     def set_events(self, events: kvm_vcpu_events) -> None:
         """Set pending and injected events.  KVM_CAP_VCPU_EVENTS."""
         self._get(abi.KVM_SET_VCPU_EVENTS, "KVM_SET_VCPU_EVENTS", events)
+
+    @property
+    def debug_registers(self) -> kvm_debugregs:
+        """DR0 to DR3, DR6, DR7.  KVM_CAP_DEBUGREGS."""
+        registers = kvm_debugregs()
+        self._get(abi.KVM_GET_DEBUGREGS, "KVM_GET_DEBUGREGS", registers)
+        return registers
+
+    def set_debug_registers(self, registers: kvm_debugregs) -> None:
+        """Set DR0 to DR3, DR6, DR7.  KVM_CAP_DEBUGREGS."""
+        self._get(abi.KVM_SET_DEBUGREGS, "KVM_SET_DEBUGREGS", registers)
+
+    @property
+    def xsave(self) -> kvm_xsave:
+        """x87, SSE and AVX state.  KVM_CAP_XSAVE."""
+        state = kvm_xsave()
+        self._get(abi.KVM_GET_XSAVE, "KVM_GET_XSAVE", state)
+        return state
+
+    def set_xsave(self, state: kvm_xsave) -> None:
+        """Set x87, SSE and AVX state.  KVM_CAP_XSAVE."""
+        self._get(abi.KVM_SET_XSAVE, "KVM_SET_XSAVE", state)
 
     @property
     def xcrs(self) -> kvm_xcrs:

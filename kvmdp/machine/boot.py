@@ -18,10 +18,13 @@ from kvmdp.abi.kvm_x86 import kvm_cpuid_entry2, kvm_regs, kvm_segment
 from kvmdp.kvm import Kvm, Vcpu, Vm
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.page_tables import PageTables
+from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.size import format_size
 
-BOOT_MEMSLOT = 0
+BOOT_MEMSLOT, EMPTY_TABLE_MEMSLOT = 0, 1
+# The gpa of a page of zeros, which the guest does not map: a page table with nothing in it
+EMPTY_TABLE = 0xFE00_0000
 
 _CR0 = 1 << 0 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31  # PE, MP, ET, NE, WP, PG
 _CR4_PAE, _CR4_OSFXSR, _CR4_OSXMMEXCPT, _CR4_OSXSAVE = 1 << 5, 1 << 9, 1 << 10, 1 << 18
@@ -64,7 +67,7 @@ def read_program(path: str) -> bytes:
 
 
 class BootSlot:
-    """The boot slot's memory; owns its mapping.
+    """The boot slot's memory, and the empty page table beside it; owns their mappings.
 
     Made with everything in place but the parameter blocks, which the caller fills through `parameters`.
     """
@@ -72,6 +75,7 @@ class BootSlot:
     def __init__(self, tables: PageTables, image: bytes, program: bytes = b"") -> None:
         self.size = tables.boot_size
         self._mapping = Mapping.anonymous(self.size)
+        self._empty_table = Mapping.anonymous(PAGE_SIZE)
         self._image, self._program = image, program
         self.load()
         self._put(guest.PAGE_TABLES_BASE, tables.boot_tables)
@@ -98,12 +102,14 @@ class BootSlot:
         return guest.ParameterBlock.from_address(self._mapping.hva + offset)
 
     def map_into(self, vm: Vm) -> None:
-        """Give the slot to the VM."""
+        """Give the slot to the VM, and the empty page table."""
         vm.set_user_memory_region(BOOT_MEMSLOT, guest.BOOT_BASE, self.size, self._mapping.hva)
+        vm.set_user_memory_region(EMPTY_TABLE_MEMSLOT, EMPTY_TABLE, PAGE_SIZE, self._empty_table.hva)
 
     def close(self) -> None:
         """Unmap; the VM must be closed, or not run any more."""
         self._mapping.close()
+        self._empty_table.close()
 
 
 def guest_cpuid(kvm: Kvm, pv_features: int = 0) -> list[kvm_cpuid_entry2]:

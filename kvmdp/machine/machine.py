@@ -16,7 +16,14 @@ from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs, kvm_vcpu_e
 from kvmdp.kvm import Interrupted, Kvm, Vcpu, Vm
 from kvmdp.kvm.machine_check import guest_mcg_cap
 from kvmdp.machine import guest_abi as guest
-from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
+from kvmdp.machine.boot import (
+    EMPTY_TABLE,
+    BootSlot,
+    guest_cpuid,
+    set_boot_state,
+    stock_image,
+    vector_flags,
+)
 from kvmdp.machine.hostinfo import uses_nested_paging, vmalloc_used
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.ports import Loopback, Ports
@@ -250,7 +257,7 @@ class Machine:
     def _thread_of(self, vcpu: Vcpu) -> VcpuThread:
         pin = self.options.pin
         cpu = pin[vcpu.index] if pin else None
-        paging = VcpuPaging(self.pager, vcpu, self.backing, self._read_physical)
+        paging = VcpuPaging(self.pager, vcpu, self.backing, self._read_physical, EMPTY_TABLE)
         parameters = self._boot.parameters(vcpu.index)
         return VcpuThread(vcpu, paging, self.gate, self.ports, self.pv, parameters, self._wake, cpu)
 

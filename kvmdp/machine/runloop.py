@@ -7,6 +7,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable
+from typing import NoReturn
 
 from kvmdp.kvm import (
     BadAddress,
@@ -112,6 +113,7 @@ class VcpuThread:
         self._cpu = cpu
         self._suspected = False  # set by the watchdog: in KVM_RUN for long without an exit
         self._thread = JoinableThread(self._main, f"vcpu-{vcpu.index}")
+        self.emulated = paging.emulated  # what KVM's emulator has completed, by form
         self.stalls = 0  # how often KVM was found to spin on an access without an exit
 
     def start(self) -> None:
@@ -183,20 +185,26 @@ class VcpuThread:
                 self.stalls += self._paging.resolve_stall()
             return False
         if type(exit) is Io:
-            return self._port(exit)
+            return self._input(exit) if exit.direction == "in" else self._port(exit)
         if type(exit) is MsrWrite:
             self._pv.write(self.vcpu, exit)
             return False
         raise GuestError(f"vCPU {self.vcpu.index}: {self._describe(exit)}, at RIP {self.vcpu.regs.rip:#x}")
 
+    def _input(self, io: Io) -> bool:
+        """Have a port answer, and see what a string instruction does with that; True if the guest is done."""
+        following = self._paging.answer(io, lambda: self._answer(io))
+        return following is not None and self._other(following)
+
+    def _answer(self, io: Io) -> None:
+        if not self._ports.handle(self.vcpu.index, io):
+            self._refuse(io)
+
     def _port(self, io: Io) -> bool:
         if self._ports.handle(self.vcpu.index, io):
             return False
-        if io.port != guest.REPORT_PORT or io.direction != "out" or io.size != 4:
-            raise GuestError(
-                f"vCPU {self.vcpu.index}: port I/O ({io.direction}, {io.size} bytes) on port {io.port:#x}, where "
-                f"this machine has nothing, at RIP {self.vcpu.regs.rip:#x}"
-            )
+        if io.port != guest.REPORT_PORT or io.size != 4:
+            self._refuse(io)
         report = int.from_bytes(io.data[:4], "little")
         if report == guest.Report.DONE:
             self.done = True
@@ -204,6 +212,12 @@ class VcpuThread:
         if report == guest.Report.EXCEPTION:
             raise GuestError(f"vCPU {self.vcpu.index}: {self._describe_exception()}")
         raise GuestError(f"vCPU {self.vcpu.index}: {self._describe_failure()}")
+
+    def _refuse(self, io: Io) -> NoReturn:
+        raise GuestError(
+            f"vCPU {self.vcpu.index}: port I/O ({io.direction}, {io.size} bytes) on port {io.port:#x}, where "
+            f"this machine has nothing, at RIP {self.vcpu.regs.rip:#x}"
+        )
 
     def _describe_failure(self) -> str:
         block = self.parameters

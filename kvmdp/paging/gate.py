@@ -1,7 +1,8 @@
-"""The gate every vCPU passes before KVM_RUN, and how all of them are kept out (quiesced).
+"""The gate every vCPU passes before KVM_RUN, and how all of them are kept out (stopped).
 
 Some changes to guest memory are exact only while no vCPU is in KVM_RUN. A vCPU thread *enters* the gate before
-KVM_RUN and *leaves* after it; `quiesced` closes the gate, kicks whoever is inside, and waits until they are out.
+KVM_RUN and *leaves* after it. A thread that needs a stop closes the gate, kicks the vCPUs inside, and waits until they
+are out: `quiesced` for a block of its own, `while_stopped` for one call, in a stop that it shares with other threads.
 A thread that resolves a fault is outside, so it never has to finish before the gate can close.
 
 Lock order: pins of the pager are taken before the gate is entered, never the other way round; a quiescer has
@@ -13,19 +14,35 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 
 from kvmdp.kvm import Vcpu
 from kvmdp.paging.fault import PagingError
 
 _REKICK_SECONDS = 0.1
 _PATIENCE_SECONDS = 30.0
+_MOST_SHARED = 64  # calls in one stop: it takes milliseconds at the most
+
+
+class _Turn:
+    """One call of `VcpuGate.while_stopped`, from the thread that wants it to the thread that makes it."""
+
+    __slots__ = ("error", "is_done", "woken", "work")
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work = work
+        self.is_done = False
+        self.error: BaseException | None = None
+        self.woken = threading.Lock()  # released when the call is done, or when its thread is to lead
+        self.woken.acquire()
 
 
 class VcpuGate:
     """Counts the vCPUs in KVM_RUN and can keep them out.
 
-    `longest_stop` is the longest time in seconds the gate was closed, `stops` how often.
+    `stops` is how often the gate was closed, `longest_stop` the longest time in seconds. A call of `while_stopped` that
+    finds every vCPU outside is no stop.
     """
 
     def __init__(self) -> None:
@@ -37,19 +54,22 @@ class VcpuGate:
         self._inside: set[Vcpu] = set()
         self._closers = 0
         self._stopping = False
+        self._turns: deque[_Turn] = deque()
+        self._is_led = False  # a thread makes the calls of `_turns`, or is about to
         self.stops = 0
         self.longest_stop = 0.0
 
     def enter(self, vcpu: Vcpu, *, only_complete: bool = False) -> bool:
         """Wait until the gate is open, and pass. Returns False if the machine is stopping.
 
-        Clears the vCPU's `immediate_exit`, so that a kick from now on takes effect; with `only_complete` sets
-        it, so that KVM_RUN completes the pending access and returns.
+        Clears the vCPU's `immediate_exit`, so that a kick from now on takes effect. With `only_complete` sets it, so
+        that KVM_RUN completes the pending access and returns without entering the guest: that passes at a stop too,
+        for the vCPU must not be left in the middle of an instruction.
         """
         with self._mutex:
-            while self._closers and not self._stopping:
+            while self._closers and (only_complete or not self._stopping):
                 self._changed.wait()
-            if self._stopping:
+            if self._stopping and not only_complete:
                 return False
             vcpu.immediate_exit = only_complete
             self._inside.add(vcpu)
@@ -78,17 +98,95 @@ class VcpuGate:
         Raises PagingError if one does not come out in 30 seconds.
         """
         started = time.monotonic()
-        with self._changed:
-            self._closers += 1
+        self._close(started)
         try:
-            self._await_empty(started + _PATIENCE_SECONDS)
             yield
         finally:
-            with self._changed:
-                self._closers -= 1
+            self._open(started, is_stop=True)
+
+    def while_stopped(self, work: Callable[[], None]) -> None:
+        """Call `work` while every vCPU is out of KVM_RUN, perhaps in another thread; threads that come together share.
+
+        A stop costs each other vCPU an exit, and faults come to several vCPUs at once. So the first thread that asks
+        stops the vCPUs and *leads*: it makes the calls of all threads that have asked by then, each in turn. `work`
+        must not wait for anything but the kernel. Raises what `work` raises, and PagingError as `quiesced`.
+        """
+        with self._mutex:
+            is_leader = not self._is_led
+            if is_leader:
+                self._is_led = True
+            else:
+                turn = _Turn(work)
+                self._turns.append(turn)
+        if is_leader:
+            self._lead(work)
+            return
+        turn.woken.acquire()
+        if not turn.is_done:
+            self._lead(work)
+        elif turn.error is not None:
+            raise turn.error
+
+    def _lead(self, work: Callable[[], None]) -> None:
+        """Stop the vCPUs, make this thread's call and those of the threads that wait, and pass the lead on."""
+        try:
+            started = time.monotonic()
+            is_stop = self._close(started)
+            try:
+                work()
+                self._make_calls()
+            finally:
+                self._open(started, is_stop)
+        finally:
+            with self._mutex:
+                following = self._turns.popleft() if self._turns else None
+                self._is_led = following is not None
+            if following is not None:  # it came late, or this thread has failed: it stops the vCPUs itself
+                following.woken.release()
+
+    def _make_calls(self) -> None:
+        """Make the calls that wait; those that come in the meantime too, up to a bound."""
+        for _ in range(_MOST_SHARED):
+            with self._mutex:
+                if not self._turns:
+                    return
+                turn = self._turns.popleft()
+            try:
+                turn.work()
+            except Exception as error:
+                turn.error = error
+            except BaseException as error:  # meant for this thread, in the middle of another one's call
+                turn.error = PagingError(
+                    f"the thread that had stopped the vCPUs for this was ended: {error!r}"
+                )
+                raise
+            finally:
+                turn.is_done = True
+                turn.woken.release()
+
+    def _close(self, started: float) -> bool:
+        """Close the gate and return once no vCPU is inside; True if one was.
+
+        Raises PagingError, with the gate open again.
+        """
+        with self._mutex:
+            self._closers += 1
+            if not self._inside:
+                return False
+        try:
+            self._await_empty(started + _PATIENCE_SECONDS)
+        except BaseException:
+            self._open(started, is_stop=True)
+            raise
+        return True
+
+    def _open(self, started: float, is_stop: bool) -> None:
+        with self._changed:
+            self._closers -= 1
+            if is_stop:
                 self.stops += 1
                 self.longest_stop = max(self.longest_stop, time.monotonic() - started)
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def _await_empty(self, deadline: float) -> None:
         with self._changed:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
@@ -332,6 +332,22 @@ class Resolver:
         with self.mutex:
             if self.ledger.unpin(page):
                 self._unpinned.notify_all()
+
+    def is_poisoned(self, page: int) -> bool:
+        """Whether a page is poisoned at this moment."""
+        return self.ledger.states[page] == State.POISON
+
+    @contextlib.contextmanager
+    def all_held(self, pages: Sequence[int]) -> Iterator[bool]:
+        """Keep pages present for the time of the block, if all of them are; yields whether they are."""
+        runs = [(page, 1) for page in pages]
+        if self.vcpu_accesses.enter(runs) is not None:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self.vcpu_accesses.leave(runs)
 
     @contextlib.contextmanager
     def held(self, fault: PageFault) -> Iterator[Outcome]:

@@ -72,6 +72,10 @@ class Revoker(Resolver):
         """Keep every vCPU out of KVM_RUN for the time of the block. Raises PagingError if one does not come out."""
         return self.gate.quiesced()
 
+    def while_stopped(self, work: Callable[[], None]) -> None:
+        """Call `work` while every vCPU is out of KVM_RUN, in a stop that threads share (`VcpuGate.while_stopped`)."""
+        self.gate.while_stopped(work)
+
     # Taking away. All may be called while vCPUs and devices run.
 
     def mark_nonpresent(self, first: int, count: int, timeout: float | None = None) -> int:

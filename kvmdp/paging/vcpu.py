@@ -4,19 +4,19 @@ Common to all traps, because an exit of any kind can come under any of them: KVM
 hosts) meets a marker and exits as MMIO; a vCPU that looks for a memslot while another thread flips it exits as
 MMIO too; and an instruction the emulator does not know becomes an emulation failure.
 
-An access is *retried* where KVM left the instruction unexecuted, and *completed* where it emulated half of it.
+An access is *retried* where KVM left the instruction unexecuted. Where its emulator has begun the instruction, that is
+taken back first if it can be, and *completed* if not (`kvmdp.paging.emulated`).
 
 An access to a poisoned page becomes a machine check (`VcpuPaging._machine_check`), with RIP at the instruction and all
-general registers as they were before it, in either case but one: a store that KVM emulated is done with by then.
+registers as they were before it, in either case but one: a store that KVM emulated is done with by then.
 """
 
 from __future__ import annotations
 
-import contextlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
-from kvmdp.abi.kvm_x86 import kvm_regs
 from kvmdp.abi.signal import BUS_MCEERR_AR
 from kvmdp.kvm import (
     BadAddress,
@@ -33,9 +33,10 @@ from kvmdp.kvm import (
 from kvmdp.kvm.machine_check import PoisonedAccess
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
-from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
+from kvmdp.paging.emulated import Emulation, Form
+from kvmdp.paging.fault import Access, Origin, Outcome, PageFault, PagingError
+from kvmdp.paging.instruction import InstructionReader
 from kvmdp.paging.pager import DemandPager
-from kvmdp.paging.trap.operand import MAX_INSTRUCTION, TruncatedError, memory_operands
 
 # How often one instruction may fault on one page while nothing is revoked and nothing found that could be mended. One
 # repeat is normal (a SIGBUS that was on its way when another thread admitted the page); this many are a livelock.
@@ -55,7 +56,8 @@ class VcpuPaging:
     """Turns the exits of one vCPU into page faults, resolves them, completes what KVM emulated.
 
     `read_physical(gpa, length)` returns bytes of present guest memory for decoding an instruction, or None
-    where there is none. Belongs to the vCPU's thread.
+    where there is none; `empty_table` is the gpa of a page of zeros that the guest cannot reach. Belongs to the vCPU's
+    thread.
     """
 
     def __init__(
@@ -64,12 +66,13 @@ class VcpuPaging:
         vcpu: Vcpu,
         backing: Backing,
         read_physical: Callable[[int, int], bytes | None],
+        empty_table: int,
     ) -> None:
         self._pager = pager
         self._vcpu = vcpu
-        self._gate = pager.gate
         self._layout = pager.layout
-        self._read_physical = read_physical
+        self._instruction = InstructionReader(vcpu, pager.layout, read_physical)
+        self._emulation = Emulation(vcpu, pager.gate, self._instruction, empty_table)
         self._view = backing.vmm.view
         self._guest_hva = backing.guest.hva
         self._guest_size = backing.size
@@ -77,6 +80,11 @@ class VcpuPaging:
         self._repeats: dict[tuple[int, ...], int] = {}
         self._repeat_rip = -1
         self._repeat_revoked = -1
+
+    @property
+    def emulated(self) -> Counter[Form]:
+        """What KVM's emulator has completed for this vCPU, by form."""
+        return self._emulation.completed
 
     def handle(self, exit: Exit) -> Exit | None:
         """Deal with `exit` if it is about an absent page.
@@ -96,7 +104,7 @@ class VcpuPaging:
             return None
         if type(exit) is Mmio:
             page = self._layout.page_of_gpa(exit.gpa)
-            return exit if page is None else self._complete(exit, page)
+            return exit if page is None else self._take_over(exit, page)
         if type(exit) is BadAddress or (type(exit) is InternalError and exit.is_emulation_failure):
             return None if self._resolve_instruction() else exit
         return exit
@@ -152,58 +160,68 @@ class VcpuPaging:
             )
         return offset >> PAGE_SHIFT
 
-    # Accesses that KVM emulated
+    # Accesses that KVM's emulator has begun
 
-    def _complete(self, mmio: Mmio, page: int) -> Exit | None:
-        """Supply or store the bytes of an access that KVM took for device I/O, and let it finish.
-
-        The page is pinned until KVM_RUN, entered with immediate_exit, has finished the instruction. Without that
-        it could be taken away between the bytes supplied here and KVM's own access in the instruction's second half:
-        a LOCK-prefixed one, which KVM does as compare-and-exchange on present memory, would be done as a plain write,
-        and another vCPU's update lost. And a poisoned one could be healed (`_finish_poisoned`).
-        """
-        with self._pager.held(PageFault(page, Origin.VCPU, self._vcpu.index)) as outcome:
-            if outcome is Outcome.PRESENT:
-                self._transfer(mmio, page)
-                following = self._finish()
-            elif outcome is Outcome.POISONED:
-                following = self._finish_poisoned(mmio)
-            else:
-                self._check(outcome, page)
-                return None
+    def _take_over(self, access: Mmio, page: int) -> Exit | None:
+        """Have a load run again on the CPU, and store what KVM has done with by now."""
+        if access.is_write:
+            return self._store(access)
+        following = self._emulation.call_off(access, keep_vectors=self._pager.is_poisoned(page))
         if type(following) is not Interrupted:
             return following
-        if outcome is Outcome.POISONED:
-            self._machine_check(page, PoisonedAccess.LOST_STORE if mmio.is_write else PoisonedAccess.LOAD)
+        self._retry(page)
         return None
 
-    def _finish(self) -> Exit | None:
-        """Have KVM finish the access it exited for, and return what it exits for next.
+    def _store(self, access: Mmio) -> Exit | None:
+        stores, following = self._emulation.finish_store(access)
+        for gpa, data in stores:
+            page = self._layout.page_of_gpa(gpa)
+            if page is None:
+                return Mmio(gpa, len(data), True, memoryview(data))
+            with self._pager.held(PageFault(page, _VCPU, self._vcpu.index, Access.WRITE)) as outcome:
+                if outcome is Outcome.PRESENT:
+                    self._transfer(page * PAGE_SIZE + gpa % PAGE_SIZE, data)
+            if outcome is Outcome.POISONED:
+                self._machine_check(page, PoisonedAccess.LOST_STORE)
+                break
+            self._check(outcome, page)
+        return None if type(following) is Interrupted else following
 
-        That is Interrupted if the access is done with; None if the machine is stopping, and it has not been tried.
-        """
-        if not self._gate.enter(self._vcpu, only_complete=True):
-            return None
-        try:
-            return self._vcpu.run()
-        finally:
-            self._gate.leave(self._vcpu)
-
-    def _transfer(self, mmio: Mmio, page: int) -> None:
-        """Copy between RAM and the exit; an aligned access is one load or store."""
-        size = mmio.size
-        offset = page * PAGE_SIZE + mmio.gpa % PAGE_SIZE
+    def _transfer(self, offset: int, data: bytes) -> None:
+        """Copy to RAM; an aligned access is one store."""
+        size = len(data)
         ram = self._view[offset : offset + size]
         if size in _FORMATS and offset % size == 0:
-            ram, data = ram.cast(_FORMATS[size]), mmio.data.cast(_FORMATS[size])
-            if mmio.is_write:
-                ram[0] = data[0]
-            else:
-                data[0] = ram[0]
-        elif mmio.is_write:
-            ram[:] = mmio.data
+            ram.cast(_FORMATS[size])[0] = int.from_bytes(data, "little")
         else:
-            mmio.data[:] = ram
+            ram[:] = data
+
+    def answer(self, io: Io, device: Callable[[], None]) -> Exit | None:
+        """Have `device` answer port input; what a string instruction stores of it is in RAM when this returns.
+
+        Returns None if the vCPU is to be entered again, or the exit with which the instruction ended. Raises
+        PagingError as `handle`, before the device is asked.
+        """
+        target = self._emulation.input_target(io)
+        pages = [page for gpa, _ in target if (page := self._layout.page_of_gpa(gpa)) is not None]
+        if not pages:
+            device()
+            return None
+        while True:
+            for page in pages:
+                outcome = self._pager.resolve(PageFault(page, _VCPU, self._vcpu.index, Access.WRITE))
+                if outcome is Outcome.POISONED:
+                    following = self._emulation.call_off(io)
+                    if type(following) is not Interrupted:
+                        return following
+                    self._machine_check(page)
+                    return None
+                self._check(outcome, page)
+            with self._pager.all_held(pages) as held:
+                if held:
+                    device()
+                    following = self._emulation.finish()
+                    return None if type(following) is Interrupted else following
 
     # Poisoned pages
 
@@ -217,7 +235,8 @@ class VcpuPaging:
         where = f"vCPU {self._vcpu.index} at RIP {self._vcpu.regs.rip:#x} touched gpa {gpa:#x}, which is poisoned, and"
         try:
             if access is None:
-                access = PoisonedAccess.FETCH if self._is_fetched(page) else PoisonedAccess.LOAD
+                is_fetched = self._instruction.is_fetched(page)
+                access = PoisonedAccess.FETCH if is_fetched else PoisonedAccess.LOAD
             taken = self._vcpu.inject_machine_check(gpa, access)
         except KvmError as error:
             raise PagingError(f"{where} this KVM cannot tell it so by a machine check: {error}") from error
@@ -227,44 +246,6 @@ class VcpuPaging:
                 "not cleared MCG_STATUS after the last one"
             )
 
-    def _is_fetched(self, page: int) -> bool:
-        """Whether the instruction at RIP needs an absent page for its own bytes, and not for an operand."""
-        rip = self._vcpu.regs.rip
-        if self._ram_page(rip) == page:
-            return True
-        code = self._code_at(rip)
-        goes_on_there = len(code) < MAX_INSTRUCTION and self._ram_page(rip + len(code)) == page
-        return goes_on_there and page not in self._pages_of_operands(code)
-
-    def _finish_poisoned(self, mmio: Mmio) -> Exit | None:
-        """Get an access that KVM took for device I/O out of the way; its page is poisoned, and held. As `_finish`.
-
-        There is no way to call such an access off: it has to be finished. So a load gets zeros, which nobody sees
-        because the general registers are put back: the instruction has not happened. Whatever else it exits for
-        meanwhile is not done either. But what KVM stores by itself while it finishes is, in memory that is present:
-        `movs` and `push` out of a poisoned page leave zeros where they move to, and a read-modify-write over the border
-        of a poisoned page and a good one has changed the good one's part. A vector load leaves zeros in its register.
-
-        A store is dropped. It has retired before the exit, with RIP behind it.
-
-        Why the page is held: KVM does the store of a read-modify-write at the end of this. Into a page that is healed
-        by then it would store what it has made of the zeros given here. So also the second page of an access over two
-        is held, from its own exit on, if it is poisoned.
-        """
-        registers = kvm_regs.from_buffer_copy(self._vcpu.regs)
-        following: Exit | None = mmio
-        with contextlib.ExitStack() as held:
-            while isinstance(following, Mmio | Io):
-                page = self._layout.page_of_gpa(following.gpa) if isinstance(following, Mmio) else None
-                if page is not None and self._pager.hold_settled(page) is not None:
-                    held.callback(self._pager.release, page)
-                if isinstance(following, Io) or not following.is_write:
-                    following.data[:] = bytes(len(following.data))
-                following = self._finish()
-        if type(following) is Interrupted and not mmio.is_write:
-            self._vcpu.set_regs(registers)
-        return following
-
     # Instructions that KVM cannot emulate, on which it spins, or for which it has found no page and says no address
 
     def _resolve_instruction(self) -> bool:
@@ -273,7 +254,7 @@ class VcpuPaging:
         Present pages trap like this where the host has taken them out of the guest view (reclaim), and the trap's
         userfaultfd is not told of KVM's own faults. Returns False if that has been no help, again and again.
         """
-        pages = self._pages_of_instruction(self._vcpu.regs.rip)
+        pages = self._instruction.pages()
         for page in pages:
             # Not a look at the bitmap: the bit is set before the trap has admitted the page, and until then the
             # instruction would only fail again.
@@ -295,50 +276,8 @@ class VcpuPaging:
 
         Returns whether a page was absent; if not, the guest was merely busy.
         """
-        for page in self._pages_of_instruction(self._vcpu.regs.rip):
+        for page in self._instruction.pages():
             if not self._pager.bitmap.test(page):
                 self._retry(page)
                 return True
         return False
-
-    def _pages_of_instruction(self, rip: int) -> list[int]:
-        """Return the RAM pages the instruction at `rip` may touch: its own bytes', then its operands'."""
-        page = self._ram_page(rip)
-        if page is not None and not self._pager.bitmap.test(page):
-            return [page]
-        code = self._code_at(rip)
-        pages = self._pages_of_operands(code)
-        if len(code) < MAX_INSTRUCTION:
-            # It may go on in the next page. Last, because a short one does not.
-            pages.append(self._ram_page(rip + len(code)))
-        return list(dict.fromkeys(page for page in pages if page is not None))
-
-    def _pages_of_operands(self, code: bytes) -> list[int | None]:
-        """Return where the memory operands of the instruction at RIP begin and end; none if `code` is not all of it."""
-        sregs = self._vcpu.sregs
-        try:
-            operands = memory_operands(code, self._vcpu.regs, sregs.fs.base, sregs.gs.base)
-        except TruncatedError:
-            return []
-        return [
-            self._ram_page(address)
-            for operand in operands
-            for address in (operand.address, operand.address + operand.length - 1)
-        ]
-
-    def _ram_page(self, address: int) -> int | None:
-        gpa = self._vcpu.translate(address)
-        return None if gpa is None else self._layout.page_of_gpa(gpa)
-
-    def _code_at(self, rip: int) -> bytes:
-        """Return up to 15 bytes at `rip`, fewer if the next page is not there."""
-        code = b""
-        while len(code) < MAX_INSTRUCTION:
-            address = rip + len(code)
-            count = min(MAX_INSTRUCTION - len(code), PAGE_SIZE - address % PAGE_SIZE)
-            gpa = self._vcpu.translate(address)
-            piece = None if gpa is None else self._read_physical(gpa, count)
-            if piece is None:
-                break
-            code += piece
-        return code

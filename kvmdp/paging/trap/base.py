@@ -81,6 +81,13 @@ class Presence(Protocol):
         """Keep every vCPU out of KVM_RUN for the time of the block."""
         ...
 
+    def while_stopped(self, work: Callable[[], None]) -> None:
+        """Call `work` while every vCPU is out of KVM_RUN, in a stop that threads share (`VcpuGate.while_stopped`).
+
+        `work` waits for nothing but the kernel, so for no claim on memslots either.
+        """
+        ...
+
     def abort(self, error: PagingError) -> None:
         """Pause the pager: the trap can no longer serve faults."""
         ...

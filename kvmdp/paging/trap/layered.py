@@ -88,15 +88,16 @@ class LayeredTrap(MarkerTrap):
     def admit(self, first: int, count: int) -> None:
         """Map pages whose content is in place, after the first touch of their region has opened it.
 
-        Who comes second waits until the slot is there: a page mapped before the markers were set would lose its place
-        to nothing, but the markers' call would be cut short.
+        A thread that comes second waits until the slot is there: a page mapped before the markers were set would lose
+        its place to nothing, but the markers' call would be cut short.
         """
         if any(block.kind is Kind.CLOSED for block in self._slots.overlapping(first, count)):
+            assert self._presence is not None
             with self._slots.claimed(first, count):
-                for block in self._slots.overlapping(first, count):
-                    if block.kind is Kind.CLOSED:
-                        self._mark(block.first, block.pages)
-                        self._slots.flip(block)
+                closed = [each for each in self._slots.overlapping(first, count) if each.kind is Kind.CLOSED]
+                for block in closed:
+                    self._mark(block.first, block.pages)
+                self._presence.while_stopped(lambda: self._slots.flip_all(closed))
         super().admit(first, count)
 
     def collapse(self, first: int, count: int) -> bool:

@@ -32,9 +32,7 @@ def require_closed_slots(vm: Vm, trap: str) -> None:
 class MemoryFaultTrap(SlotTrap):
     """Absent granules are closed slots; admitting one replaces it by an ordinary slot.
 
-    Between the delete and the create another vCPU finds no slot at all and exits with KVM_EXIT_MMIO; the run
-    loop knows (`kvmdp.paging.vcpu`). Revoking makes a closed slot, for which every vCPU must be out of
-    KVM_RUN (`kvmdp.paging.trap.slots` says why).
+    Either way every vCPU is out of KVM_RUN meanwhile (`kvmdp.paging.trap.slots` says why).
     """
 
     name = "memory-fault"
@@ -55,18 +53,21 @@ class MemoryFaultTrap(SlotTrap):
 
     def admit(self, first: int, count: int) -> None:
         """Replace closed slots by ordinary ones; a slot that has other absent pages too is cut."""
-        end = first + count
+        assert self._presence is not None
         with self._slots.claimed(first, count):
-            for block in self._slots.overlapping(first, count):
-                if first <= block.first and block.end <= end:
-                    self._slots.flip(block)
-                else:
-                    self._cut(block, max(first, block.first), min(end, block.end))
+            self._presence.while_stopped(lambda: self._exchange(first, first + count))
         self._populate(first, count)
         self._changed(first, count)
 
+    def _exchange(self, first: int, end: int) -> None:
+        for block in self._slots.overlapping(first, end - first):
+            if first <= block.first and block.end <= end:
+                self._slots.flip(block)
+            else:
+                self._cut(block, max(first, block.first), min(end, block.end))
+
     def _cut(self, block: Block, first: int, end: int) -> None:
-        """Open the pages [first, end) of a closed block and close what is left of it, while no vCPU looks."""
+        """Open the pages [first, end) of a closed block and close what is left of it."""
         if self._options.split == "gap":
             low, high = first, end
         else:
@@ -76,17 +77,15 @@ class MemoryFaultTrap(SlotTrap):
         closed = block.without(low, high)
         closed += self._slots.pieces(low, first - low, Kind.CLOSED, granule)
         closed += self._slots.pieces(end, high - end, Kind.CLOSED, granule)
-        assert self._presence is not None
-        with self._presence.quiesced():
-            self._slots.delete(block)
-            self._slots.open(first, end - first)
-            self._slots.close_pieces(closed)
+        self._slots.delete(block)
+        self._slots.open(first, end - first)
+        self._slots.close_pieces(closed)
 
     def revoke(self, first: int, count: int) -> None:
         """Replace ordinary slots by closed ones; a slot that has other present pages too is cut.
 
-        By granules, which are then admitted without a stop of the vCPUs; in regions one slot for all, and for what is
-        closed beside it, so that a region has no more slots than runs of pages.
+        By granules, which are then admitted without a cut; in regions one slot for all, and for what is closed beside
+        it, so that a region has no more slots than runs of pages.
         """
         low, high, size = first, first + count, self.granule // PAGE_SIZE
         if self._slots.in_regions:

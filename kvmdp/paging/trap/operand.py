@@ -5,20 +5,23 @@ touched non-present memory. This finds the address. It need not know what an ins
 bytes end (for RIP-relative operands) and what its memory operand is. The length of an operand is an upper bound.
 
 Source: Intel SDM volume 2, chapter 2 (instruction format) and appendix A (opcode maps). Addresses are linear.
-Operands whose address lies in a vector register (VSIB: gather and scatter) are not found.
+Operands that depend on a vector register (gathers, masked moves) are in `vector_operand`; those of EVEX's gathers and
+scatters, which have their mask in an opmask register, are not found.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvmdp.abi.kvm_x86 import kvm_regs
+from kvmdp.paging.trap.vector_operand import VectorRegisters, gathered, masked
 
 MAX_INSTRUCTION = 15  # bytes
 
 _MASK64 = (1 << 64) - 1
 _REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
-_LEGACY_PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+LEGACY_PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 
 
 def _opcodes(*ranges: tuple[int, int]) -> frozenset[int]:
@@ -39,18 +42,26 @@ _IMMEDIATE_1_ONE_BYTE = frozenset((0x6B, 0x80, 0x83, 0xC0, 0xC1, 0xC6))
 _IMMEDIATE_Z_ONE_BYTE = frozenset((0x69, 0x81, 0xC7))
 _IMMEDIATE_1_TWO_BYTE = frozenset((0x70, 0x71, 0x72, 0x73, 0xA4, 0xAC, 0xBA, 0xC2, 0xC4, 0xC5, 0xC6))
 
-_PUSHES = _opcodes((0x50, 0x57), (0x68, 0x68), (0x6A, 0x6A), (0x9C, 0x9C), (0xC8, 0xC8), (0xE8, 0xE8))
-_POPS = _opcodes((0x58, 0x5F), (0x9D, 0x9D), (0xC2, 0xC3), (0xCF, 0xCF))
+_PUSHES = _opcodes((0x50, 0x57), (0x68, 0x68), (0x6A, 0x6A), (0x9C, 0x9C), (0xE8, 0xE8))
+_POPS = dict.fromkeys(_opcodes((0x58, 0x5F), (0x9D, 0x9D), (0xC2, 0xC3)), 8) | {0xCA: 16, 0xCB: 16, 0xCF: 40}
 _STRING_SOURCE = _opcodes((0x6E, 0x6F), (0xA4, 0xA7), (0xAC, 0xAD))
 _STRING_DESTINATION = _opcodes((0x6C, 0x6D), (0xA4, 0xA7), (0xAA, 0xAB), (0xAE, 0xAF))
 
 _X87_STATE = 108  # FNSAVE
 _FX_STATE = 512  # FXSAVE
+_LINE = 64  # MOVDIR64B, ENQCMD
 _X_STATE = 4096  # XSAVE: more than any CPU's state so far without AMX tiles
 
 
 class TruncatedError(Exception):
     """The instruction goes on beyond the bytes at hand."""
+
+
+_GATHERS = _opcodes((0x90, 0x93))  # opcode map 0F 38, with a vector prefix
+_SCATTERS = _opcodes((0xA0, 0xA3))
+_MASKED_MOVES = {0x2C: 4, 0x2D: 8, 0x2E: 4, 0x2F: 8}  # VMASKMOVPS and PD: bytes of an element
+_MASKED_MOVES_BY_W = frozenset((0x8C, 0x8E))  # VPMASKMOVD, and Q with W
+_BIT_TESTS = frozenset((0xA3, 0xAB, 0xB3, 0xBB))  # opcode map 0F: the bit's number is in a register
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +100,25 @@ class _Instruction:
     opcode: int = 0
     rex: int = 0
     vector_length: int = 0  # bytes; 0 if there is no VEX or EVEX prefix
+    vector_source: int = 0  # the register in VEX.vvvv
     evex: bool = False
     operand_16: bool = False
     address_32: bool = False
     segment_base: int = 0
 
 
-def memory_operands(code: bytes, regs: kvm_regs, fs_base: int = 0, gs_base: int = 0) -> tuple[Operand, ...]:
+def memory_operands(
+    code: bytes,
+    regs: kvm_regs,
+    fs_base: int = 0,
+    gs_base: int = 0,
+    vectors: Callable[[], VectorRegisters] | None = None,
+) -> tuple[Operand, ...]:
     """Return the memory operands of the 64-bit instruction that begins `code`.
 
-    `regs` are the registers before it runs, with RIP at its first byte. Returns none for an instruction that
-    touches no memory or that is not known. Raises TruncatedError if `code` ends before the instruction does.
+    `regs` are the registers before it runs, with RIP at its first byte; `vectors` reads the vector registers, and is
+    called only if an operand depends on one. Returns none for an instruction that touches no memory or that is not
+    known. Raises TruncatedError if `code` ends before the instruction does.
     """
     reader = _Reader(code[:MAX_INSTRUCTION])
     instruction = _prefixes(reader, fs_base, gs_base)
@@ -112,14 +131,51 @@ def memory_operands(code: bytes, regs: kvm_regs, fs_base: int = 0, gs_base: int 
         has_modrm = instruction.opcode_map != 1 or instruction.opcode not in _NO_MODRM_TWO_BYTE
     if not has_modrm:
         return ()
-    return _explicit(instruction, reader, regs)
+    return _explicit(instruction, reader, regs, vectors)
+
+
+def is_far_call(code: bytes, size: int) -> bool:
+    """Return whether `code` is all of a CALL through a far pointer in memory, whose offset has `size` bytes."""
+    reader = _Reader(code)
+    try:
+        instruction = _prefixes(reader, 0, 0)
+        modrm = reader.byte()
+        if (instruction.opcode_map, instruction.opcode, modrm >> 3 & 7) != (0, 0xFF, 3) or modrm >> 6 == 3:
+            return False
+        _effective_address(modrm, instruction, reader, kvm_regs())
+    except TruncatedError:
+        return False
+    return reader.position == len(code) and _general_size(instruction) == size
+
+
+def is_string_input(code: bytes) -> bool:
+    """Return whether `code` begins with INS, which stores what it reads from a port."""
+    try:
+        instruction = _prefixes(_Reader(code[:MAX_INSTRUCTION]), 0, 0)
+    except TruncatedError:
+        return False
+    return instruction.opcode_map == 0 and instruction.opcode in (0x6C, 0x6D)
+
+
+def address_mask(code: bytes) -> int:
+    """Return the bits that an address of the instruction that begins `code` has: 32 after the prefix 67, else 64."""
+    return 0xFFFFFFFF if _prefixes(_Reader(code[:MAX_INSTRUCTION]), 0, 0).address_32 else _MASK64
+
+
+def operand_size(code: bytes) -> int:
+    """Return the operand size in bytes that the prefixes of a general 64-bit instruction ask for: 8, 4 or 2."""
+    return _general_size(_prefixes(_Reader(code[:MAX_INSTRUCTION]), 0, 0))
+
+
+def _general_size(instruction: _Instruction) -> int:
+    return 8 if instruction.rex & 8 else 2 if instruction.operand_16 else 4
 
 
 def _prefixes(reader: _Reader, fs_base: int, gs_base: int) -> _Instruction:
     """Read prefixes and opcode."""
     instruction = _Instruction()
     byte = reader.byte()
-    while byte in _LEGACY_PREFIXES:
+    while byte in LEGACY_PREFIXES:
         if byte == 0x66:
             instruction.operand_16 = True
         elif byte == 0x67:
@@ -154,10 +210,12 @@ def _vector_prefix(first: int, instruction: _Instruction, reader: _Reader) -> No
         instruction.rex = 0x40 | (inverted >> 5 & 4)
         instruction.opcode_map = 1
         instruction.vector_length = 32 if payload & 4 else 16
+        instruction.vector_source = inverted >> 3 & 15
         return
     instruction.rex = 0x40 | (inverted >> 5 & 7)
     instruction.opcode_map = payload & (0x1F if first == 0xC4 else 0x07)
     payload = reader.byte()
+    instruction.vector_source = ~payload >> 3 & 15
     instruction.rex |= payload >> 4 & 8
     if first == 0xC4:
         instruction.vector_length = 32 if payload & 4 else 16
@@ -177,7 +235,9 @@ def _implicit(instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> tup
     if opcode in _PUSHES:
         found.append(Operand(_wrap(regs.rsp - 8), 8))
     elif opcode in _POPS:
-        found.append(Operand(regs.rsp, 40 if opcode == 0xCF else 8))
+        found.append(Operand(regs.rsp, _POPS[opcode]))
+    elif opcode == 0xC8:
+        found += _enter(instruction, reader, regs)
     elif opcode == 0xC9:  # LEAVE
         found.append(Operand(regs.rbp, 8))
     elif opcode == 0xD7:  # XLAT
@@ -189,34 +249,116 @@ def _implicit(instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> tup
     return tuple(found) or None
 
 
-def _explicit(instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> tuple[Operand, ...]:
-    """Return the operand that ModRM names, and the stack where the instruction uses it too."""
+def _enter(instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> list[Operand]:
+    """Return the operands of ENTER: the frame pointers it copies, what it pushes, the end of the frame it makes."""
+    frame = reader.signed(2) & 0xFFFF
+    level = reader.byte() & 31
+    size = 2 if instruction.operand_16 else 8
+    pushed = size * (1 + level)
+    found = [Operand(_wrap(regs.rbp - size * (level - 1)), size * (level - 1))] if level > 1 else []
+    # Last what it only looks at: whether the frame's end could be written.
+    end = regs.rsp - pushed - frame
+    return [*found, Operand(_wrap(regs.rsp - pushed), pushed), Operand(_wrap(end), 1)]
+
+
+def _explicit(
+    instruction: _Instruction,
+    reader: _Reader,
+    regs: kvm_regs,
+    vectors: Callable[[], VectorRegisters] | None,
+) -> tuple[Operand, ...]:
+    """Return the operand that ModRM names, and what else the instruction touches."""
     modrm = reader.byte()
     mod, reg = modrm >> 6, modrm >> 3 & 7
     one_byte = instruction.opcode_map == 0
     stack: tuple[Operand, ...] = ()
     if one_byte and instruction.opcode == 0xFF and reg in (2, 6):  # CALL, PUSH
         stack = (Operand(_wrap(regs.rsp - 8), 8),)
+    elif one_byte and instruction.opcode == 0xFF and reg == 3:  # CALL far
+        stack = (Operand(_wrap(regs.rsp - 16), 16),)
     elif one_byte and instruction.opcode == 0x8F:  # POP
         stack = (Operand(regs.rsp, 8),)
     if mod == 3:
         if instruction.opcode_map == 1 and instruction.opcode == 0xF7:  # MASKMOVDQU
             return (Operand(_wrap(instruction.segment_base + regs.rdi), 16),)
         return stack
+    if instruction.vector_length and instruction.opcode_map == 2:
+        if instruction.opcode in _GATHERS | _SCATTERS:
+            return _gather(modrm, instruction, reader, regs, vectors)
+        size = _masked_element(instruction)
+        if size and vectors is not None:
+            address = _effective_address(modrm, instruction, reader, regs)
+            mask = vectors().ymm(instruction.vector_source)[: instruction.vector_length]
+            return tuple(Operand(_wrap(address + start), length) for start, length in masked(mask, size))
     address = _effective_address(modrm, instruction, reader, regs)
     if one_byte and instruction.opcode == 0x8D:  # LEA
         return ()
+    register = getattr(regs, _REGISTERS[reg | (instruction.rex & 4) << 1])
+    if instruction.opcode_map == 1 and instruction.opcode in _BIT_TESTS:
+        address = _wrap(address + _bit_offset(instruction, register))
+    if (
+        instruction.opcode_map == 2 and instruction.opcode == 0xF8
+    ):  # MOVDIR64B, ENQCMD: from here to [register]
+        target = register & 0xFFFFFFFF if instruction.address_32 else register
+        return (Operand(address, _LINE), Operand(target, _LINE))
     return (Operand(address, _length(instruction, reg)), *stack)
 
 
-def _effective_address(modrm: int, instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> int:
+def _gather(
+    modrm: int,
+    instruction: _Instruction,
+    reader: _Reader,
+    regs: kvm_regs,
+    vectors: Callable[[], VectorRegisters] | None,
+) -> tuple[Operand, ...]:
+    """Return the elements that a gather with a VEX prefix has still to load, none for another form."""
+    if instruction.evex or vectors is None:
+        return ()
+    sib = reader.code[reader.position]
+    # As if there were no index: what is left is what each element's index is added to.
+    base = _effective_address(modrm, instruction, reader, regs, with_index=False)
+    registers = vectors()
+    lanes = gathered(
+        registers.ymm((sib >> 3 & 7) | (instruction.rex & 2) << 2),
+        registers.ymm(instruction.vector_source),
+        instruction.vector_length,
+        index_size=8 if instruction.opcode & 1 else 4,
+        size=8 if instruction.rex & 8 else 4,
+    )
+    mask = 0xFFFFFFFF if instruction.address_32 else _MASK64
+    size = 8 if instruction.rex & 8 else 4
+    return tuple(Operand((base + (index << (sib >> 6))) & mask, size) for index in lanes)
+
+
+def _masked_element(instruction: _Instruction) -> int:
+    """Return the bytes of an element of a masked move with a VEX prefix, 0 for another instruction."""
+    if instruction.evex:
+        return 0
+    if instruction.opcode in _MASKED_MOVES_BY_W:
+        return 8 if instruction.rex & 8 else 4
+    return _MASKED_MOVES.get(instruction.opcode, 0)
+
+
+def _bit_offset(instruction: _Instruction, number: int) -> int:
+    """Return how far from its operand BT, BTS, BTR or BTC with bit `number` goes, in bytes."""
+    size = _general_size(instruction)
+    bits = 8 * size
+    number &= (1 << bits) - 1
+    if number >> (bits - 1):
+        number -= 1 << bits
+    return number // bits * size
+
+
+def _effective_address(
+    modrm: int, instruction: _Instruction, reader: _Reader, regs: kvm_regs, *, with_index: bool = True
+) -> int:
     mod, rm = modrm >> 6, modrm & 7
     address = 0
     relative = False
     if rm == 4:
         sib = reader.byte()
         index = (sib >> 3 & 7) | (instruction.rex & 2) << 2
-        if index != 4:
+        if with_index and index != 4:
             address = getattr(regs, _REGISTERS[index]) << (sib >> 6)
         rm = sib & 7
         if rm == 5 and mod == 0:

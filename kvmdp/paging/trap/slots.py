@@ -5,11 +5,13 @@ access exits with KVM_EXIT_MEMORY_FAULT. From the binding to the close the slot 
 and its writes would vanish. So closed slots are made only while no vCPU is in KVM_RUN, and no descriptor of
 that guest_memfd may survive anywhere: a copy held by a forked child would keep the slot live.
 
-What may be changed when:
-- absent pages, closed to open: at any time. A vCPU that looks between the delete and the create exits as MMIO.
-- present pages, to a slot of another size: only while no vCPU is in KVM_RUN. KVM's emulator looks for the memslot more
-  than once within one instruction, and a LOCK-prefixed one would lose another vCPU's update.
-- into closed: only while no vCPU is in KVM_RUN.
+Memslots are changed only while no vCPU is in KVM_RUN, whatever the change:
+- Closed to open is a delete and a create. A vCPU that looks between the two finds no slot, and KVM hands its access to
+  the emulator. That looks for the memslot again, finds the new one, and retires the instruction with no exit at all;
+  where it takes the instruction for another one (`lzcnt` for `bsr`), the result is wrong and nobody is told.
+- Present pages, to a slot of another size: the emulator looks for the memslot more than once within one instruction,
+  and a LOCK-prefixed one would lose another vCPU's update.
+- Into closed: the slot is live between its binding and the close, as above.
 
 Changes come from several threads. What spans the ioctls of one is a claim on its blocks (`RamSlots.claimed`), not a
 mutex: the mutex guards the map and the list of claims, for a few statements. Who holds a claim takes no second one and
@@ -186,6 +188,11 @@ class RamSlots:
             raise
         with self._mutex:
             self._map.flip(block, Kind.OPEN)
+
+    def flip_all(self, blocks: Sequence[Block]) -> None:
+        """Replace the slots of closed blocks by ordinary ones."""
+        for block in blocks:
+            self.flip(block)
 
     def delete(self, block: Block) -> None:
         """Take a slot away, whatever its kind; no vCPU is in its memory when this returns."""

@@ -1,0 +1,242 @@
+"""Accesses that KVM's emulator has begun: called off and left to the CPU, or, where that cannot be, completed.
+
+An access that finds no memslot, or memory that KVM itself cannot read, is device I/O to KVM. Its emulator carries the
+instruction out, and exits in the middle of it for what it takes for a device's part. It does not always do what the
+CPU does: it takes `lzcnt` for `bsr`, loses one of two stores, makes two stores of a LOCK-prefixed one that crosses a
+page. So an instruction is taken back wherever that can be exact, and runs on the CPU once its page is there.
+
+What comes first decides. The classes, and why each is exact:
+
+*A load.* KVM has changed nothing yet that the guest can see: it writes registers back, and RIP with them, at the end of
+an instruction, and at the end of each repetition of a string instruction, of which the next is a new beginning.
+`call_off` notes the registers, then has KVM finish with zeros for every load, and sees to it that nothing comes of it:
+CR3 names an empty page table meanwhile, so whatever else the instruction touches ends in a page fault instead of in
+RAM; what goes to the page itself, which stays absent, and to ports is dropped. Setting the registers then takes
+everything back: KVM_SET_SREGS the page table, KVM_SET_REGS registers, RIP and the pending page fault. Vector registers
+are loaded anew when the instruction runs, all of what was zero; before a machine check they are put back as well.
+With RFLAGS.TF the finished instruction also counts as a step in DR6, which is put back.
+A far return is the one instruction that changes a register, RSP, between two loads, and KVM shows it changed
+(`_second_pop`).
+
+*A store.* The instruction is over by then: registers and RIP are those after it (of a repetition, for a string
+instruction). It had no absent load, or that would have come first, and the stores that the emulator makes are the
+CPU's. So KVM finishes, and its bytes are stored when the page has been made present; the vCPU does not run before.
+A far call is the exception: of its two stores the second one overwrites the first where both are absent. It can be
+taken back all the same (`_before_far_call`), unless it has changed CS.
+
+*String input.* The datum has been taken from the device when it is stored, and KVM drops what it has read ahead if a
+store then exits. So the pages are made present, and kept, before the device is asked (`input_target`).
+
+A vCPU finishes in KVM_RUN with `immediate_exit`, which never enters the guest: it comes back with EINTR when nothing
+is left to finish.
+
+Source: arch/x86/kvm/x86.c (complete_emulated_mmio, emulator_read_write, __set_regs) and emulate.c of Linux 6.1 to
+7.3; proven for several hundred forms by tests/machine/test_instruction_forms.py. Belongs to the vCPU's thread.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Sequence
+
+from kvmdp.abi.kvm_x86 import kvm_regs, kvm_sregs
+from kvmdp.kvm import Exit, InternalError, Interrupted, Io, Mmio, Vcpu
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.gate import VcpuGate
+from kvmdp.paging.instruction import InstructionReader
+from kvmdp.paging.trap.operand import (
+    MAX_INSTRUCTION,
+    address_mask,
+    is_far_call,
+    is_string_input,
+    operand_size,
+)
+
+_FAR_RETURNS = (0xCA, 0xCB)
+_STRING_STORES = (0xA4, 0xA5, 0xAA, 0xAB)
+_MIN_FAR_CALL = 2  # bytes
+_TRAP_FLAG, _DIRECTION_FLAG = 1 << 8, 1 << 10
+_GENERAL_PROTECTION = 13
+# In the second half of a descriptor: type bits 2 and 3, S, P
+_CONFORMING, _CODE_SEGMENT, _DESCRIPTOR_PRESENT = 1 << 10, 0b11 << 11, 1 << 15
+
+
+class Form(enum.StrEnum):
+    """What KVM's emulator has completed, as far as it can be told afterwards."""
+
+    STORE = "store"
+    STRING_STORE = "string store"
+    FAR_CALL = "far call"  # KVM loses one of its stores: the result may be wrong
+
+
+Store = tuple[int, bytes]  # gpa, and what goes there; within a page
+
+
+class Emulation:
+    """KVM's emulator, as far as one vCPU is in its hands.
+
+    `empty_table` is the gpa of a page of zeros that the guest cannot reach. `completed` counts what could not be
+    called off, by form.
+    """
+
+    def __init__(self, vcpu: Vcpu, gate: VcpuGate, instruction: InstructionReader, empty_table: int) -> None:
+        self._vcpu = vcpu
+        self._gate = gate
+        self._instruction = instruction
+        self._empty_table = empty_table
+        self.completed: Counter[Form] = Counter()
+
+    def finish(self) -> Exit:
+        """Have KVM finish what it exited for, and return what it exits for next: Interrupted if nothing is left.
+
+        Waits while the vCPUs are kept out of KVM_RUN, as memory must not change in the middle of that.
+        """
+        self._gate.enter(self._vcpu, only_complete=True)
+        try:
+            return self._vcpu.run()
+        finally:
+            self._gate.leave(self._vcpu)
+
+    # Loads
+
+    def call_off(self, load: Exit, *, keep_vectors: bool = False) -> Exit:
+        """Take back the instruction that has exited for a load, or for string input: it has not happened.
+
+        `keep_vectors` puts the vector registers back too, for an instruction that is not going to be run again.
+        Returns Interrupted, or an exit that nothing is known about.
+        """
+        vcpu = self._vcpu
+        registers = kvm_regs.from_buffer_copy(vcpu.regs)
+        system = vcpu.sregs
+        is_far_return = self._instruction.opcode() in _FAR_RETURNS
+        debug = vcpu.debug_registers if registers.rflags & _TRAP_FLAG else None
+        vectors = vcpu.xsave if keep_vectors else None
+        nowhere = kvm_sregs.from_buffer_copy(system)
+        nowhere.cr3 = self._empty_table
+        vcpu.set_sregs(nowhere)
+        loads, following = 0, load
+        while isinstance(following, Mmio | Io):
+            if isinstance(following, Io) or not following.is_write:
+                following.data[:] = bytes(len(following.data))
+                loads += 1
+            following = self.finish()
+        vcpu.set_sregs(system)
+        if is_far_return and loads == 1:
+            registers.rsp -= self._second_pop(registers)
+        vcpu.set_regs(registers)
+        if debug is not None:
+            vcpu.set_debug_registers(debug)
+        if vectors is not None:
+            vcpu.set_xsave(vectors)
+        if isinstance(following, InternalError) and following.is_emulation_failure:
+            return Interrupted()  # it had more to do, and KVM does not know how: RIP is where it was
+        return following
+
+    def _second_pop(self, registers: kvm_regs) -> int:
+        """Return the bytes that a far return had popped before the load that was called off: those of RIP, or none.
+
+        Given zeros, the first pop of the two is followed by another load: from the same page, which exits; or from
+        another one, which is a page fault. The second pop is followed by neither: a null selector in CS is a general
+        protection fault.
+        """
+        exception = self._vcpu.events.exception
+        if not (exception.pending or exception.injected) or exception.nr != _GENERAL_PROTECTION:
+            return 0
+        return operand_size(self._instruction.code_at(registers.rip))
+
+    # Stores
+
+    def finish_store(self, store: Mmio) -> tuple[list[Store], Exit]:
+        """Have KVM finish an instruction that has exited for a store.
+
+        Returns what it stores, in parts that each lie in a page, and the next exit: Interrupted if all of it is known.
+        There is nothing to store where the instruction could be taken back instead.
+        """
+        stores: list[Store] = []
+        following: Exit = store
+        while isinstance(following, Mmio) and following.is_write:
+            stores.append((following.gpa, bytes(following.data)))
+            following = self.finish()
+        if isinstance(following, Interrupted):
+            form = self._form_of(stores)
+            if form is None:
+                return [], following
+            self.completed[form] += 1
+        return stores, following
+
+    def _form_of(self, stores: Sequence[Store]) -> Form | None:
+        """Return what has been completed, None if it was a far call and has been taken back."""
+        registers = self._vcpu.regs
+        if self._vcpu.translate(registers.rsp) == stores[0][0]:
+            before = self._before_far_call(stores)
+            if before is not None:
+                if not self._has_one_code_segment():
+                    return Form.FAR_CALL
+                self._vcpu.set_regs(before)
+                return None
+        is_repeated = self._instruction.opcode() in _STRING_STORES
+        return Form.STRING_STORE if is_repeated else Form.STORE
+
+    def _before_far_call(self, stores: Sequence[Store]) -> kvm_regs | None:
+        """Return the registers before a far call that has just stored its return address; None if it was none.
+
+        Its bytes end at the return address, and the far pointer that they name is where the vCPU is now.
+        """
+        data = b"".join(part for _, part in stores)
+        after, size = int.from_bytes(data, "little"), len(data)
+        before = kvm_regs.from_buffer_copy(self._vcpu.regs)
+        before.rsp += 2 * size
+        for length in range(_MIN_FAR_CALL, MAX_INSTRUCTION + 1):
+            before.rip = after - length
+            code = self._instruction.code_at(before.rip, length)
+            if len(code) < length or not is_far_call(code, size):
+                continue
+            pointer = self._instruction.operands(code, before)[0].address
+            target = self._instruction.code_at(pointer, size + 2)
+            if int.from_bytes(target[:size], "little") == self._vcpu.regs.rip and (
+                int.from_bytes(target[size:], "little") == self._vcpu.sregs.cs.selector
+            ):
+                return before
+        return None
+
+    def _has_one_code_segment(self) -> bool:
+        """Return whether CS cannot have been another one: the guest has only one code segment for its ring."""
+        system = self._vcpu.sregs
+        if system.ldt.present and not system.ldt.unusable:
+            return False
+        table = self._instruction.code_at(system.gdt.base, system.gdt.limit + 1)
+        descriptors = [int.from_bytes(table[at : at + 8], "little") for at in range(0, len(table), 8)]
+        return sum(_is_code(each, system.cs.dpl) for each in descriptors) == 1
+
+    # String input
+
+    def input_target(self, io: Io) -> list[tuple[int, int]]:
+        """Return where KVM will store the items of a string input, (gpa, bytes) within a page each; none for another.
+
+        `io` is an exit that waits for its answer.
+        """
+        code = self._instruction.code_at(self._vcpu.regs.rip)
+        if not is_string_input(code):
+            return []
+        registers, length = self._vcpu.regs, io.count * io.size
+        first = registers.rdi & address_mask(code)
+        if registers.rflags & _DIRECTION_FLAG:
+            first -= length - io.size
+        target = []
+        while length:
+            part = min(length, PAGE_SIZE - first % PAGE_SIZE)
+            gpa = self._vcpu.translate(first)
+            if gpa is not None:
+                target.append((gpa, part))
+            first, length = first + part, length - part
+        return target
+
+
+def _is_code(descriptor: int, ring: int) -> bool:
+    """Return whether a descriptor of the GDT is of a code segment that `ring` can run in."""
+    high = descriptor >> 32
+    if high & _CODE_SEGMENT != _CODE_SEGMENT or not high & _DESCRIPTOR_PRESENT:
+        return False
+    dpl = high >> 13 & 3
+    return dpl == ring or bool(high & _CONFORMING and dpl < ring)
