@@ -167,8 +167,8 @@ class Emulation:
 
     def _form_of(self, stores: Sequence[Store]) -> Form | None:
         """Return what has been completed, None if it was a far call and has been taken back."""
-        registers = self._vcpu.regs
-        if self._vcpu.translate(registers.rsp) == stores[0][0]:
+        rsp, gpa = self._vcpu.regs.rsp, stores[0][0]
+        if (rsp ^ gpa) % PAGE_SIZE == 0 and self._vcpu.translate(rsp) == gpa:
             before = self._before_far_call(stores)
             if before is not None:
                 if not self._has_one_code_segment():
