@@ -45,7 +45,7 @@ from kvmdp.kvm import Exit, InternalError, Interrupted, Io, Mmio, Vcpu
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.instruction import InstructionReader
-from kvmdp.paging.trap.operand import (
+from kvmdp.paging.trap.encoding import (
     MAX_INSTRUCTION,
     address_mask,
     is_far_call,

@@ -13,13 +13,8 @@ from collections.abc import Callable
 from kvmdp.abi.kvm_x86 import kvm_regs
 from kvmdp.kvm import Vcpu
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.paging.trap.operand import (
-    LEGACY_PREFIXES,
-    MAX_INSTRUCTION,
-    Operand,
-    TruncatedError,
-    memory_operands,
-)
+from kvmdp.paging.trap.encoding import LEGACY_PREFIXES, MAX_INSTRUCTION, TruncatedError
+from kvmdp.paging.trap.operand import Operand, memory_operands
 from kvmdp.paging.trap.vector_operand import VectorRegisters
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from kvmdp.abi.kvm_x86 import kvm_regs
-from kvmdp.paging.trap.operand import MAX_INSTRUCTION, Operand, TruncatedError, memory_operands
+from kvmdp.paging.trap.encoding import MAX_INSTRUCTION, TruncatedError
+from kvmdp.paging.trap.operand import Operand, memory_operands
 
 RIP = 0x5000
 FS, GS = 0x10000000, 0x20000000
@@ -76,7 +77,20 @@ WITH_OPERANDS = [
     ("c20800", "ret 8", [(0x400000, 8)]),
     ("48cf", "iretq", [(0x400000, 40)]),
     ("c9", "leave", [(0x500000, 8)]),
-    ("c8100000", "enter 16,0", [(0x3FFFF8, 8)]),
+    ("c8100000", "enter 16,0", [(0x3FFFF8, 8), (0x3FFFE8, 1)]),
+    ("c8200002", "enter 32,2", [(0x4FFFF8, 8), (0x3FFFE8, 24), (0x3FFFC8, 1)]),
+    ("c8200003", "enter 32,3", [(0x4FFFF0, 16), (0x3FFFE0, 32), (0x3FFFC0, 1)]),
+    ("48cb", "retfq", [(0x400000, 16)]),
+    ("48ca0800", "retfq 8", [(0x400000, 16)]),
+    ("48ff1b", "call far [rbx]", [(0x300000, 10), (0x3FFFF0, 16)]),
+    ("ff2b", "jmp far [rbx]", [(0x300000, 6)]),
+    ("660f38f803", "movdir64b rax,[rbx]", [(0x300000, 64), (0x100000, 64)]),
+    ("67660f38f803", "movdir64b eax,[ebx]", [(0x300000, 64), (0x100000, 64)]),
+    ("f20f38f84b08", "enqcmd rcx,[rbx+8]", [(0x300008, 64), (3, 64)]),
+    ("480f38f903", "movdiri [rbx],rax", [(0x300000, 8)]),
+    ("480fa303", "bt qword ptr [rbx],rax", [(0x320000, 8)]),
+    ("f00fab0b", "lock bts dword ptr [rbx],ecx", [(0x300000, 4)]),
+    ("480fa33b", "bt qword ptr [rbx],rdi", [(0x3E0000, 8)]),
     ("9c", "pushfq", [(0x3FFFF8, 8)]),
     ("9d", "popfq", [(0x400000, 8)]),
     ("d7", "xlatb", [(0x300000, 1)]),

@@ -15,13 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvmdp.abi.kvm_x86 import kvm_regs
+from kvmdp.paging.trap.encoding import (
+    ADDRESS_MASK,
+    MAX_INSTRUCTION,
+    REGISTERS,
+    Instruction,
+    Reader,
+    effective_address,
+    read_prefixes,
+    wrap,
+)
 from kvmdp.paging.trap.vector_operand import VectorRegisters, gathered, masked
-
-MAX_INSTRUCTION = 15  # bytes
-
-_MASK64 = (1 << 64) - 1
-_REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
-LEGACY_PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 
 
 def _opcodes(*ranges: tuple[int, int]) -> frozenset[int]:
@@ -38,10 +42,6 @@ _NO_MODRM_TWO_BYTE = _opcodes(
     (0x05, 0x09), (0x0B, 0x0B), (0x0E, 0x0E), (0x30, 0x37), (0x77, 0x77), (0x80, 0x8F), (0xA0, 0xA2),
     (0xA8, 0xAA), (0xC8, 0xCF),
 )  # fmt: skip
-_IMMEDIATE_1_ONE_BYTE = frozenset((0x6B, 0x80, 0x83, 0xC0, 0xC1, 0xC6))
-_IMMEDIATE_Z_ONE_BYTE = frozenset((0x69, 0x81, 0xC7))
-_IMMEDIATE_1_TWO_BYTE = frozenset((0x70, 0x71, 0x72, 0x73, 0xA4, 0xAC, 0xBA, 0xC2, 0xC4, 0xC5, 0xC6))
-
 _PUSHES = _opcodes((0x50, 0x57), (0x68, 0x68), (0x6A, 0x6A), (0x9C, 0x9C), (0xE8, 0xE8))
 _POPS = dict.fromkeys(_opcodes((0x58, 0x5F), (0x9D, 0x9D), (0xC2, 0xC3)), 8) | {0xCA: 16, 0xCB: 16, 0xCF: 40}
 _STRING_SOURCE = _opcodes((0x6E, 0x6F), (0xA4, 0xA7), (0xAC, 0xAD))
@@ -51,11 +51,6 @@ _X87_STATE = 108  # FNSAVE
 _FX_STATE = 512  # FXSAVE
 _LINE = 64  # MOVDIR64B, ENQCMD
 _X_STATE = 4096  # XSAVE: more than any CPU's state so far without AMX tiles
-
-
-class TruncatedError(Exception):
-    """The instruction goes on beyond the bytes at hand."""
-
 
 _GATHERS = _opcodes((0x90, 0x93))  # opcode map 0F 38, with a vector prefix
 _SCATTERS = _opcodes((0xA0, 0xA3))
@@ -72,41 +67,6 @@ class Operand:
     length: int
 
 
-@dataclass(slots=True)
-class _Reader:
-    code: bytes
-    position: int = 0
-
-    def byte(self) -> int:
-        if self.position >= len(self.code):
-            raise TruncatedError
-        self.position += 1
-        return self.code[self.position - 1]
-
-    def signed(self, length: int) -> int:
-        end = self.position + length
-        if end > len(self.code):
-            raise TruncatedError
-        value = int.from_bytes(self.code[self.position : end], "little", signed=True)
-        self.position = end
-        return value
-
-
-@dataclass(slots=True)
-class _Instruction:
-    """The parts of an instruction that decide about its memory operand."""
-
-    opcode_map: int = 0  # 0: one byte, 1: 0F, 2: 0F 38, 3: 0F 3A
-    opcode: int = 0
-    rex: int = 0
-    vector_length: int = 0  # bytes; 0 if there is no VEX or EVEX prefix
-    vector_source: int = 0  # the register in VEX.vvvv
-    evex: bool = False
-    operand_16: bool = False
-    address_32: bool = False
-    segment_base: int = 0
-
-
 def memory_operands(
     code: bytes,
     regs: kvm_regs,
@@ -120,8 +80,8 @@ def memory_operands(
     called only if an operand depends on one. Returns none for an instruction that touches no memory or that is not
     known. Raises TruncatedError if `code` ends before the instruction does.
     """
-    reader = _Reader(code[:MAX_INSTRUCTION])
-    instruction = _prefixes(reader, fs_base, gs_base)
+    reader = Reader(code[:MAX_INSTRUCTION])
+    instruction = read_prefixes(reader, fs_base, gs_base)
     if instruction.opcode_map == 0:
         implicit = _implicit(instruction, reader, regs)
         if implicit is not None:
@@ -134,106 +94,16 @@ def memory_operands(
     return _explicit(instruction, reader, regs, vectors)
 
 
-def is_far_call(code: bytes, size: int) -> bool:
-    """Return whether `code` is all of a CALL through a far pointer in memory, whose offset has `size` bytes."""
-    reader = _Reader(code)
-    try:
-        instruction = _prefixes(reader, 0, 0)
-        modrm = reader.byte()
-        if (instruction.opcode_map, instruction.opcode, modrm >> 3 & 7) != (0, 0xFF, 3) or modrm >> 6 == 3:
-            return False
-        _effective_address(modrm, instruction, reader, kvm_regs())
-    except TruncatedError:
-        return False
-    return reader.position == len(code) and _general_size(instruction) == size
-
-
-def is_string_input(code: bytes) -> bool:
-    """Return whether `code` begins with INS, which stores what it reads from a port."""
-    try:
-        instruction = _prefixes(_Reader(code[:MAX_INSTRUCTION]), 0, 0)
-    except TruncatedError:
-        return False
-    return instruction.opcode_map == 0 and instruction.opcode in (0x6C, 0x6D)
-
-
-def address_mask(code: bytes) -> int:
-    """Return the bits that an address of the instruction that begins `code` has: 32 after the prefix 67, else 64."""
-    return 0xFFFFFFFF if _prefixes(_Reader(code[:MAX_INSTRUCTION]), 0, 0).address_32 else _MASK64
-
-
-def operand_size(code: bytes) -> int:
-    """Return the operand size in bytes that the prefixes of a general 64-bit instruction ask for: 8, 4 or 2."""
-    return _general_size(_prefixes(_Reader(code[:MAX_INSTRUCTION]), 0, 0))
-
-
-def _general_size(instruction: _Instruction) -> int:
-    return 8 if instruction.rex & 8 else 2 if instruction.operand_16 else 4
-
-
-def _prefixes(reader: _Reader, fs_base: int, gs_base: int) -> _Instruction:
-    """Read prefixes and opcode."""
-    instruction = _Instruction()
-    byte = reader.byte()
-    while byte in LEGACY_PREFIXES:
-        if byte == 0x66:
-            instruction.operand_16 = True
-        elif byte == 0x67:
-            instruction.address_32 = True
-        elif byte == 0x64:
-            instruction.segment_base = fs_base
-        elif byte == 0x65:
-            instruction.segment_base = gs_base
-        byte = reader.byte()
-    if byte & 0xF0 == 0x40:
-        instruction.rex = byte
-        byte = reader.byte()
-    if byte in (0xC4, 0xC5, 0x62):
-        _vector_prefix(byte, instruction, reader)
-        instruction.opcode = reader.byte()
-        return instruction
-    if byte == 0x0F:
-        instruction.opcode_map = 1
-        byte = reader.byte()
-        if byte in (0x38, 0x3A):
-            instruction.opcode_map = 2 if byte == 0x38 else 3
-            byte = reader.byte()
-    instruction.opcode = byte
-    return instruction
-
-
-def _vector_prefix(first: int, instruction: _Instruction, reader: _Reader) -> None:
-    """Read the rest of a VEX (C5, C4) or EVEX (62) prefix; their register bits are REX's, inverted."""
-    payload = reader.byte()
-    inverted = ~payload
-    if first == 0xC5:
-        instruction.rex = 0x40 | (inverted >> 5 & 4)
-        instruction.opcode_map = 1
-        instruction.vector_length = 32 if payload & 4 else 16
-        instruction.vector_source = inverted >> 3 & 15
-        return
-    instruction.rex = 0x40 | (inverted >> 5 & 7)
-    instruction.opcode_map = payload & (0x1F if first == 0xC4 else 0x07)
-    payload = reader.byte()
-    instruction.vector_source = ~payload >> 3 & 15
-    instruction.rex |= payload >> 4 & 8
-    if first == 0xC4:
-        instruction.vector_length = 32 if payload & 4 else 16
-    else:
-        instruction.evex = True
-        instruction.vector_length = 16 << min(reader.byte() >> 5 & 3, 2)
-
-
-def _implicit(instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> tuple[Operand, ...] | None:
+def _implicit(instruction: Instruction, reader: Reader, regs: kvm_regs) -> tuple[Operand, ...] | None:
     """Return the operands of instructions that name their address by opcode alone, None for others."""
     opcode, base = instruction.opcode, instruction.segment_base
     found = []
     if opcode in _STRING_SOURCE:
-        found.append(Operand(_wrap(base + regs.rsi), 8))
+        found.append(Operand(wrap(base + regs.rsi), 8))
     if opcode in _STRING_DESTINATION:
         found.append(Operand(regs.rdi, 8))
     if opcode in _PUSHES:
-        found.append(Operand(_wrap(regs.rsp - 8), 8))
+        found.append(Operand(wrap(regs.rsp - 8), 8))
     elif opcode in _POPS:
         found.append(Operand(regs.rsp, _POPS[opcode]))
     elif opcode == 0xC8:
@@ -241,29 +111,29 @@ def _implicit(instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> tup
     elif opcode == 0xC9:  # LEAVE
         found.append(Operand(regs.rbp, 8))
     elif opcode == 0xD7:  # XLAT
-        found.append(Operand(_wrap(base + regs.rbx + (regs.rax & 0xFF)), 1))
+        found.append(Operand(wrap(base + regs.rbx + (regs.rax & 0xFF)), 1))
     elif 0xA0 <= opcode <= 0xA3:  # MOV with an absolute address
         length = 4 if instruction.address_32 else 8
         address = reader.signed(length) & ((1 << 8 * length) - 1)
-        found.append(Operand(_wrap(base + address), 8))
+        found.append(Operand(wrap(base + address), 8))
     return tuple(found) or None
 
 
-def _enter(instruction: _Instruction, reader: _Reader, regs: kvm_regs) -> list[Operand]:
+def _enter(instruction: Instruction, reader: Reader, regs: kvm_regs) -> list[Operand]:
     """Return the operands of ENTER: the frame pointers it copies, what it pushes, the end of the frame it makes."""
     frame = reader.signed(2) & 0xFFFF
     level = reader.byte() & 31
     size = 2 if instruction.operand_16 else 8
     pushed = size * (1 + level)
-    found = [Operand(_wrap(regs.rbp - size * (level - 1)), size * (level - 1))] if level > 1 else []
+    found = [Operand(wrap(regs.rbp - size * (level - 1)), size * (level - 1))] if level > 1 else []
     # Last what it only looks at: whether the frame's end could be written.
     end = regs.rsp - pushed - frame
-    return [*found, Operand(_wrap(regs.rsp - pushed), pushed), Operand(_wrap(end), 1)]
+    return [*found, Operand(wrap(regs.rsp - pushed), pushed), Operand(wrap(end), 1)]
 
 
 def _explicit(
-    instruction: _Instruction,
-    reader: _Reader,
+    instruction: Instruction,
+    reader: Reader,
     regs: kvm_regs,
     vectors: Callable[[], VectorRegisters] | None,
 ) -> tuple[Operand, ...]:
@@ -273,29 +143,29 @@ def _explicit(
     one_byte = instruction.opcode_map == 0
     stack: tuple[Operand, ...] = ()
     if one_byte and instruction.opcode == 0xFF and reg in (2, 6):  # CALL, PUSH
-        stack = (Operand(_wrap(regs.rsp - 8), 8),)
+        stack = (Operand(wrap(regs.rsp - 8), 8),)
     elif one_byte and instruction.opcode == 0xFF and reg == 3:  # CALL far
-        stack = (Operand(_wrap(regs.rsp - 16), 16),)
+        stack = (Operand(wrap(regs.rsp - 16), 16),)
     elif one_byte and instruction.opcode == 0x8F:  # POP
         stack = (Operand(regs.rsp, 8),)
     if mod == 3:
         if instruction.opcode_map == 1 and instruction.opcode == 0xF7:  # MASKMOVDQU
-            return (Operand(_wrap(instruction.segment_base + regs.rdi), 16),)
+            return (Operand(wrap(instruction.segment_base + regs.rdi), 16),)
         return stack
     if instruction.vector_length and instruction.opcode_map == 2:
         if instruction.opcode in _GATHERS | _SCATTERS:
             return _gather(modrm, instruction, reader, regs, vectors)
         size = _masked_element(instruction)
         if size and vectors is not None:
-            address = _effective_address(modrm, instruction, reader, regs)
+            address = effective_address(modrm, instruction, reader, regs)
             mask = vectors().ymm(instruction.vector_source)[: instruction.vector_length]
-            return tuple(Operand(_wrap(address + start), length) for start, length in masked(mask, size))
-    address = _effective_address(modrm, instruction, reader, regs)
+            return tuple(Operand(wrap(address + start), length) for start, length in masked(mask, size))
+    address = effective_address(modrm, instruction, reader, regs)
     if one_byte and instruction.opcode == 0x8D:  # LEA
         return ()
-    register = getattr(regs, _REGISTERS[reg | (instruction.rex & 4) << 1])
+    register = getattr(regs, REGISTERS[reg | (instruction.rex & 4) << 1])
     if instruction.opcode_map == 1 and instruction.opcode in _BIT_TESTS:
-        address = _wrap(address + _bit_offset(instruction, register))
+        address = wrap(address + _bit_offset(instruction, register))
     if (
         instruction.opcode_map == 2 and instruction.opcode == 0xF8
     ):  # MOVDIR64B, ENQCMD: from here to [register]
@@ -306,8 +176,8 @@ def _explicit(
 
 def _gather(
     modrm: int,
-    instruction: _Instruction,
-    reader: _Reader,
+    instruction: Instruction,
+    reader: Reader,
     regs: kvm_regs,
     vectors: Callable[[], VectorRegisters] | None,
 ) -> tuple[Operand, ...]:
@@ -316,7 +186,7 @@ def _gather(
         return ()
     sib = reader.code[reader.position]
     # As if there were no index: what is left is what each element's index is added to.
-    base = _effective_address(modrm, instruction, reader, regs, with_index=False)
+    base = effective_address(modrm, instruction, reader, regs, with_index=False)
     registers = vectors()
     lanes = gathered(
         registers.ymm((sib >> 3 & 7) | (instruction.rex & 2) << 2),
@@ -325,12 +195,12 @@ def _gather(
         index_size=8 if instruction.opcode & 1 else 4,
         size=8 if instruction.rex & 8 else 4,
     )
-    mask = 0xFFFFFFFF if instruction.address_32 else _MASK64
+    mask = 0xFFFFFFFF if instruction.address_32 else ADDRESS_MASK
     size = 8 if instruction.rex & 8 else 4
     return tuple(Operand((base + (index << (sib >> 6))) & mask, size) for index in lanes)
 
 
-def _masked_element(instruction: _Instruction) -> int:
+def _masked_element(instruction: Instruction) -> int:
     """Return the bytes of an element of a masked move with a VEX prefix, 0 for another instruction."""
     if instruction.evex:
         return 0
@@ -339,9 +209,9 @@ def _masked_element(instruction: _Instruction) -> int:
     return _MASKED_MOVES.get(instruction.opcode, 0)
 
 
-def _bit_offset(instruction: _Instruction, number: int) -> int:
+def _bit_offset(instruction: Instruction, number: int) -> int:
     """Return how far from its operand BT, BTS, BTR or BTC with bit `number` goes, in bytes."""
-    size = _general_size(instruction)
+    size = instruction.operand_size
     bits = 8 * size
     number &= (1 << bits) - 1
     if number >> (bits - 1):
@@ -349,56 +219,7 @@ def _bit_offset(instruction: _Instruction, number: int) -> int:
     return number // bits * size
 
 
-def _effective_address(
-    modrm: int, instruction: _Instruction, reader: _Reader, regs: kvm_regs, *, with_index: bool = True
-) -> int:
-    mod, rm = modrm >> 6, modrm & 7
-    address = 0
-    relative = False
-    if rm == 4:
-        sib = reader.byte()
-        index = (sib >> 3 & 7) | (instruction.rex & 2) << 2
-        if with_index and index != 4:
-            address = getattr(regs, _REGISTERS[index]) << (sib >> 6)
-        rm = sib & 7
-        if rm == 5 and mod == 0:
-            address += reader.signed(4)
-        else:
-            address += getattr(regs, _REGISTERS[rm | (instruction.rex & 1) << 3])
-    elif rm == 5 and mod == 0:
-        relative = True
-        address = reader.signed(4)
-    else:
-        address = getattr(regs, _REGISTERS[rm | (instruction.rex & 1) << 3])
-    if mod == 1:
-        # EVEX scales an 8-bit displacement by the operand's size; the full vector is the common case.
-        address += reader.signed(1) * (instruction.vector_length if instruction.evex else 1)
-    elif mod == 2:
-        address += reader.signed(4)
-    if relative:
-        address += regs.rip + reader.position + _immediate_length(instruction, modrm >> 3 & 7)
-    if instruction.address_32:
-        address &= 0xFFFFFFFF
-    return _wrap(address + instruction.segment_base)
-
-
-def _immediate_length(instruction: _Instruction, reg: int) -> int:
-    """Return the bytes of immediate operand behind ModRM and displacement."""
-    opcode = instruction.opcode
-    full = 2 if instruction.operand_16 and not instruction.rex & 8 else 4
-    if instruction.opcode_map == 3:
-        return 1
-    if instruction.opcode_map == 1:
-        return 1 if opcode in _IMMEDIATE_1_TWO_BYTE else 0
-    if instruction.opcode_map == 0:
-        if opcode in _IMMEDIATE_1_ONE_BYTE or (opcode == 0xF6 and reg < 2):
-            return 1
-        if opcode in _IMMEDIATE_Z_ONE_BYTE or (opcode == 0xF7 and reg < 2):
-            return full
-    return 0
-
-
-def _length(instruction: _Instruction, reg: int) -> int:
+def _length(instruction: Instruction, reg: int) -> int:
     """Return an upper bound for the length of the memory operand, in bytes."""
     if instruction.vector_length:
         return instruction.vector_length
@@ -409,7 +230,3 @@ def _length(instruction: _Instruction, reg: int) -> int:
     if instruction.opcode_map == 1 and instruction.opcode == 0xC7:
         return 16 if reg == 1 else _X_STATE
     return 16
-
-
-def _wrap(address: int) -> int:
-    return address & _MASK64
