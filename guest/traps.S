@@ -105,10 +105,20 @@ resume:
 invalid_opcode:
     mov rdi, [rsp + FRAME_RIP]
     cmp word ptr [rdi], INT_GATE
-    jne record
+    jne ask_host
     add qword ptr [rsp + FRAME_RIP], 2
     restore_registers
     jmp gate
+
+# KVM's emulator makes #UD of an instruction that it has no word for, when that touches memory which is not there; the
+# host makes the memory present then, and says so.  RSP is SavedRegisters (README.md, Ports).
+ask_host:
+    mov edx, REPORT_PORT
+    in eax, dx
+    test eax, eax
+    jz record
+    restore_registers
+    iretq
 
 machine_check:
     inc qword ptr [rdi + BLOCK_MC_COUNT]

@@ -11,6 +11,7 @@ from kvmdp.machine.experiment import RunResult
 from kvmdp.machine.leaks import Leak
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
+from kvmdp.paging.emulated import Form
 
 
 def results(result: RunResult) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def results(result: RunResult) -> dict[str, Any]:
         "retries": counters.retries,
         "seconds": result.seconds,
         "exits": result.exits,
+        "emulated_accesses": result.emulated,
         "stalls": result.stalls,
         "stops": result.stops,
         "longest_stop_us": round(1e6 * result.longest_stop, 1),
@@ -80,6 +82,19 @@ def _latency(result: RunResult) -> dict[str, float | None]:
     return {"p50": round(float(p50), 1), "p99": round(float(p99), 1), "max": round(float(most), 1)}
 
 
+def print_emulated(forms: dict[str, int]) -> None:
+    """Print what KVM's emulator has completed, for people."""
+    if not forms:
+        return
+    by_form = ", ".join(f"{form} {count}" for form, count in sorted(forms.items()))
+    print(f"emulated   {sum(forms.values())} accesses completed by KVM's emulator: {by_form}")
+    if Form.FAR_CALL in forms:
+        print(
+            "warning    KVM's emulator loses one of the two stores of a far call to absent memory, and this guest may "
+            "have changed CS by it: its stack may be wrong, use another trap"
+        )
+
+
 def print_summary(document: dict[str, Any]) -> None:
     """Print the result for people."""
     pages = document["memory_bytes"] // PAGE_SIZE
@@ -100,6 +115,7 @@ def print_summary(document: dict[str, Any]) -> None:
         f"faults     {document['faults']} in {seconds:.3f} s, {document['faults'] / seconds:.0f} a second; "
         f"exits: {exits}"
     )
+    print_emulated(document["emulated_accesses"])
     latency = document["latency_us"]
     if latency["p50"] is not None:
         print(f"latency    p50 {latency['p50']} us, p99 {latency['p99']} us, max {latency['max']} us")

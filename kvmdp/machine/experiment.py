@@ -45,6 +45,7 @@ _MAX_NAMED = 8  # wrong pages named in a result
 class RunResult:
     """What came of a run.
 
+    `emulated` counts what KVM's emulator has completed, by form (`kvmdp.paging.emulated.Form`).
     `resident_peak` is the most pages that were in memory while there was a limit to that, else None.
     `expected_checksum` is None where the host expects nothing: of a program of the user's own, of pages that it cannot
     read again. `wrong_pages`
@@ -64,6 +65,7 @@ class RunResult:
     slot_bytes: int
     granule: int
     exits: dict[str, int]
+    emulated: dict[str, int]
     latencies: npt.NDArray[np.uint64]
     stalls: int
     stops: int
@@ -272,6 +274,7 @@ def _run(
         slot_bytes=machine.slot_bytes,
         granule=pager.trap.granule,
         exits=dict(exits),
+        emulated=dict(sum((thread.emulated for thread in threads), Counter[str]())),
         latencies=np.concatenate([np.frombuffer(each, dtype=np.uint64) for each in arrays]),
         stalls=sum(thread.stalls for thread in threads),
         stops=machine.gate.stops,

@@ -235,6 +235,25 @@ class ParameterBlock(ctypes.Structure):
     ]
 
 
+class SavedRegisters(ctypes.Structure):
+    """What the #UD handler has on its stack, from RSP on, when it asks the host."""
+
+    _fields_ = [
+        ("rdi", c_uint64),
+        ("rbx", c_uint64),
+        ("rdx", c_uint64),
+        ("rcx", c_uint64),
+        ("rax", c_uint64),
+        ("vector", c_uint64),
+        ("error_code", c_uint64),
+        ("rip", c_uint64),
+        ("cs", c_uint64),
+        ("rflags", c_uint64),
+        ("rsp", c_uint64),
+        ("ss", c_uint64),
+    ]
+
+
 def parameter_block_gpa(vcpu: int) -> int:
     """Return the gpa of the parameter block of vCPU number `vcpu`."""
     return PARAMETERS_BASE + PARAMETERS_SIZE * vcpu

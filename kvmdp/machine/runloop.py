@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from array import array
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NoReturn
 
+from kvmdp.abi.kvm_x86 import kvm_regs
 from kvmdp.kvm import (
     BadAddress,
     BusError,
@@ -197,8 +199,22 @@ class VcpuThread:
         return following is not None and self._other(following)
 
     def _answer(self, io: Io) -> None:
-        if not self._ports.handle(self.vcpu.index, io):
+        if io.port == guest.REPORT_PORT and io.size == 4:
+            io.data[:] = self._is_to_run_again().to_bytes(4, "little")
+        elif not self._ports.handle(self.vcpu.index, io):
             self._refuse(io)
+
+    def _is_to_run_again(self) -> bool:
+        """Answer the #UD handler of the guest: whether KVM refused the instruction for memory that is absent."""
+        size = ctypes.sizeof(guest.SavedRegisters)
+        stack = self._paging.instruction.read(self.vcpu.regs.rsp, size)
+        if stack is None:
+            return False
+        saved = guest.SavedRegisters.from_buffer_copy(stack)
+        registers = kvm_regs.from_buffer_copy(self.vcpu.regs)
+        for name in ("rdi", "rbx", "rdx", "rcx", "rax", "rip", "rflags", "rsp"):
+            setattr(registers, name, getattr(saved, name))
+        return self._paging.resolve_refused(registers)
 
     def _port(self, io: Io) -> bool:
         if self._ports.handle(self.vcpu.index, io):

@@ -60,22 +60,25 @@ class InstructionReader:
                 return None if byte == 0x0F else byte
         return None
 
-    def pages(self) -> list[int]:
-        """Return the RAM pages that the instruction at RIP may touch: its own bytes', then its operands'."""
-        rip = self._vcpu.regs.rip
+    def pages(self, registers: kvm_regs | None = None) -> list[int]:
+        """Return the RAM pages that an instruction may touch: its own bytes', then its operands'.
+
+        `registers` are those before it, where it is not the one at RIP.
+        """
+        rip = (registers or self._vcpu.regs).rip
         code = self.code_at(rip)
         pages = [] if code else [self.page_at(rip)]
-        pages += self.operand_pages(code)
+        pages += self.operand_pages(code, registers)
         if 0 < len(code) < MAX_INSTRUCTION:
             # It may go on in the next page. Last, because a short one does not.
             pages.append(self.page_at(rip + len(code)))
         return list(dict.fromkeys(page for page in pages if page is not None))
 
-    def operand_pages(self, code: bytes) -> list[int | None]:
-        """Return where the operands of the instruction at RIP begin and end; none if `code` is not all of it."""
+    def operand_pages(self, code: bytes, registers: kvm_regs | None = None) -> list[int | None]:
+        """Return the RAM pages in which the operands of an instruction begin and end; as `operands`."""
         return [
             self.page_at(address)
-            for operand in self.operands(code)
+            for operand in self.operands(code, registers)
             for address in (operand.address, operand.address + operand.length - 1)
         ]
 

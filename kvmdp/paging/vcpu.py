@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
+from kvmdp.abi.kvm_x86 import kvm_regs
 from kvmdp.abi.signal import BUS_MCEERR_AR
 from kvmdp.kvm import (
     BadAddress,
@@ -71,8 +72,8 @@ class VcpuPaging:
         self._pager = pager
         self._vcpu = vcpu
         self._layout = pager.layout
-        self._instruction = InstructionReader(vcpu, pager.layout, read_physical)
-        self._emulation = Emulation(vcpu, pager.gate, self._instruction, empty_table)
+        self.instruction = InstructionReader(vcpu, pager.layout, read_physical)
+        self._emulation = Emulation(vcpu, pager.gate, self.instruction, empty_table)
         self._view = backing.vmm.view
         self._guest_hva = backing.guest.hva
         self._guest_size = backing.size
@@ -235,7 +236,7 @@ class VcpuPaging:
         where = f"vCPU {self._vcpu.index} at RIP {self._vcpu.regs.rip:#x} touched gpa {gpa:#x}, which is poisoned, and"
         try:
             if access is None:
-                is_fetched = self._instruction.is_fetched(page)
+                is_fetched = self.instruction.is_fetched(page)
                 access = PoisonedAccess.FETCH if is_fetched else PoisonedAccess.LOAD
             taken = self._vcpu.inject_machine_check(gpa, access)
         except KvmError as error:
@@ -254,7 +255,17 @@ class VcpuPaging:
         Present pages trap like this where the host has taken them out of the guest view (reclaim), and the trap's
         userfaultfd is not told of KVM's own faults. Returns False if that has been no help, again and again.
         """
-        pages = self._instruction.pages()
+        return self._resolve_one_of(self.instruction.pages())
+
+    def resolve_refused(self, registers: kvm_regs) -> bool:
+        """Make one page present that an instruction needs which KVM's emulator has refused with #UD.
+
+        `registers` are those before it. Returns False if it needs none: then it is the guest's own fault.
+        """
+        pages = self.instruction.pages(registers)
+        return bool(pages) and self._resolve_one_of(pages)
+
+    def _resolve_one_of(self, pages: list[int]) -> bool:
         for page in pages:
             # Not a look at the bitmap: the bit is set before the trap has admitted the page, and until then the
             # instruction would only fail again.
@@ -276,7 +287,7 @@ class VcpuPaging:
 
         Returns whether a page was absent; if not, the guest was merely busy.
         """
-        for page in self._instruction.pages():
+        for page in self.instruction.pages():
             if not self._pager.bitmap.test(page):
                 self._retry(page)
                 return True
