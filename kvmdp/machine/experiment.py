@@ -257,7 +257,9 @@ def _run(
             detector.finish(machine)
     resident = resident_memory()
     exits: Counter[str] = Counter()
+    emulated: Counter[str] = Counter()
     for thread in machine.threads:
+        emulated.update(thread.emulated)
         for kind, count in thread.exits.items():
             exits[EXIT_NAMES.get(kind, kind.__name__)] += count
     pager, threads = machine.pager, machine.threads
@@ -274,7 +276,7 @@ def _run(
         slot_bytes=machine.slot_bytes,
         granule=pager.trap.granule,
         exits=dict(exits),
-        emulated=dict(sum((thread.emulated for thread in threads), Counter[str]())),
+        emulated=dict(emulated),
         latencies=np.concatenate([np.frombuffer(each, dtype=np.uint64) for each in arrays]),
         stalls=sum(thread.stalls for thread in threads),
         stops=machine.gate.stops,
