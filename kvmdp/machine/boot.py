@@ -22,7 +22,7 @@ from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.size import format_size
 
-BOOT_MEMSLOT, EMPTY_TABLE_MEMSLOT = 0, 1
+BOOT_MEMSLOT, EMPTY_TABLE_MEMSLOT = 0, 7
 # The gpa of a page of zeros, which the guest does not map: a page table with nothing in it
 EMPTY_TABLE = 0xFE00_0000
 

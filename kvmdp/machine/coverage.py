@@ -57,7 +57,14 @@ _TIMEOUT = 10.0
 
 # sgdt [0x3000]; mov rax,[0x3002]; xor edx,edx; ret
 _SGDT = bytes.fromhex("0f01042500300000 488b042502300000 31d2 c3")
-_SGDT_PAGE = 3
+# lgdt [gdtr]; mov rbx,rsp; mov esp,0x3010; call far [target]; mov rsp,rbx; mov rax,[0x3008]; xor edx,edx; ret
+# target: 0x18:0xd0100016; gdtr: 31, gdt; gdt: null, code, data, another code segment. It returns the CS it came from.
+_FAR_CALL = bytes.fromhex(
+    "0f011527000000 4889e3 bc10300000 48ff1d0e000000 4889dc 488b042508300000 31d2 c3"
+    "160010d000000000 1800 1f00 380010d000000000"
+    "0000000000000000 ffff0000009baf00 ffff00000093cf00 ffff0000009baf00"
+)
+_PROGRAM_PAGE = 3
 
 
 class Seen(enum.Enum):
@@ -65,6 +72,9 @@ class Seen(enum.Enum):
 
     EXIT = "caught by exit"  # KVM_RUN came back, the access was retried
     SLEEP = "caught by sleep"  # whoever made it slept until the page was there
+    RUN_AGAIN = (
+        "taken back, run again"  # KVM_RUN came back in the middle of it, the CPU did all of it afterwards
+    )
     EMULATION = "completed by emulation"  # KVM_RUN came back in the middle of it, user space did the rest
     MISSED = "missed"  # nothing trapped, or it failed, or the bytes were wrong
 
@@ -135,9 +145,10 @@ def run_cell(access: str, trap: str) -> Cell:
     return replace(cell, note=_NOTES.get((access, cell.seen), ""))
 
 
-def _seen(exits: dict[str, int]) -> Seen:
+def _seen(exits: dict[str, int], completed: int = 0) -> Seen:
+    """Return what became of an access, of which KVM's emulator has `completed` some."""
     if "mmio" in exits:
-        return Seen.EMULATION
+        return Seen.EMULATION if completed else Seen.RUN_AGAIN
     if "uffd_event" in exits or "request" in exits:
         return Seen.SLEEP
     return Seen.EXIT if exits else Seen.MISSED
@@ -170,7 +181,8 @@ def _workload_cell(
         exits = {"uffd_event": len(result.latencies)}
     # A page that never became present is one that the guest used behind the trap's back.
     all_trapped = result.counters.pages_admitted >= len(workload.touched)
-    return Cell(access, trap, _seen(exits), exits, exact=result.ok and all_trapped)
+    seen = _seen(exits, sum(result.emulated.values()))
+    return Cell(access, trap, seen, exits, exact=result.ok and all_trapped)
 
 
 def _guest(access: str, trap: str) -> Cell:
@@ -220,12 +232,24 @@ def _page_walk(access: str, trap: str) -> Cell:
     return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note, ok=not catches_page_walks(trap))
 
 
-# An access on which KVM spins
+# Programs of one instruction
+
+
+def _far_call(access: str, trap: str) -> Cell:
+    """A far call that changes CS, with its stack in absent memory."""
+    expected, _ = _run_program(trap, _FAR_CALL, ring=0, present=True)
+    found, exits = _run_program(trap, _FAR_CALL, ring=0, present=False)
+    completed = exits.pop("emulated", 0)
+    if completed:
+        seen = _seen(exits, completed)
+        return Cell(access, trap, seen, exits, exact=found == expected, note=_FAR_CALL_LOST)
+    return Cell(access, trap, _seen(exits), exits, exact=found == expected)
 
 
 def _descriptor_store(access: str, trap: str) -> Cell:
-    expected, _ = _run_sgdt(trap, present=True)
-    found, exits = _run_sgdt(trap, present=False)
+    """A store on which KVM spins."""
+    expected, _ = _run_program(trap, _SGDT, ring=3, present=True)
+    found, exits = _run_program(trap, _SGDT, ring=3, present=False)
     stalls = exits.pop("stall", 0)
     if stalls and not exits:
         note = "KVM spins without an exit; the watchdog looked at the instruction and made its page present"
@@ -235,19 +259,24 @@ def _descriptor_store(access: str, trap: str) -> Cell:
     return Cell(access, trap, _seen(exits), exits, exact=found == expected)
 
 
-def _run_sgdt(trap: str, *, present: bool) -> tuple[tuple[int, bytes], dict[str, int]]:
-    """Return what the program returned and left in its page, and what was seen."""
-    options = MachineOptions(_MEMORY, trap, program=_SGDT)
+def _run_program(
+    trap: str, code: bytes, *, ring: int, present: bool
+) -> tuple[tuple[int, bytes], dict[str, int]]:
+    """Return what a program returned and left in its page, and what was seen."""
+    options = MachineOptions(_MEMORY, trap, program=code)
     with Machine(options, SyntheticSource(_MEMORY, _SEED)) as machine:
-        machine.set_parameters(program_blocks(WorkloadOptions(memory_bytes=_MEMORY, seed=_SEED)))
+        machine.set_parameters(program_blocks(WorkloadOptions(memory_bytes=_MEMORY, seed=_SEED, ring=ring)))
         if present:
-            machine.pager.mark_present(_SGDT_PAGE, 1)
+            machine.pager.mark_present(_PROGRAM_PAGE, 1)
         machine.run(_TIMEOUT)
         exits = _vcpu_exits(machine)
-        stalls = sum(thread.stalls for thread in machine.threads)
-        if stalls:
-            exits["stall"] = stalls
-        page = machine.memory.read(_SGDT_PAGE * PAGE_SIZE, PAGE_SIZE)
+        for what, count in (
+            ("stall", sum(thread.stalls for thread in machine.threads)),
+            ("emulated", sum(thread.emulated.total() for thread in machine.threads)),
+        ):
+            if count:
+                exits[what] = count
+        page = machine.memory.read(_PROGRAM_PAGE * PAGE_SIZE, PAGE_SIZE)
         return (machine.threads[0].parameters.checksum, page), exits
 
 
@@ -373,6 +402,7 @@ ACCESSES: dict[str, Callable[[str, str], Cell]] = {
     "page walk": _page_walk,
     "emulator": _emulator,
     "sgdt": _descriptor_store,
+    "far call": _far_call,
     "kvmclock page": _kvm_write,
     "steal time": _kvm_write,
     "device thread": _device,
@@ -381,18 +411,20 @@ ACCESSES: dict[str, Callable[[str, str], Cell]] = {
 }
 
 _DECODED = "KVM's emulator fails without an address; user space decodes the instruction and has it retried"
-_EMULATED = "KVM does half of it and user space the rest, where the kernel design would have it retried"
+_EMULATED = "KVM's emulator has done with a store when it exits; user space puts the bytes in place"
+_TAKEN_BACK = (
+    "KVM's emulator has begun it; user space takes it back and has the CPU run it once its page is there"
+)
+_FAR_CALL_LOST = "KVM's emulator loses one of its two stores, and what was in CS cannot be known; one that keeps CS is taken back"
 _FILTERED = "the MSR that enables it exits, and its page is made present before KVM is told"
 _NOTES: dict[tuple[str, Seen], str] = {
     ("kvmclock page", Seen.EXIT): _FILTERED,
     ("steal time", Seen.EXIT): _FILTERED,
-    **{(access, Seen.EMULATION): _EMULATED for access in ("read", "write", "vector", "fetch")},
-    ("atomic", Seen.EMULATION): f"{_EMULATED}; one that crosses a page would not be atomic",
-    ("string", Seen.EMULATION): "ins and outs are KVM's emulator's, which takes absent memory for a device",
-    (
-        "emulator",
-        Seen.EMULATION,
-    ): "KVM's emulator takes absent memory for a device, and user space completes it",
+    **{
+        (access, seen): note
+        for access in ("read", "write", "vector", "fetch", "atomic", "string", "emulator")
+        for seen, note in ((Seen.EMULATION, _EMULATED), (Seen.RUN_AGAIN, _TAKEN_BACK))
+    },
     (
         "device thread",
         Seen.SLEEP,
