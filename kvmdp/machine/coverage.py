@@ -415,7 +415,10 @@ _EMULATED = "KVM's emulator has done with a store when it exits; user space puts
 _TAKEN_BACK = (
     "KVM's emulator has begun it; user space takes it back and has the CPU run it once its page is there"
 )
-_FAR_CALL_LOST = "KVM's emulator loses one of its two stores, and what was in CS cannot be known; one that keeps CS is taken back"
+_FAR_CALL_LOST = (
+    "KVM's emulator loses one of its two stores, and what was in CS is not to be found out; one that keeps CS is taken "
+    "back"
+)
 _FILTERED = "the MSR that enables it exits, and its page is made present before KVM is told"
 _NOTES: dict[tuple[str, Seen], str] = {
     ("kvmclock page", Seen.EXIT): _FILTERED,

@@ -59,12 +59,14 @@ def test_what_a_vcpu_does_is_caught_and_exact(trap, access):
     assert found.exact
     assert found.ok
     assert found.seen is not Seen.MISSED
-    assert sum(found.exits.values()) >= 8
+    # For string input the pages are there before the port is asked.
+    assert sum(found.exits.values()) >= (6 if access == "string" else 8)
     if trap == "userfaultfd":
         assert (found.seen, found.exits.keys()) == (Seen.SLEEP, {"uffd_event"})
     else:
-        assert found.seen is (Seen.EMULATION if "mmio" in found.exits else Seen.EXIT)
-    if found.seen is Seen.EMULATION:
+        emulated = (Seen.EMULATION, Seen.RUN_AGAIN)
+        assert found.seen in (emulated if "mmio" in found.exits else (Seen.EXIT,))
+    if found.seen in (Seen.EMULATION, Seen.RUN_AGAIN):
         assert found.note
 
 
@@ -77,9 +79,22 @@ def test_plain_accesses_are_caught_in_the_traps_own_way_one_by_one(trap, access)
 @pytest.mark.parametrize("trap", TRAPS)
 def test_string_instructions_are_data_to_the_trap_and_port_io_is_emulated(trap):
     found = cell("string", trap)
-    assert found.seen is Seen.EMULATION
-    if trap != "mmio":
-        assert found.exits == {OWN_EXIT[trap]: 4, "mmio": 4}
+    if trap == "mmio":
+        assert found.seen is Seen.EMULATION
+    else:
+        assert found.seen is Seen.RUN_AGAIN
+        assert found.exits == {OWN_EXIT[trap]: 4, "mmio": 2}
+
+
+@pytest.mark.parametrize("trap", ALL_TRAPS)
+def test_a_far_call_that_changes_cs_is_exact_or_the_table_says_that_it_is_not(trap):
+    found = cell("far call", trap)
+    assert found.ok
+    assert found.exact == (found.seen is not Seen.EMULATION)
+    if not found.exact:
+        assert "loses one of its two stores" in found.note
+    if trap == "userfaultfd":
+        assert found.exact
 
 
 @pytest.mark.parametrize("trap", ALL_TRAPS)

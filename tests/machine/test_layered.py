@@ -52,7 +52,8 @@ def test_vcpus_that_touch_regions_for_the_first_time_together_fetch_each_page_on
     with layered(workload=workload) as machine:
         machine.run(TIMEOUT)
         assert machine.pager.counters.pages_fetched == machine.pager.bitmap.count() == len(workload.touched)
-        assert machine.gate.stops == 1  # to arm
+        regions = len({page // REGION for page in workload.touched.tolist()})
+        assert 1 <= machine.gate.stops <= 1 + regions  # to arm, and for the first touch of each region
         expected = workload.expected_pages(SyntheticSource(MEMORY, SEED).pages, workload.touched)
         assert np.array_equal(all_of_ram(machine)[workload.touched], expected)
         assert violations(machine.pager) == []

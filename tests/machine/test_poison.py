@@ -2,7 +2,6 @@
 
 import random
 import struct
-import threading
 import time
 
 import numpy as np
@@ -32,6 +31,7 @@ from kvmdp.machine.poison import PoisonResult, check_poison, poison_pages
 from kvmdp.machine.runloop import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, program_blocks
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.emulated import Emulation
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap import uffd, userfaultfd
 from kvmdp.source.base import read_pages
@@ -238,16 +238,19 @@ OTHER_LOAD = bytes.fromhex("4c8b042510500000")
 MOVED_TO = 0x9010
 
 
+ALL_ONES = (1 << 64) - 1
+
+
 @pytest.mark.parametrize(
     ("code", "after"),
     [
         ("bf10900000 48a5", "488b042510900000"),  # movsq to MOVED_TO; mov rax, [MOVED_TO]
-        ("ff33", "488b4424f8"),  # push [rbx]; mov rax, [rsp - 8]
-        ("66480f6ec0 f30f6f03", "66480f7ec0"),  # movq xmm0, rax; movdqu xmm0, [rbx]; movq rax, xmm0
+        ("48c74424f8ffffffff ff33", "488b4424f8"),  # mov qword [rsp - 8], -1; push [rbx]; mov rax, [rsp - 8]
+        ("660f76c0 f30f6f03", "66480f7ec0"),  # pcmpeqd xmm0, xmm0; movdqu xmm0, [rbx]; movq rax, xmm0
     ],
     ids=["movs", "push", "movdqu"],
 )
-def test_what_an_emulated_load_leaves_elsewhere_is_zeros(code, after):
+def test_an_emulated_load_leaves_nothing_elsewhere(code, after):
     program, _ = access_program(OTHER_LOAD + bytes.fromhex(code), bytes.fromhex(after))
     with program_machine("mmio", program, patches=[(MOVED_TO, b"\xff" * 8)]) as machine:
         machine.memory.read(MOVED_TO, 8)
@@ -256,7 +259,7 @@ def test_what_an_emulated_load_leaves_elsewhere_is_zeros(code, after):
         block = machine.threads[0].parameters
         assert taken(block) == [GPA]
         assert image_of([5])[0, 2] != 0  # what the other load has left in the exit
-        assert block.checksum == 0
+        assert block.checksum == ALL_ONES
 
 
 def test_a_code_page_that_is_poisoned_while_it_is_decoded_is_a_machine_check_too():
@@ -342,88 +345,36 @@ READ_MODIFY_WRITE = {
 HEALED_WITH = b"\x11" * PAGE_SIZE
 
 
-class HealedInTheMiddle:
-    """Heals `pages` in a thread of its own just before KVM is to finish an access, for the `number`th time."""
-
-    def __init__(self, machine, pages, number=1, meanwhile=lambda: None):
-        self.machine, self.pages, self.number, self.meanwhile = machine, pages, number, meanwhile
-        self.thread, self.enter = threading.Thread(target=self.heal), machine.gate.enter
-        self.waited = False
-        machine.gate.enter = self.slowly
-
-    def heal(self):
-        for page in self.pages:
-            self.machine.pager.unpoison(page, HEALED_WITH)
-
-    def slowly(self, vcpu, *, only_complete=False):
-        self.number -= only_complete
-        if only_complete and self.number == 0:
-            self.thread.start()
-            self.thread.join(0.05)
-            self.waited = self.thread.is_alive()
-            self.meanwhile()
-        return self.enter(vcpu, only_complete=only_complete)
-
-    def end(self):
-        self.thread.join(TIMEOUT)
-        assert self.waited
-        assert not self.thread.is_alive()
-        for page in self.pages:
-            assert self.machine.memory.read(page * PAGE_SIZE, PAGE_SIZE) == HEALED_WITH
-
-
 @every_ring
 @pytest.mark.parametrize("name", READ_MODIFY_WRITE)
-def test_a_page_is_not_healed_before_kvm_is_done_with_it(ring, name):
-    program, _ = access_program(bytes.fromhex(READ_MODIFY_WRITE[name]))
+def test_a_page_healed_while_an_access_is_called_off_is_as_it_was_healed(monkeypatch, ring, name):
+    code = bytes.fromhex(READ_MODIFY_WRITE[name])
     pages = [PAGE - 1, PAGE] if "two" in name else [PAGE]
+    call_off, calls = Emulation.call_off, []
+
+    def heal_and_call_off(emulation, load, **options):
+        if not calls:
+            for page in pages:
+                machine.pager.unpoison(page, HEALED_WITH)
+        calls.append(load)
+        return call_off(emulation, load, **options)
+
+    monkeypatch.setattr(Emulation, "call_off", heal_and_call_off)
+    program, _ = access_program(code)
     with program_machine("mmio", program, ring=ring) as machine:
         for page in pages:
             machine.pager.poison(page)
-        healed = HealedInTheMiddle(machine, pages, number=len(pages))
         machine.run(TIMEOUT)
-        assert taken(machine.threads[0].parameters) == [pages[0] * PAGE_SIZE]
-        healed.end()
-
-
-def test_a_heal_that_waits_ends_when_the_machine_stops():
-    program, _ = access_program(bytes.fromhex(READ_MODIFY_WRITE["add"]))
-    with program_machine("mmio", program) as machine:
-        machine.pager.poison(PAGE)
-        healed = HealedInTheMiddle(
-            machine, [PAGE], meanwhile=lambda: (machine.gate.stop(), machine.pager.cancel())
-        )
-        with pytest.raises(GuestError, match="not done"):
-            machine.run(1)
-        healed.end()
-
-
-def test_a_heal_waits_as_long_as_the_vcpus_are_kept_out_and_holds_up_nobody_there():
-    program, _ = access_program(bytes.fromhex(READ_MODIFY_WRITE["add"]))
-    with program_machine("mmio", program) as machine:
-        closed = threading.Event()
-        found = []
-
-        def close():
-            with machine.pager.quiesced():
-                closed.set()
-                time.sleep(0.05)
-                found.append(healed.thread.is_alive())
-            with pytest.raises(PagingError, match="cannot be switched off while"):
-                machine.pager.disable()
-
-        closer = threading.Thread(target=close)
-
-        def close_first():
-            closer.start()
-            closed.wait()
-
-        machine.pager.poison(PAGE)
-        healed = HealedInTheMiddle(machine, [PAGE], meanwhile=close_first)
-        machine.run(TIMEOUT)
-        closer.join(TIMEOUT)
-        assert found == [True]
-        healed.end()
+        assert calls
+        # The instruction ran once, on what the pages were healed with.
+        assert taken(machine.threads[0].parameters) == []
+        found = machine.memory.read(pages[0] * PAGE_SIZE, len(pages) * PAGE_SIZE)
+        at = GPA + OFFSET - (20 if "two" in name else 0) - pages[0] * PAGE_SIZE
+        expected = bytearray(HEALED_WITH * len(pages))
+        before = int.from_bytes(HEALED_WITH[:8], "little")
+        value = RAX if name == "xchg" else (before + RAX) % (1 << 64)
+        expected[at : at + 8] = value.to_bytes(8, "little")
+        assert found == bytes(expected)
 
 
 @every_trap
