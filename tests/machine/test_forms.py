@@ -25,7 +25,7 @@ def test_forms_leave_what_they_leave_with_all_memory_present(trap, ring, vcpus):
     found = survey(trap, ring, vcpus)
     lines = [f"{name}: {words}" for name, words in found.different.items()]
     assert not lines, "\n".join([f"{len(lines)} of {found.cases} cases differ:", *lines[:_SHOWN]])
-    assert found.touched > 0.95 * found.cases, "pages that were to be absent were not, or not touched"
+    assert found.touched > 0.98 * found.cases, "pages that were to be absent were not, or not touched"
 
 
 @pytest.mark.parametrize("ring", [3, 0])

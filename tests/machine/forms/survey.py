@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvmdp.machine.hostinfo import emulates_ring_0
+
 from .form import Form, cases_of
 from .judge import difference, is_judged_contended
 from .known import KNOWN
@@ -57,7 +59,12 @@ def survey(trap: str, ring: int, vcpus: int = 1, forms: Sequence[Form] = FORMS, 
     }
     runnable = [form for form in forms if form.name not in skipped]
     if vcpus > 1:
-        runnable = [form for form in runnable if is_judged_contended(form, right.right[numbers[form.name]])]
+        emulated = ring == 0 and emulates_ring_0()
+        runnable = [
+            form
+            for form in runnable
+            if is_judged_contended(form, right.right[numbers[form.name]], emulated=emulated)
+        ]
     cases = [Numbered(case, numbers[case.form.name]) for case in cases_of(runnable) for _ in range(rounds)]
     different: dict[str, str] = {}
     known: dict[str, str] = {}

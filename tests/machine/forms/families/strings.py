@@ -1,131 +1,115 @@
 """String instructions, in memory and to and from a port: every width, both ways, a border in between."""
 
+from dataclasses import dataclass
+
 from ..exchange import DATA_PORT, pattern
 from ..form import DIRECTION, EITHER_OR_BOTH, WINDOW, A, B, C, D, Form
 
 _LETTER = {1: "b", 2: "w", 4: "d", 8: "q"}
 _COUNT = 12
-_BEFORE = 5  # items in the first page
+_BEFORE = 5  # items in the page where a string begins
+_SOUGHT = 0x4141_4141_4141_4141  # of which every part is the same
+
+_SOURCE, _DESTINATION = "rsi", "rdi"
+_BORDERS = {_SOURCE: B, _DESTINATION: D}
+_ENDS = {
+    "movs": (_SOURCE, _DESTINATION),
+    "cmps": (_SOURCE, _DESTINATION),
+    "lods": (_SOURCE,),
+    "outs": (_SOURCE,),
+    "stos": (_DESTINATION,),
+    "scas": (_DESTINATION,),
+    "ins": (_DESTINATION,),
+}
+_ABSENT = {
+    (_SOURCE,): EITHER_OR_BOTH,
+    (_DESTINATION,): ("C", "D", "CD"),
+    (_SOURCE, _DESTINATION): ("A", "B", "AB", "C", "D", "CD", "ABCD", "AC", "BD", "AD", "BC"),
+}
 
 
-def _start(second: int, width: int, backwards: bool, skew: int) -> int:
-    """Return where a string of _COUNT items begins that goes over the border at `second`; `skew` bytes off it."""
-    if backwards:
-        return second + (_BEFORE - 1) * width + skew
-    return second - _BEFORE * width + skew
+@dataclass(frozen=True)
+class _Shape:
+    """How a string lies: items of `width` bytes over the border, `skew` bytes off it, upwards or `backwards`."""
 
+    width: int
+    backwards: bool
+    skew: int
 
-def _each(name, code, width, *, source, destination, skew, absent, backwards=False, **rest):
-    registers = {"rcx": _COUNT, "rdx": DATA_PORT, **rest.pop("registers", {})}
-    if source:
-        registers["rsi"] = _start(B, width, backwards, skew)
-    if destination:
-        registers["rdi"] = _start(D, width, backwards, skew)
-    flags = rest.pop("flags", 0) | (DIRECTION if backwards else 0)
-    how = " backwards" * backwards + " unaligned" * bool(skew)
-    return Form(f"{name}{how}", code, absent, registers=registers, flags=flags, **rest)
+    def item(self, border: int, index: int) -> int:
+        """Return the address of item `index` of the string at `border`."""
+        if self.backwards:
+            return border + (_BEFORE - 1 - index) * self.width + self.skew
+        return border - (_BEFORE - index) * self.width + self.skew
 
-
-def _variants(width):
-    """Return the directions and skews that a width has."""
-    skews = (0, 1) if width > 1 else (0,)
-    return [(backwards, skew) for backwards in (False, True) for skew in skews]
-
-
-_ONE = {"source": True, "destination": False}, EITHER_OR_BOTH
-_OTHER = {"source": False, "destination": True}, ("C", "D", "CD")
-_TWO = {"source": True, "destination": True}, ("A", "B", "AB", "C", "D", "CD", "ABCD", "AC", "BD", "AD", "BC")
-
-
-def _moves(width):
-    letter = _LETTER[width]
-    for backwards, skew in _variants(width):
-        for code, (ends, absent) in (
-            (f"movs{letter}", _TWO),
-            (f"stos{letter}", _OTHER),
-            (f"lods{letter}", _ONE),
-        ):
-            rest = {"width": width, "skew": skew, "backwards": backwards, "absent": absent, **ends}
-            yield _each(f"rep {code}", f"rep {code}", quick=width == 4 and not skew, **rest)
-            few = tuple(
-                letters for letters in absent if letters in ("A", "C", "AC", "B", "D", "BD", "CD", "AB")
-            )
-            yield _each(code, code, **{**rest, "absent": few})
-        yield _each(
-            f"rep movs{letter} of none",
-            f"rep movs{letter}",
-            width,
-            skew=skew,
-            backwards=backwards,
-            absent=("ABCD",),
-            source=True,
-            destination=True,
-            registers={"rcx": 0},
+    def form(self, prefix: str, mnemonic: str, how: str = "", registers=(), **rest) -> Form:
+        """Return a form of a string instruction, with or without a prefix."""
+        ends = _ENDS[mnemonic]
+        code = f"{prefix}{mnemonic}{_LETTER[self.width]}"
+        words = [code, how, "backwards" * self.backwards, "unaligned" * bool(self.skew)]
+        starts = {end: self.item(_BORDERS[end], 0) for end in ends}
+        flags = DIRECTION if self.backwards else 0
+        return Form(
+            " ".join(filter(None, words)),
+            code,
+            **{"absent": _ABSENT[ends], **rest},
+            registers={"rcx": _COUNT, "rdx": DATA_PORT, **starts, **dict(registers)},
+            flags=flags,
         )
 
 
-def _same_bytes(width, backwards, skew):
-    """Return what to put at the destination for it to be as the source, all but the item before the last."""
-    source, destination = (_start(border, width, backwards, skew) for border in (B, D))
-    step = -width if backwards else width
-    memory = {}
-    for index in range(_COUNT):
-        at = source + index * step - WINDOW
-        memory[destination + index * step] = pattern()[at : at + width]
-    return memory
+def _shapes(widths):
+    return [
+        _Shape(width, backwards, skew)
+        for width in widths
+        for backwards in (False, True)
+        for skew in ((0, 1) if width > 1 else (0,))
+    ]
 
 
-def _item(width, backwards, skew, index):
-    at = _start(D, width, backwards, skew) + index * (-width if backwards else width) - WINDOW
-    return int.from_bytes(pattern()[at : at + width], "little")
+def _repeated(shape):
+    for mnemonic in ("movs", "stos", "lods"):
+        yield shape.form("rep ", mnemonic, quick=shape.width == 4 and not shape.skew)
+    yield shape.form("rep ", "movs", "of none", {"rcx": 0}, absent=("ABCD",))
+    equal = {shape.item(D, index): _bytes_at(shape.item(B, index), shape.width) for index in range(_COUNT)}
+    yield shape.form("repe ", "cmps", "all equal", memory=equal)
+    yield shape.form("repe ", "cmps", "found", memory=dict(list(equal.items())[:-2]))
+    yield shape.form("repne ", "cmps", absent=("ABCD", "A", "C", "AC", "BD"))
+    sought = {
+        shape.item(D, index): _SOUGHT.to_bytes(8, "little")[: shape.width] for index in range(_COUNT - 2)
+    }
+    yield shape.form("repe ", "scas", "found", {"rax": _SOUGHT}, memory=sought)
+    yield shape.form("repne ", "scas", "not found", {"rax": ~_SOUGHT}, memory=sought)
+    found = int.from_bytes(_bytes_at(shape.item(D, _BEFORE + 3), shape.width), "little")
+    yield shape.form("repne ", "scas", "found", {"rax": found})
 
 
-def _comparisons(width):
-    letter = _LETTER[width]
-    for backwards, skew in _variants(width):
-        rest = {"width": width, "skew": skew, "backwards": backwards}
-        ends, absent = _TWO
-        equal = _same_bytes(width, backwards, skew)
-        different = dict(list(equal.items())[:-2])
-        yield _each(
-            f"repe cmps{letter} all equal", f"repe cmps{letter}", memory=equal, absent=absent, **ends, **rest
+def _bytes_at(address: int, length: int) -> bytes:
+    """Return what the pattern has there."""
+    return pattern()[address - WINDOW :][:length]
+
+
+def _repeated_port(shape):
+    for mnemonic in ("ins", "outs"):
+        yield shape.form("rep ", mnemonic, quick=not shape.skew)
+
+
+def _single(width, mnemonic):
+    """Return one item, of more than one byte across the border, both ways."""
+    first = {_SOURCE: "A", _DESTINATION: "C"}
+    ends = _ENDS[mnemonic]
+    for backwards in (False, True):
+        yield _Shape(width, backwards, 0).form(
+            "",
+            mnemonic,
+            registers={end: _BORDERS[end] - 0x40 for end in ends},
+            absent=tuple(
+                letters for letters in _ABSENT[ends] if set(letters) <= {first[end] for end in ends}
+            ),
         )
-        yield _each(
-            f"repe cmps{letter} found", f"repe cmps{letter}", memory=different, absent=absent, **ends, **rest
-        )
-        yield _each(f"repne cmps{letter}", f"repne cmps{letter}", absent=("ABCD", "AC", "BD"), **ends, **rest)
-        yield _each(f"cmps{letter}", f"cmps{letter}", absent=("A", "C", "AC"), **ends, **rest)
-        ends, absent = _OTHER
-        found = {"rax": _item(width, backwards, skew, _BEFORE + 3)}
-        yield _each(
-            f"repne scas{letter} found", f"repne scas{letter}", registers=found, absent=absent, **ends, **rest
-        )
-        yield _each(
-            f"repne scas{letter} not found",
-            f"repne scas{letter}",
-            registers={"rax": 0},
-            absent=absent,
-            **ends,
-            **rest,
-        )
-        yield _each(
-            f"repe scas{letter}",
-            f"repe scas{letter}",
-            registers={"rax": 0},
-            absent=("CD", "C", "D"),
-            **ends,
-            **rest,
-        )
-        yield _each(f"scas{letter}", f"scas{letter}", absent=("C", "D"), **ends, **rest)
-
-
-def _port(width):
-    letter = _LETTER[width]
-    for backwards, skew in _variants(width):
-        rest = {"width": width, "skew": skew, "backwards": backwards}
-        for code, (ends, absent) in ((f"ins{letter}", _OTHER), (f"outs{letter}", _ONE)):
-            yield _each(f"rep {code}", f"rep {code}", absent=absent, quick=not skew, **ends, **rest)
-            yield _each(code, code, absent=(*absent[:1], absent[-1]), **ends, **rest)
+        if width > 1:
+            across = {end: _BORDERS[end] - width // 2 for end in ends}
+            yield _Shape(width, backwards, 0).form("", mnemonic, "across", across)
 
 
 def _long_input():
@@ -182,8 +166,14 @@ def _others():
 
 
 FORMS = [
-    *(form for width in (1, 2, 4, 8) for kind in (_moves, _comparisons) for form in kind(width)),
-    *(form for width in (1, 2, 4) for form in _port(width)),
+    *(form for shape in _shapes((1, 2, 4, 8)) for form in _repeated(shape)),
+    *(form for shape in _shapes((1, 2, 4)) for form in _repeated_port(shape)),
+    *(
+        form
+        for mnemonic in _ENDS
+        for width in ((1, 2, 4) if mnemonic in ("ins", "outs") else (1, 2, 4, 8))
+        for form in _single(width, mnemonic)
+    ),
     *_long_input(),
     *_others(),
 ]
