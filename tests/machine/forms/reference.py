@@ -11,6 +11,8 @@ from plain_guest import PlainGuest
 from kvmdp.kvm import InternalError, Io
 from kvmdp.machine.guest_abi import REPORT_PORT, ParameterBlock, Report
 from kvmdp.machine.workloads import WorkloadOptions, program_blocks
+from kvmdp.source.base import read_pages
+from kvmdp.source.synthetic import SyntheticSource
 
 from .exchange import (
     DATA_PORT,
@@ -74,6 +76,12 @@ def has_avx(ring: int) -> bool:
         return guest.run() == [Report.DONE]
 
 
+@functools.cache
+def _whole_ram() -> np.ndarray:
+    """Return RAM as `trapped` has it: a form may go astray."""
+    return read_pages(SyntheticSource(MEMORY), np.arange(MEMORY // PAGE))
+
+
 class _EmulatorError(Exception):
     """KVM runs this ring in its emulator, which does not know the form."""
 
@@ -130,6 +138,7 @@ class _Guest:
 
     def __init__(self, guest: PlainGuest) -> None:
         self._guest = guest
+        guest.ram[:] = _whole_ram()
         self._vcpu, self._block = guest.vcpus[0], guest.blocks[0]
         self._port = DataPort()
 
