@@ -1,0 +1,77 @@
+"""All forms, or some, under one trap in one ring."""
+
+import fnmatch
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmdp.machine.hostinfo import emulates_ring_0
+
+from .form import Form, cases_of
+from .judge import difference, is_judged_contended
+from .known import KNOWN
+from .program import assemble
+from .reference import Reference, find_right
+from .table import FORMS
+from .trapped import Numbered, run_cases
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found: the names of cases that differ, and how; how many were run; forms that were not, and why.
+
+    `touched` is in how many cases the guest came to a page that was absent.
+    """
+
+    different: dict[str, str]
+    known: dict[str, str]
+    cases: int
+    skipped: dict[str, str]
+    touched: int
+
+
+@functools.cache
+def program() -> bytes:
+    """Return the guest program with the whole table; KVMDP_FORMS is a file of it, where there is no binutils."""
+    ready = os.environ.get("KVMDP_FORMS")
+    return Path(ready).read_bytes() if ready else assemble(FORMS)
+
+
+@functools.cache
+def reference(ring: int) -> Reference:
+    """Return what is right in a ring of this host's guests."""
+    return find_right(FORMS, program(), ring)
+
+
+def chosen(pattern: str = "*", *, quick: bool = False) -> list[Form]:
+    """Return the forms whose names match, all or the quick ones."""
+    return [form for form in FORMS if fnmatch.fnmatchcase(form.name, pattern) and (form.quick or not quick)]
+
+
+def survey(trap: str, ring: int, vcpus: int = 1, forms: Sequence[Form] = FORMS, rounds: int = 1) -> Survey:
+    """Run forms under a trap and compare. With two vCPUs both run each at the same time, `rounds` times."""
+    right = reference(ring)
+    numbers = {form.name: number for number, form in enumerate(FORMS)}
+    skipped = {
+        form.name: right.skipped[numbers[form.name]] for form in forms if numbers[form.name] in right.skipped
+    }
+    runnable = [form for form in forms if form.name not in skipped]
+    if vcpus > 1:
+        emulated = ring == 0 and emulates_ring_0()
+        runnable = [
+            form
+            for form in runnable
+            if is_judged_contended(form, right.right[numbers[form.name]], emulated=emulated)
+        ]
+    cases = [Numbered(case, numbers[case.form.name]) for case in cases_of(runnable) for _ in range(rounds)]
+    different: dict[str, str] = {}
+    known: dict[str, str] = {}
+    results, touched = run_cases(trap, right, program(), cases, vcpus)
+    for each, result in zip(cases, results, strict=True):
+        words = difference(each.case.form, right.right[each.number], result)
+        if words:
+            found = known if (trap, ring, each.case.form.name) in KNOWN else different
+            found.setdefault(each.case.name, words)
+    return Survey(different, known, len(cases), skipped, touched)

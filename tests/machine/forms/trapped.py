@@ -1,0 +1,189 @@
+"""Forms run on a `Machine`, with pages absent when each begins."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.runloop import GuestError
+from kvmdp.paging.fault import PagingError
+from kvmdp.source.synthetic import SyntheticSource
+
+from .exchange import (
+    DATA_PORT,
+    NEXT_PORT,
+    DataPort,
+    Outcome,
+    Setter,
+    end,
+    fatal_outcome,
+    outcome_of,
+    pages_in,
+    scratch_of,
+)
+from .form import MEMORY, WINDOW, WINDOW_BYTES, Case
+from .reference import Reference, blocks_for
+
+_STUCK_SECONDS = 20.0  # longer than the machine's own watchdog takes for the pages of any form
+_LOOK_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that ended the run; in words."""
+
+    message: str
+
+
+# What each vCPU left, or why there is nothing.
+Result = tuple[Outcome, ...] | Failure
+
+
+class StuckError(Exception):
+    """No form has ended for long."""
+
+
+class _StoppingError(GuestError):
+    """Another vCPU has ended the run."""
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """A case, and the number of its form in the program."""
+
+    case: Case
+    number: int
+
+
+def run_cases(
+    trap: str, reference: Reference, program: bytes, cases: Sequence[Numbered], vcpus: int = 1
+) -> tuple[list[Result], int]:
+    """Run each case on a machine with `trap`, on all vCPUs at the same time; one that fails costs another machine.
+
+    Returns the results, and in how many cases that ended well the guest came to a page that was absent.
+    """
+    setter = Setter(program, reference.selectors, reference.avx)
+    results: list[Result] = []
+    touched = 0
+    while len(results) < len(cases):
+        rest = cases[len(results) :]
+        with Machine(
+            MachineOptions(MEMORY, trap, vcpus=vcpus, program=program), SyntheticSource(MEMORY)
+        ) as machine:
+            machine.set_parameters(blocks_for(reference.ring, vcpus))
+            session = _Session(machine, setter, rest)
+            results += session.run()
+            touched += session.touched
+    return results, touched
+
+
+class _Session:
+    """Forms on one machine, until one fails. `touched`: in how many cases the guest came to an absent page."""
+
+    def __init__(self, machine: Machine, setter: Setter, cases: Sequence[Numbered]) -> None:
+        self._machine, self._setter, self._cases = machine, setter, cases
+        self._blocks = [thread.parameters for thread in machine.threads]
+        self._ports = [DataPort() for _ in self._blocks]
+        self._results: list[Result] = []
+        self.touched = 0
+        self._begun = 0  # cases
+        self._since = time.monotonic()
+        # All vCPUs meet where one form ends and the next begins: the last to come does what is to be done between.
+        self._meeting = threading.Condition()
+        self._waiting = 0
+        self._rounds = 0
+        machine.ports.add(NEXT_PORT, lambda vcpu, io: self._meet())
+        machine.ports.add(DATA_PORT, lambda vcpu, io: self._ports[vcpu].serve(io))
+
+    def run(self) -> list[Result]:
+        """Return the results of the cases up to the first that failed, with that."""
+        try:
+            self._machine.run(on_tick=self._watch)
+        except (GuestError, PagingError, StuckError) as error:
+            self._results.append(self._failed(error))
+        return self._results
+
+    def _watch(self) -> None:
+        if time.monotonic() - self._since > _STUCK_SECONDS:
+            where = ", ".join(f"{thread.vcpu.regs.rip:#x}" for thread in self._machine.threads)
+            raise StuckError(f"no form has ended for {_STUCK_SECONDS:.0f} seconds; RIP {where}")
+
+    def _failed(self, error: Exception) -> Result:
+        """Return what there is of the case that ended the run: a form may end in an exception."""
+        if not self._begun:
+            raise error
+        current = self._cases[self._begun - 1]
+        ended = [thread for thread in self._machine.threads if thread.parameters.exception_count]
+        if not isinstance(error, GuestError) or len(ended) < len(self._blocks):
+            return Failure(str(error))
+        self._machine.pager.resume()  # the machine has stopped: what is absent cannot be read otherwise
+        ram = self._machine.memory.read(WINDOW, WINDOW_BYTES)
+        return tuple(
+            fatal_outcome(
+                block,
+                current.case.form,
+                current.number,
+                ram=ram,
+                written=bytes(port.written),
+                taken=port.taken,
+            )
+            for block, port in zip(self._blocks, self._ports, strict=True)
+        )
+
+    def _meet(self) -> None:
+        """Wait for all vCPUs; in the thread of each."""
+        with self._meeting:
+            self._waiting += 1
+            if self._waiting == len(self._blocks):
+                self._waiting = 0
+                self._rounds += 1
+                self._turn()
+                self._meeting.notify_all()
+                return
+            mine = self._rounds
+            while self._rounds == mine:
+                self._meeting.wait(_LOOK_SECONDS)
+                if any(thread.error is not None for thread in self._machine.threads):
+                    raise _StoppingError("another vCPU has ended the run")
+
+    def _turn(self) -> None:
+        """Take what the last form has left, and prepare the next. No vCPU is in the guest."""
+        self._since = time.monotonic()
+        if self._begun:
+            self._results.append(self._outcomes(self._cases[self._begun - 1]))
+        if self._begun == len(self._cases):
+            for block in self._blocks:
+                end(block)
+            return
+        self._prepare(self._cases[self._begun])
+        self._begun += 1
+
+    def _outcomes(self, current: Numbered) -> tuple[Outcome, ...]:
+        test = self._machine.pager.bitmap.test
+        self.touched += any(test(page) for page in pages_in(current.case.absent))
+        ram = self._machine.memory.read(WINDOW, WINDOW_BYTES)
+        return tuple(
+            outcome_of(
+                thread.parameters,
+                current.case.form,
+                current.number,
+                ram=ram,
+                cr2=thread.vcpu.sregs.cr2,
+                written=bytes(port.written),
+                taken=port.taken,
+            )
+            for thread, port in zip(self._machine.threads, self._ports, strict=True)
+        )
+
+    def _prepare(self, following: Numbered) -> None:
+        form = following.case.form
+        self._machine.memory.write(WINDOW, self._setter.ram(form, following.number))
+        for page in pages_in(following.case.absent):
+            self._machine.pager.evict(page, 1)
+        meet_at = 0
+        if len(self._blocks) > 1:
+            meet_at = scratch_of(self._blocks[0]).meeting + len(self._blocks)
+        for block, port in zip(self._blocks, self._ports, strict=True):
+            port.begin()
+            self._setter.give(block, form, following.number, meet_at)

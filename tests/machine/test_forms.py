@@ -1,0 +1,54 @@
+"""Instruction forms leave under every trap, pages absent, what they leave in the same ring with all memory present.
+
+The table is in `forms`; tools/forms runs one cell of this matrix by hand.
+"""
+
+from collections import Counter
+
+import pytest
+from forms.exchange import Scratch
+from forms.form import cases_of
+from forms.program import DRIVER
+from forms.survey import FORMS, chosen, reference, survey
+from harness import every_trap, require_trap
+
+pytestmark = [pytest.mark.kvm, pytest.mark.binutils]
+
+_SHOWN = 40
+
+
+@every_trap
+@pytest.mark.parametrize("ring", [3, 0])
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_forms_leave_what_they_leave_with_all_memory_present(trap, ring, vcpus):
+    require_trap(trap)
+    found = survey(trap, ring, vcpus)
+    lines = [f"{name}: {words}" for name, words in found.different.items()]
+    assert not lines, "\n".join([f"{len(lines)} of {found.cases} cases differ:", *lines[:_SHOWN]])
+    assert found.touched > 0.98 * found.cases, "pages that were to be absent were not, or not touched"
+
+
+@pytest.mark.parametrize("ring", [3, 0])
+def test_what_is_right_is_the_same_each_time(ring):
+    reference.cache_clear()
+    first = reference(ring)
+    reference.cache_clear()
+    assert reference(ring) == first
+
+
+def test_there_are_forms_for_everything_that_is_asked_for():
+    assert len(list(cases_of(FORMS))) > 3000
+    assert 100 < len(list(cases_of(chosen(quick=True)))) < 600
+
+
+def test_driver_and_host_agree_on_where_things_are():
+    constants = dict(
+        line.split("#")[0].removeprefix(".set ").strip().split(", ")
+        for line in DRIVER.read_text().splitlines()
+        if line.startswith(".set")
+    )
+    fields = {name.upper(): getattr(Scratch, name).offset for name, *_ in Scratch._fields_}
+    shared = fields.keys() & constants.keys()
+    assert {name: int(constants[name], 16) for name in shared} == {name: fields[name] for name in shared}
+    assert fields.keys() - shared == {name for name in fields if name.startswith("_")}
+    assert not [name for name, count in Counter(fields.values()).items() if count > 1]
