@@ -16,7 +16,7 @@ everything back: KVM_SET_SREGS the page table, KVM_SET_REGS registers, RIP and t
 are loaded anew when the instruction runs, all of what was zero; before a machine check they are put back as well.
 With RFLAGS.TF the finished instruction also counts as a step in DR6, which is put back.
 A far return is the one instruction that changes a register, RSP, between two loads, and KVM shows it changed
-(`_second_pop`).
+(`_first_pop`). It stores nothing, so it keeps its page table: that it is at its second load can be told only so.
 
 *A store.* The instruction is over by then: registers and RIP are those after it (of a repetition, for a string
 instruction). It had no absent load, or that would have come first, and the stores that the emulator makes are the
@@ -46,16 +46,16 @@ from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.instruction import InstructionReader
 from kvmdp.paging.trap.encoding import (
-    MAX_INSTRUCTION,
     address_mask,
+    far_return,
     is_far_call,
+    is_selector_store,
     is_string_input,
-    operand_size,
 )
 
-_FAR_RETURNS = (0xCA, 0xCB)
 _STRING_STORES = (0xA4, 0xA5, 0xAA, 0xAB)
-_MIN_FAR_CALL = 2  # bytes
+_MIN_IN_MEMORY = 2  # bytes of an instruction with a ModRM byte
+_PUSHES_OF_SELECTOR_OR_FLAGS = (b"\x9c", b"\x0f\xa0", b"\x0f\xa8")
 _TRAP_FLAG, _DIRECTION_FLAG = 1 << 8, 1 << 10
 _GENERAL_PROTECTION = 13
 # In the second half of a descriptor: type bits 2 and 3, S, P
@@ -67,6 +67,7 @@ class Form(enum.StrEnum):
 
     STORE = "store"
     STRING_STORE = "string store"
+    SELECTOR_OR_FLAGS = "selector or flags"  # the guest's, where KVM has other ones for the CPU
     FAR_CALL = "far call"  # KVM loses one of its stores: the result may be wrong
 
 
@@ -109,21 +110,22 @@ class Emulation:
         vcpu = self._vcpu
         registers = kvm_regs.from_buffer_copy(vcpu.regs)
         system = vcpu.sregs
-        is_far_return = self._instruction.opcode() in _FAR_RETURNS
+        pop = far_return(self._instruction.code_at(registers.rip))
         debug = vcpu.debug_registers if registers.rflags & _TRAP_FLAG else None
         vectors = vcpu.xsave if keep_vectors else None
-        nowhere = kvm_sregs.from_buffer_copy(system)
-        nowhere.cr3 = self._empty_table
-        vcpu.set_sregs(nowhere)
+        if not pop:
+            nowhere = kvm_sregs.from_buffer_copy(system)
+            nowhere.cr3 = self._empty_table
+            vcpu.set_sregs(nowhere)
         loads, following = 0, load
         while isinstance(following, Mmio | Io):
             if isinstance(following, Io) or not following.is_write:
                 following.data[:] = bytes(len(following.data))
                 loads += 1
             following = self.finish()
+        if pop and loads == 1 and isinstance(load, Mmio):
+            registers.rsp -= self._first_pop(registers, load.gpa, pop)
         vcpu.set_sregs(system)
-        if is_far_return and loads == 1:
-            registers.rsp -= self._second_pop(registers)
         vcpu.set_regs(registers)
         if debug is not None:
             vcpu.set_debug_registers(debug)
@@ -133,17 +135,23 @@ class Emulation:
             return Interrupted()  # it had more to do, and KVM does not know how: RIP is where it was
         return following
 
-    def _second_pop(self, registers: kvm_regs) -> int:
-        """Return the bytes that a far return had popped before the load that was called off: those of RIP, or none.
+    def _first_pop(self, registers: kvm_regs, gpa: int, pop: int) -> int:
+        """Return what a far return, finished after one load, had popped before that: the bytes of RIP, or none.
 
-        Given zeros, the first pop of the two is followed by another load: from the same page, which exits; or from
-        another one, which is a page fault. The second pop is followed by neither: a null selector in CS is a general
-        protection fault.
+        `registers` are those at the load, of memory at `gpa`; it has two adjacent pops of `pop` bytes. The first pop's
+        load is followed by the second's, from the same page, wherever nothing that lies before RSP is in that page. If
+        it was the second's, RIP is what the first one took from there, or zeros in CS are a general protection fault:
+        this looks at that too, for another thread may have made the page present between the two loads.
         """
-        exception = self._vcpu.events.exception
-        if not (exception.pending or exception.injected) or exception.nr != _GENERAL_PROTECTION:
+        before = registers.rsp - pop
+        pages = (self._vcpu.translate(address) for address in (before, registers.rsp - 1))
+        if gpa // PAGE_SIZE in (each // PAGE_SIZE for each in pages if each is not None):
             return 0
-        return operand_size(self._instruction.code_at(registers.rip))
+        exception = self._vcpu.events.exception
+        if (exception.pending or exception.injected) and exception.nr == _GENERAL_PROTECTION:
+            return pop
+        popped = self._instruction.code_at(before, pop)
+        return pop if int.from_bytes(popped, "little") == self._vcpu.regs.rip else 0
 
     # Stores
 
@@ -151,7 +159,7 @@ class Emulation:
         """Have KVM finish an instruction that has exited for a store.
 
         Returns what it stores, in parts that each lie in a page, and the next exit: Interrupted if all of it is known.
-        There is nothing to store where the instruction could be taken back instead.
+        A part without bytes is of an instruction that has been taken back instead, and will store them itself.
         """
         stores: list[Store] = []
         following: Exit = store
@@ -161,38 +169,63 @@ class Emulation:
         if isinstance(following, Interrupted):
             form = self._form_of(stores)
             if form is None:
-                return [], following
+                return [(gpa, b"") for gpa, _ in stores], following
             self.completed[form] += 1
         return stores, following
 
     def _form_of(self, stores: Sequence[Store]) -> Form | None:
         """Return what has been completed, None if it was a far call and has been taken back."""
-        rsp, gpa = self._vcpu.regs.rsp, stores[0][0]
-        if (rsp ^ gpa) % PAGE_SIZE == 0 and self._vcpu.translate(rsp) == gpa:
-            before = self._before_far_call(stores)
-            if before is not None:
-                if not self._has_one_code_segment():
-                    return Form.FAR_CALL
-                self._vcpu.set_regs(before)
-                return None
+        pushed = self._pushed(stores)
+        before = self._before_far_call(pushed) if pushed else None
+        if before is not None:
+            if not self._has_one_code_segment():
+                return Form.FAR_CALL
+            self._vcpu.set_regs(before)
+            return None
+        size = sum(len(data) for _, data in stores)
+        if self._has_pushed_selector_or_flags() if pushed else size == 2 and self._has_stored_selector():
+            return Form.SELECTOR_OR_FLAGS
         is_repeated = self._instruction.opcode() in _STRING_STORES
         return Form.STRING_STORE if is_repeated else Form.STORE
 
-    def _before_far_call(self, stores: Sequence[Store]) -> kvm_regs | None:
-        """Return the registers before a far call that has just stored its return address; None if it was none.
+    def _pushed(self, stores: Sequence[Store]) -> bytes:
+        """Return what an instruction has pushed last, of which `stores` are at least the end; nothing for another."""
+        rsp, gpa = self._vcpu.regs.rsp, stores[0][0]
+        data = b"".join(part for _, part in stores)
+        if (rsp ^ gpa) % PAGE_SIZE == 0:
+            return data if self._vcpu.translate(rsp) == gpa else b""
+        # What comes before it is in the page before, which is present.
+        before = PAGE_SIZE - rsp % PAGE_SIZE
+        if gpa % PAGE_SIZE == 0 and before < 8 and self._vcpu.translate(rsp + before) == gpa:
+            return self._instruction.code_at(rsp, before) + data
+        return b""
+
+    def _has_pushed_selector_or_flags(self) -> bool:
+        """Return whether the instruction that ends at RIP may have been PUSHF, PUSH FS or PUSH GS.
+
+        An instruction cannot be read backwards: another one whose last bytes look the same is taken for one too.
+        """
+        return self._instruction.code_before(self._vcpu.regs.rip).endswith(_PUSHES_OF_SELECTOR_OR_FLAGS)
+
+    def _has_stored_selector(self) -> bool:
+        """Return whether the instruction that ends at RIP may have been a MOV from a segment register."""
+        code = self._instruction.code_before(self._vcpu.regs.rip)
+        return any(is_selector_store(code[-length:]) for length in range(_MIN_IN_MEMORY, len(code) + 1))
+
+    def _before_far_call(self, pushed: bytes) -> kvm_regs | None:
+        """Return the registers before a far call that has pushed its return address; None if it was none.
 
         Its bytes end at the return address, and the far pointer that they name is where the vCPU is now.
         """
-        data = b"".join(part for _, part in stores)
-        after, size = int.from_bytes(data, "little"), len(data)
+        after, size = int.from_bytes(pushed, "little"), len(pushed)
         before = kvm_regs.from_buffer_copy(self._vcpu.regs)
         before.rsp += 2 * size
-        for length in range(_MIN_FAR_CALL, MAX_INSTRUCTION + 1):
-            before.rip = after - length
-            code = self._instruction.code_at(before.rip, length)
-            if len(code) < length or not is_far_call(code, size):
+        code = self._instruction.code_before(after)
+        for length in range(_MIN_IN_MEMORY, len(code) + 1):
+            if not is_far_call(code[-length:], size):
                 continue
-            pointer = self._instruction.operands(code, before)[0].address
+            before.rip = after - length
+            pointer = self._instruction.operands(code[-length:], before)[0].address
             target = self._instruction.code_at(pointer, size + 2)
             if int.from_bytes(target[:size], "little") == self._vcpu.regs.rip and (
                 int.from_bytes(target[size:], "little") == self._vcpu.sregs.cs.selector
@@ -203,7 +236,7 @@ class Emulation:
     def _has_one_code_segment(self) -> bool:
         """Return whether CS cannot have been another one: the guest has only one code segment for its ring."""
         system = self._vcpu.sregs
-        if system.ldt.present and not system.ldt.unusable:
+        if system.ldt.selector:
             return False
         table = self._instruction.code_at(system.gdt.base, system.gdt.limit + 1)
         descriptors = [int.from_bytes(table[at : at + 8], "little") for at in range(0, len(table), 8)]

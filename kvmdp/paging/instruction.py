@@ -48,6 +48,13 @@ class InstructionReader:
             code += piece
         return code
 
+    def code_before(self, end: int) -> bytes:
+        """Return the 15 bytes that end at `end`, fewer if the page before is not there."""
+        start, border = end - MAX_INSTRUCTION, (end - 1) // PAGE_SIZE * PAGE_SIZE
+        if start >= border:
+            return self.code_at(start)
+        return (self.read(start, border - start) or b"") + self.code_at(border, end - border)
+
     def read(self, address: int, length: int) -> bytes | None:
         """Return bytes at a linear address, all of one page; None if they are not there."""
         gpa = self._vcpu.translate(address)

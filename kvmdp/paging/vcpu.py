@@ -183,7 +183,7 @@ class VcpuPaging:
                 if outcome is Outcome.PRESENT:
                     self._transfer(page * PAGE_SIZE + gpa % PAGE_SIZE, data)
             if outcome is Outcome.POISONED:
-                self._machine_check(page, PoisonedAccess.LOST_STORE)
+                self._machine_check(page, PoisonedAccess.LOST_STORE if data else None)
                 break
             self._check(outcome, page)
         return None if type(following) is Interrupted else following

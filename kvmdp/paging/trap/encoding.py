@@ -178,16 +178,32 @@ def _immediate_length(instruction: Instruction, reg: int) -> int:
 
 def is_far_call(code: bytes, size: int) -> bool:
     """Return whether `code` is all of a CALL through a far pointer in memory, whose offset has `size` bytes."""
+    found = _in_memory(code, 0xFF)
+    return found is not None and found[1] == 3 and found[0].operand_size == size
+
+
+def is_selector_store(code: bytes) -> bool:
+    """Return whether `code` is all of a MOV from a segment register to memory."""
+    return _in_memory(code, 0x8C) is not None
+
+
+def _in_memory(code: bytes, opcode: int) -> tuple[Instruction, int] | None:
+    """Return what `code` is and the register field of its ModRM byte.
+
+    None if it is not all of an instruction with this one-byte opcode, an operand in memory and no immediate.
+    """
     reader = Reader(code)
     try:
         instruction = read_prefixes(reader, 0, 0)
+        if (instruction.opcode_map, instruction.opcode) != (0, opcode):
+            return None
         modrm = reader.byte()
-        if (instruction.opcode_map, instruction.opcode, modrm >> 3 & 7) != (0, 0xFF, 3) or modrm >> 6 == 3:
-            return False
+        if modrm >> 6 == 3:
+            return None
         effective_address(modrm, instruction, reader, kvm_regs())
     except TruncatedError:
-        return False
-    return reader.position == len(code) and instruction.operand_size == size
+        return None
+    return (instruction, modrm >> 3 & 7) if reader.position == len(code) else None
 
 
 def is_string_input(code: bytes) -> bool:
@@ -204,9 +220,14 @@ def address_mask(code: bytes) -> int:
     return 0xFFFFFFFF if read_prefixes(Reader(code[:MAX_INSTRUCTION]), 0, 0).address_32 else ADDRESS_MASK
 
 
-def operand_size(code: bytes) -> int:
-    """Return the operand size in bytes that the prefixes of a general 64-bit instruction ask for: 8, 4 or 2."""
-    return read_prefixes(Reader(code[:MAX_INSTRUCTION]), 0, 0).operand_size
+def far_return(code: bytes) -> int:
+    """Return the size of each of the two pops of a far return, in bytes; 0 if `code` does not begin with one."""
+    try:
+        instruction = read_prefixes(Reader(code[:MAX_INSTRUCTION]), 0, 0)
+    except TruncatedError:
+        return 0
+    is_far_return = instruction.opcode_map == 0 and instruction.opcode in (0xCA, 0xCB)
+    return instruction.operand_size if is_far_return else 0
 
 
 def wrap(address: int) -> int:

@@ -171,7 +171,11 @@ def _explicit(
     ):  # MOVDIR64B, ENQCMD: from here to [register]
         target = register & 0xFFFFFFFF if instruction.address_32 else register
         return (Operand(address, _LINE), Operand(target, _LINE))
-    return (Operand(address, _length(instruction, reg)), *stack)
+    operand = Operand(address, _length(instruction, reg))
+    if instruction.opcode_map == 1 and instruction.opcode == 0xAE and reg < 2 and instruction.segment_base:
+        # KVM's emulator leaves the segment's base out of FXSAVE and FXRSTOR.
+        return (operand, Operand(wrap(address - instruction.segment_base), operand.length))
+    return (operand, *stack)
 
 
 def _gather(

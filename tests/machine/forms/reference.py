@@ -178,6 +178,8 @@ class _Guest:
                     self._port.serve(exit)
                 case Io(port=port) if port == NEXT_PORT:
                     return True
+                case Io(port=port, direction="in") if port == REPORT_PORT:
+                    exit.data[:] = bytes(4)  # to the #UD handler: no, it is not to be run again
                 case Io(port=port) if port == REPORT_PORT:
                     return False
                 case InternalError(is_emulation_failure=True):
