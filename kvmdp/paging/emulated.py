@@ -15,8 +15,8 @@ RAM; what goes to the page itself, which stays absent, and to ports is dropped. 
 everything back: KVM_SET_SREGS the page table, KVM_SET_REGS registers, RIP and the pending page fault. Vector registers
 are loaded anew when the instruction runs, all of what was zero; before a machine check they are put back as well.
 With RFLAGS.TF the finished instruction also counts as a step in DR6, which is put back.
-A far return is the one instruction that changes a register, RSP, between two loads, and KVM shows it changed
-(`_first_pop`). It stores nothing, so it keeps its page table: that it is at its second load can be told only so.
+A far return is the one instruction that changes a register, RSP, between two loads, and KVM shows it changed. It stores
+nothing, so it needs no other page table, and can be asked which of its loads it is at (`_call_off_far_return`).
 
 *A store.* The instruction is over by then: registers and RIP are those after it (of a repetition, for a string
 instruction). It had no absent load, or that would have come first, and the stores that the emulator makes are the
@@ -58,6 +58,8 @@ _MIN_IN_MEMORY = 2  # bytes of an instruction with a ModRM byte
 _PUSHES_OF_SELECTOR_OR_FLAGS = (b"\x9c", b"\x0f\xa0", b"\x0f\xa8")
 _TRAP_FLAG, _DIRECTION_FLAG = 1 << 8, 1 << 10
 _GENERAL_PROTECTION = 13
+_RPL = 0b11  # in a selector: no part of an error code
+_NO_SELECTOR = (0xFFF8).to_bytes(8, "little")  # the last selector that there can be
 # In the second half of a descriptor: type bits 2 and 3, S, P
 _CONFORMING, _CODE_SEGMENT, _DESCRIPTOR_PRESENT = 1 << 10, 0b11 << 11, 1 << 15
 
@@ -109,22 +111,17 @@ class Emulation:
         """
         vcpu = self._vcpu
         registers = kvm_regs.from_buffer_copy(vcpu.regs)
-        system = vcpu.sregs
-        pop = far_return(self._instruction.code_at(registers.rip))
         debug = vcpu.debug_registers if registers.rflags & _TRAP_FLAG else None
         vectors = vcpu.xsave if keep_vectors else None
-        if not pop:
+        pop = far_return(self._instruction.code_at(registers.rip))
+        system = vcpu.sregs
+        if pop and isinstance(load, Mmio):
+            following = self._call_off_far_return(registers, load, pop)
+        else:
             nowhere = kvm_sregs.from_buffer_copy(system)
             nowhere.cr3 = self._empty_table
             vcpu.set_sregs(nowhere)
-        loads, following = 0, load
-        while isinstance(following, Mmio | Io):
-            if isinstance(following, Io) or not following.is_write:
-                following.data[:] = bytes(len(following.data))
-                loads += 1
-            following = self.finish()
-        if pop and loads == 1 and isinstance(load, Mmio):
-            registers.rsp -= self._first_pop(registers, load.gpa, pop)
+            following, _ = self._finish_with_zeros(load)
         vcpu.set_sregs(system)
         vcpu.set_regs(registers)
         if debug is not None:
@@ -135,23 +132,40 @@ class Emulation:
             return Interrupted()  # it had more to do, and KVM does not know how: RIP is where it was
         return following
 
-    def _first_pop(self, registers: kvm_regs, gpa: int, pop: int) -> int:
-        """Return what a far return, finished after one load, had popped before that: the bytes of RIP, or none.
+    def _finish_with_zeros(self, exit: Exit, first: bytes = b"") -> tuple[Exit, int]:
+        """Have KVM finish, with `first` and then zeros for what it loads; returns the next exit and how many loads."""
+        loads = 0
+        while isinstance(exit, Mmio | Io):
+            if isinstance(exit, Io) or not exit.is_write:
+                exit.data[:] = first or bytes(len(exit.data))
+                first = b""
+                loads += 1
+            exit = self.finish()
+        return exit, loads
 
-        `registers` are those at the load, of memory at `gpa`; it has two adjacent pops of `pop` bytes. The first pop's
-        load is followed by the second's, from the same page, wherever nothing that lies before RSP is in that page. If
-        it was the second's, RIP is what the first one took from there, or zeros in CS are a general protection fault:
-        this looks at that too, for another thread may have made the page present between the two loads.
+    def _call_off_far_return(self, registers: kvm_regs, load: Mmio, pop: int) -> Exit:
+        """Have KVM finish a far return, and correct RSP in `registers`, which are those at its `load`.
+
+        It has two adjacent pops of `pop` bytes: RIP, then CS. RSP is where the one that has exited begins. To tell
+        which that was it is given a selector that no table of descriptors has room for. As CS that is a general
+        protection fault with just this error code. Where CS is loaded in part from the page before, it may be a good
+        one: then RIP is what the first pop took from below RSP. Anything else was RIP's, and so is the first of two
+        loads.
         """
-        before = registers.rsp - pop
-        pages = (self._vcpu.translate(address) for address in (before, registers.rsp - 1))
-        if gpa // PAGE_SIZE in (each // PAGE_SIZE for each in pages if each is not None):
-            return 0
+        read, rsp = self._instruction.code_at, registers.rsp
+        below = int.from_bytes(read(rsp - pop, pop), "little")
+        offset = 0 if self._vcpu.translate(rsp) == load.gpa else PAGE_SIZE - rsp % PAGE_SIZE
+        operand = read(rsp, offset) + _NO_SELECTOR[offset:]
+        following, loads = self._finish_with_zeros(load, operand[offset : offset + load.size])
         exception = self._vcpu.events.exception
-        if (exception.pending or exception.injected) and exception.nr == _GENERAL_PROTECTION:
-            return pop
-        popped = self._instruction.code_at(before, pop)
-        return pop if int.from_bytes(popped, "little") == self._vcpu.regs.rip else 0
+        if exception.pending or exception.injected:
+            error_code = int.from_bytes(operand[:2], "little") & ~_RPL
+            is_second = (exception.nr, exception.error_code) == (_GENERAL_PROTECTION, error_code)
+        else:
+            is_second = self._vcpu.regs.rip == below
+        if loads == 1 and is_second:
+            registers.rsp -= pop
+        return following
 
     # Stores
 
