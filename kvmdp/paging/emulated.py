@@ -31,7 +31,7 @@ A vCPU finishes in KVM_RUN with `immediate_exit`, which never enters the guest: 
 is left to finish.
 
 Source: arch/x86/kvm/x86.c (complete_emulated_mmio, emulator_read_write, __set_regs) and emulate.c of Linux 6.1 to
-7.3; proven for several hundred forms by tests/machine/test_instruction_forms.py. Belongs to the vCPU's thread.
+7.3; proven for several hundred forms by tests/machine/test_forms.py. Belongs to the vCPU's thread.
 """
 
 from __future__ import annotations
