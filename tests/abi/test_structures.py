@@ -57,6 +57,8 @@ kvm_msr_filter_range 24: flags 0, nmsrs 4, base 8, bitmap 16
 kvm_msr_filter 392: flags 0, ranges 8
 kvm_xcr 16: xcr 0, reserved 4, value 8
 kvm_xcrs 392: nr_xcrs 0, flags 4, xcrs 8, padding 264
+kvm_debugregs 128: db 0, dr6 32, dr7 40, flags 48, reserved 56
+kvm_xsave 4096: region 0
 kvm_x86_mce 64: status 0, addr 8, misc 16, mcg_status 24, bank 32, pad1 33, pad2 40
 siginfo_t 128: si_signo 0, si_errno 4, si_code 8, si_addr 16, si_addr_lsb 24
 timespec 16: tv_sec 0, tv_nsec 8
@@ -99,6 +101,10 @@ REQUESTS = {
     "KVM_X86_SET_MCE": 0x4040AE9E,
     "KVM_GET_VCPU_EVENTS": 0x8040AE9F,
     "KVM_SET_VCPU_EVENTS": 0x4040AEA0,
+    "KVM_GET_DEBUGREGS": 0x8080AEA1,
+    "KVM_SET_DEBUGREGS": 0x4080AEA2,
+    "KVM_GET_XSAVE": 0x9000AEA4,
+    "KVM_SET_XSAVE": 0x5000AEA5,
     "KVM_GET_XCRS": 0x8188AEA6,
     "KVM_SET_XCRS": 0x4188AEA7,
     "USERFAULTFD_IOC_NEW": 0x0000AA00,
