@@ -8,6 +8,7 @@ import numpy as np
 
 from kvmdp.machine.collapse import CollapseResult
 from kvmdp.machine.experiment import RunResult
+from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.leaks import Leak
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
@@ -88,6 +89,11 @@ def print_emulated(forms: dict[str, int]) -> None:
         return
     by_form = ", ".join(f"{form} {count}" for form, count in sorted(forms.items()))
     print(f"emulated   {sum(forms.values())} accesses completed by KVM's emulator: {by_form}")
+    if Form.SELECTOR_OR_FLAGS in forms and emulates_ring_0():
+        print(
+            "warning    this KVM runs ring 3 with other selectors and flags than its emulator stores: push, pushf or mov "
+            "may have put others into absent memory than they put into present memory"
+        )
     if Form.FAR_CALL in forms:
         print(
             "warning    KVM's emulator loses one of the two stores of a far call to absent memory, and this guest may "

@@ -64,6 +64,8 @@ _FAR_CALL = bytes.fromhex(
     "160010d000000000 1800 1f00 380010d000000000"
     "0000000000000000 ffff0000009baf00 ffff00000093cf00 ffff0000009baf00"
 )
+# mov [0x3008],cs; mov rbx,rsp; mov esp,0x3008; pushf; mov rsp,rbx; xor eax,eax; xor edx,edx; ret
+_SELECTOR_AND_FLAGS = bytes.fromhex("8c0c2508300000 4889e3 bc08300000 9c 4889dc 31c0 31d2 c3")
 _PROGRAM_PAGE = 3
 
 
@@ -246,6 +248,15 @@ def _far_call(access: str, trap: str) -> Cell:
     return Cell(access, trap, _seen(exits), exits, exact=found == expected)
 
 
+def _selector_and_flags(access: str, trap: str) -> Cell:
+    """CS and the flags stored in absent memory, in ring 3."""
+    expected, _ = _run_program(trap, _SELECTOR_AND_FLAGS, ring=3, present=True)
+    found, exits = _run_program(trap, _SELECTOR_AND_FLAGS, ring=3, present=False)
+    completed = exits.pop("emulated", 0)
+    note = _SELECTOR_HIDDEN if completed and found != expected else _EMULATED if completed else ""
+    return Cell(access, trap, _seen(exits, completed), exits, exact=found == expected, note=note)
+
+
 def _descriptor_store(access: str, trap: str) -> Cell:
     """A store on which KVM spins."""
     expected, _ = _run_program(trap, _SGDT, ring=3, present=True)
@@ -403,6 +414,7 @@ ACCESSES: dict[str, Callable[[str, str], Cell]] = {
     "emulator": _emulator,
     "sgdt": _descriptor_store,
     "far call": _far_call,
+    "cs, flags": _selector_and_flags,
     "kvmclock page": _kvm_write,
     "steal time": _kvm_write,
     "device thread": _device,
@@ -418,6 +430,10 @@ _TAKEN_BACK = (
 _FAR_CALL_LOST = (
     "KVM's emulator loses one of its two stores, and what was in CS is not to be found out; one that keeps CS is taken "
     "back"
+)
+_SELECTOR_HIDDEN = (
+    "KVM's emulator stores the guest's own; this KVM, with no hardware behind it, runs ring 3 with others, and the CPU "
+    "would store those"
 )
 _FILTERED = "the MSR that enables it exits, and its page is made present before KVM is told"
 _NOTES: dict[tuple[str, Seen], str] = {

@@ -218,3 +218,13 @@ def test_ring_0_stands_for_the_emulator_where_it_is_emulated():
     # Eight pages written by ring 0, or eight of which bytes went out and came in.
     assert found.exits == {"mmio": 8}
     assert emulates_ring_0() or "emulation_failure" not in found.exits
+
+
+@pytest.mark.parametrize("trap", ALL_TRAPS)
+def test_selectors_and_flags_are_exact_or_the_table_says_that_they_are_not(trap):
+    found = cell("cs, flags", trap)
+    assert found.ok
+    assert found.exact or (trap == "mmio" and emulates_ring_0())
+    if not found.exact:
+        assert found.seen is Seen.EMULATION
+        assert "stores the guest's own" in found.note

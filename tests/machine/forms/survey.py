@@ -11,7 +11,7 @@ from kvmdp.machine.hostinfo import emulates_ring_0
 
 from .form import Form, cases_of
 from .judge import difference, is_judged_contended
-from .known import KNOWN
+from .known import known as known_here
 from .program import assemble
 from .reference import Reference, find_right
 from .table import FORMS
@@ -66,12 +66,13 @@ def survey(trap: str, ring: int, vcpus: int = 1, forms: Sequence[Form] = FORMS, 
             if is_judged_contended(form, right.right[numbers[form.name]], emulated=emulated)
         ]
     cases = [Numbered(case, numbers[case.form.name]) for case in cases_of(runnable) for _ in range(rounds)]
+    expected = known_here()
     different: dict[str, str] = {}
     known: dict[str, str] = {}
     results, touched = run_cases(trap, right, program(), cases, vcpus)
     for each, result in zip(cases, results, strict=True):
         words = difference(each.case.form, right.right[each.number], result)
         if words:
-            found = known if (trap, ring, each.case.form.name) in KNOWN else different
+            found = known if (trap, ring, each.case.form.name) in expected else different
             found.setdefault(each.case.name, words)
     return Survey(different, known, len(cases), skipped, touched)
