@@ -91,8 +91,8 @@ def print_emulated(forms: dict[str, int]) -> None:
     print(f"emulated   {sum(forms.values())} accesses completed by KVM's emulator: {by_form}")
     if Form.SELECTOR_OR_FLAGS in forms and emulates_ring_0():
         print(
-            "warning    this KVM runs ring 3 with other selectors and flags than its emulator stores: push, pushf or mov "
-            "may have put others into absent memory than they put into present memory"
+            "warning    this KVM runs ring 3 with other selectors and flags than its emulator stores: push, pushf or "
+            "mov may have put others into absent memory than they put into present memory"
         )
     if Form.FAR_CALL in forms:
         print(

@@ -17,13 +17,15 @@ ACCESSES = [
     "page walk",
     "emulator",
     "sgdt",
+    "far call",
+    "cs, flags",
     "kvmclock page",
     "steal time",
     "device thread",
     "system call",
     "user touch",
 ]
-SEEN = {"caught by exit", "caught by sleep", "completed by emulation", "missed"}
+SEEN = {"caught by exit", "taken back, run again", "caught by sleep", "completed by emulation", "missed"}
 
 
 @pytest.fixture(scope="module")
