@@ -158,14 +158,16 @@ class VcpuThread:
 
     def _loop(self) -> None:
         gate, vcpu, exits, handle = self._gate, self.vcpu, self.exits, self._paging.handle
-        clock, inspect = time.perf_counter_ns, self.inspect
+        settle, clock, inspect = self._paging.settle, time.perf_counter_ns, self.inspect
         while gate.enter(vcpu):
             self.entries += 1
             try:
                 exit: Exit | None = vcpu.run()
+                left = clock()
+                if type(exit) is Mmio:
+                    settle(exit)
             finally:
                 gate.leave(vcpu)
-            left = clock()
             if inspect is not None:
                 inspect(vcpu)
             while exit is not None:

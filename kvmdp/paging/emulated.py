@@ -28,7 +28,9 @@ taken back all the same (`_before_far_call`), unless it has changed CS.
 store then exits. So the pages are made present, and kept, before the device is asked (`input_target`).
 
 A vCPU finishes in KVM_RUN with `immediate_exit`, which never enters the guest: it comes back with EINTR when nothing
-is left to finish.
+is left to finish. From the exit to that it counts as being in KVM_RUN (`kvmdp.paging.gate`), so no memslot changes:
+with nested paging KVM knows the gpa of the access, asks no page table, and would store what it has made of the zeros if
+the page were there by now.
 
 Source: arch/x86/kvm/x86.c (complete_emulated_mmio, emulator_read_write, __set_regs) and emulate.c of Linux 6.1 to
 7.3; proven for several hundred forms by tests/machine/test_forms.py. Belongs to the vCPU's thread.
@@ -43,7 +45,6 @@ from collections.abc import Sequence
 from kvmdp.abi.kvm_x86 import kvm_regs, kvm_sregs
 from kvmdp.kvm import Exit, InternalError, Interrupted, Io, Mmio, Vcpu
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.instruction import InstructionReader
 from kvmdp.paging.trap.encoding import (
     address_mask,
@@ -77,29 +78,22 @@ Store = tuple[int, bytes]  # gpa, and what goes there; within a page
 
 
 class Emulation:
-    """KVM's emulator, as far as one vCPU is in its hands.
+    """KVM's emulator, as far as one vCPU is in its hands. All is done with the vCPU inside the gate.
 
     `empty_table` is the gpa of a page of zeros that the guest cannot reach. `completed` counts what could not be
     called off, by form.
     """
 
-    def __init__(self, vcpu: Vcpu, gate: VcpuGate, instruction: InstructionReader, empty_table: int) -> None:
+    def __init__(self, vcpu: Vcpu, instruction: InstructionReader, empty_table: int) -> None:
         self._vcpu = vcpu
-        self._gate = gate
         self._instruction = instruction
         self._empty_table = empty_table
         self.completed: Counter[Form] = Counter()
 
     def finish(self) -> Exit:
-        """Have KVM finish what it exited for, and return what it exits for next: Interrupted if nothing is left.
-
-        Waits while the vCPUs are kept out of KVM_RUN, as memory must not change in the middle of that.
-        """
-        self._gate.enter(self._vcpu, only_complete=True)
-        try:
-            return self._vcpu.run()
-        finally:
-            self._gate.leave(self._vcpu)
+        """Have KVM finish what it exited for, and return what it exits for next: Interrupted if nothing is left."""
+        self._vcpu.immediate_exit = True
+        return self._vcpu.run()
 
     # Loads
 

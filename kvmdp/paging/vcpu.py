@@ -34,7 +34,7 @@ from kvmdp.kvm import (
 from kvmdp.kvm.machine_check import PoisonedAccess
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
-from kvmdp.paging.emulated import Emulation, Form
+from kvmdp.paging.emulated import Emulation, Form, Store
 from kvmdp.paging.fault import Access, Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.instruction import InstructionReader
 from kvmdp.paging.pager import DemandPager
@@ -73,7 +73,11 @@ class VcpuPaging:
         self._vcpu = vcpu
         self._layout = pager.layout
         self.instruction = InstructionReader(vcpu, pager.layout, read_physical)
-        self._emulation = Emulation(vcpu, pager.gate, self.instruction, empty_table)
+        self._emulation = Emulation(vcpu, self.instruction, empty_table)
+        self._gate = pager.gate
+        # Of an access that has been settled: the exit it ended with, and what it stores.
+        self._following: Exit = Interrupted()
+        self._stores: list[Store] = []
         self._view = backing.vmm.view
         self._guest_hva = backing.guest.hva
         self._guest_size = backing.size
@@ -88,7 +92,7 @@ class VcpuPaging:
         return self._emulation.completed
 
     def handle(self, exit: Exit) -> Exit | None:
-        """Deal with `exit` if it is about an absent page.
+        """Deal with `exit` if it is about an absent page. An `Mmio` has been settled before.
 
         Returns None if the vCPU is to be entered again, `exit` itself if it was none of ours, or the exit
         with which the completion of an emulated access ended. Raises PagingError if the page cannot be had, or
@@ -105,7 +109,7 @@ class VcpuPaging:
             return None
         if type(exit) is Mmio:
             page = self._layout.page_of_gpa(exit.gpa)
-            return exit if page is None else self._take_over(exit, page)
+            return exit if page is None else self._go_on(exit, page)
         if type(exit) is BadAddress or (type(exit) is InternalError and exit.is_emulation_failure):
             return None if self._resolve_instruction() else exit
         return exit
@@ -163,30 +167,39 @@ class VcpuPaging:
 
     # Accesses that KVM's emulator has begun
 
-    def _take_over(self, access: Mmio, page: int) -> Exit | None:
-        """Have a load run again on the CPU, and store what KVM has done with by now."""
-        if access.is_write:
-            return self._store(access)
-        following = self._emulation.call_off(access, keep_vectors=self._pager.is_poisoned(page))
-        if type(following) is not Interrupted:
-            return following
-        self._retry(page)
-        return None
+    def settle(self, access: Mmio) -> None:
+        """Take an instruction out of the hands of KVM's emulator; before the vCPU leaves the gate, and before `handle`.
 
-    def _store(self, access: Mmio) -> Exit | None:
-        stores, following = self._emulation.finish_store(access)
-        for gpa, data in stores:
-            page = self._layout.page_of_gpa(gpa)
-            if page is None:
+        Waits for nothing. What is left to be done for the access is done by `handle`.
+        """
+        page = self._layout.page_of_gpa(access.gpa)
+        if page is None:
+            return
+        self._stores = []
+        if access.is_write:
+            self._stores, self._following = self._emulation.finish_store(access)
+        else:
+            self._following = self._emulation.call_off(access, keep_vectors=self._pager.is_poisoned(page))
+
+    def _go_on(self, access: Mmio, page: int) -> Exit | None:
+        """Make the pages present that a settled access is about, and store what it has stored."""
+        if type(self._following) is not Interrupted:
+            return self._following
+        if not access.is_write:
+            self._retry(page)
+            return None
+        for gpa, data in self._stores:
+            stored = self._layout.page_of_gpa(gpa)
+            if stored is None:
                 return Mmio(gpa, len(data), True, memoryview(data))
-            with self._pager.held(PageFault(page, _VCPU, self._vcpu.index, Access.WRITE)) as outcome:
+            with self._pager.held(PageFault(stored, _VCPU, self._vcpu.index, Access.WRITE)) as outcome:
                 if outcome is Outcome.PRESENT:
-                    self._transfer(page * PAGE_SIZE + gpa % PAGE_SIZE, data)
+                    self._transfer(stored * PAGE_SIZE + gpa % PAGE_SIZE, data)
             if outcome is Outcome.POISONED:
-                self._machine_check(page, PoisonedAccess.LOST_STORE if data else None)
+                self._machine_check(stored, PoisonedAccess.LOST_STORE if data else None)
                 break
-            self._check(outcome, page)
-        return None if type(following) is Interrupted else following
+            self._check(outcome, stored)
+        return None
 
     def _transfer(self, offset: int, data: bytes) -> None:
         """Copy to RAM; an aligned access is one store."""
@@ -212,7 +225,7 @@ class VcpuPaging:
             for page in pages:
                 outcome = self._pager.resolve(PageFault(page, _VCPU, self._vcpu.index, Access.WRITE))
                 if outcome is Outcome.POISONED:
-                    following = self._emulation.call_off(io)
+                    following = self._inside(lambda: self._emulation.call_off(io))
                     if type(following) is not Interrupted:
                         return following
                     self._machine_check(page)
@@ -221,8 +234,16 @@ class VcpuPaging:
             with self._pager.all_held(pages) as held:
                 if held:
                     device()
-                    following = self._emulation.finish()
+                    following = self._inside(self._emulation.finish)
                     return None if type(following) is Interrupted else following
+
+    def _inside(self, step: Callable[[], Exit]) -> Exit:
+        """Have KVM finish something, at a time when the vCPUs are not kept out of KVM_RUN."""
+        self._gate.enter(self._vcpu, only_complete=True)
+        try:
+            return step()
+        finally:
+            self._gate.leave(self._vcpu)
 
     # Poisoned pages
 

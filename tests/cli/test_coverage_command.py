@@ -50,8 +50,10 @@ def test_the_document_has_a_cell_for_each_access_and_trap(done):
     for cell in document["cells"]:
         assert cell.keys() == {"access", "trap", "seen", "exits", "exact", "note"}
         assert cell["seen"] in SEEN
-        assert cell["exact"] or cell["seen"] == "missed"
-        assert cell["note"] or cell["seen"] != "missed"
+        # What KVM's emulator completes wrongly has a row and a note.
+        is_known = cell["access"] in ("far call", "cs, flags") and cell["seen"] == "completed by emulation"
+        assert cell["exact"] or cell["seen"] == "missed" or is_known
+        assert cell["note"] or (cell["exact"] and cell["seen"] != "missed")
         assert cell["exits"] or cell["seen"] == "missed"
 
 
