@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -42,6 +43,13 @@ def _reserve_aligned(length: int) -> int:
     if hva + whole > end:
         libc.munmap(end, hva + whole - end)
     return aligned
+
+
+def mappings_left() -> int:
+    """Return how many more mappings the kernel lets this process have (vm.max_map_count)."""
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    with open("/proc/self/maps", "rb") as maps:
+        return most - sum(1 for _ in maps)
 
 
 class Mapping:
