@@ -1,11 +1,11 @@
 """A thread with a descriptor table of its own: what it opens is in no child that another thread of the process forks.
 
-A fork copies the table of the thread that forks, whoever opened what is in it, and a child keeps its copies until it
-execs or closes them. Close-on-exec is too late for whoever must know that a file is gone when it has closed it: any
-library may run a program in any thread, at any moment. Here nobody forks, so a descriptor opened here has no copy.
+A fork copies the table of the thread that forks, which all threads of a process share, and a child keeps its copies
+until it execs or closes them. Where a file must be gone when its last descriptor is closed, close-on-exec is too late:
+any library may run a program in any thread, at any moment. No fork happens here, so what is opened here has no copy.
 
-Nor does the thread have copies of others': it gives up all of them in the call that makes the table its own, but for
-the one it is to work with. Else the peer at the other end of a socket would never learn that it was closed. What other
+Nor does the thread have copies of others': it gives up all of them as it makes the table its own, but for the one that
+it is to work with. Else the peer at the other end of a socket would never learn that it was closed. What other
 threads open later is not in its table anyway.
 """
 
@@ -25,6 +25,9 @@ from kvmdp.thread import JoinableThread
 
 _LAST = 0xFFFFFFFF  # the highest number there can be
 _LOOK_SECONDS = 1.0  # from one look whether a job has ended to the next: it is woken for that, as a rule
+_NO_THREAD = (
+    "the thread that this needs has ended, or this is a child, which has none of its parent's other threads"
+)
 
 
 # Garbage that is found in a secluded thread is cleared away there: a file in it would close its number in the wrong
@@ -85,17 +88,22 @@ class _Job:
         self.ended = True
         self._ending.release()
 
-    def wait(self) -> None:
-        """Return when it has ended; may be called again, wherever an interruption has left it."""
+    def wait(self, thread: JoinableThread) -> None:
+        """Return when it has ended; may be called again, wherever an interruption has left it.
+
+        Raises RuntimeError if `thread`, which was to do it, has ended before.
+        """
         while not self.ended:
+            if thread.join(0) and not self.ended:
+                raise RuntimeError(_NO_THREAD)
             self._ending.acquire(timeout=_LOOK_SECONDS)
 
 
 class SecludedThread:
-    """Does work with descriptors that nobody else has; owns the thread, which runs from now on.
+    """Does work with descriptors that no other thread has; owns the thread, which runs from now on.
 
     `descriptor` is the one that the thread has too, under the same number, until `close`: of its file, not of the
-    number, so whoever closes it closes this first. All else is closed there, the standard streams too: work says
+    number, so this is closed before that. All else is closed there, the standard streams too: work says
     nothing but by what it raises, and opens what it uses.
 
     Raises OSError where the process may not have several descriptor tables (close_range, Linux 5.9, which a container's
@@ -104,7 +112,6 @@ class SecludedThread:
 
     def __init__(self, descriptor: int, name: str) -> None:
         self._descriptor = descriptor
-        self._process = os.getpid()
         self._is_secluded = False
         self._one_at_a_time = threading.Lock()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -120,18 +127,18 @@ class SecludedThread:
     def do(self, work: Callable[[], None]) -> None:
         """Have the thread do `work`, and wait for its end; raises what it raised.
 
-        An interruption of the caller is raised when the work has ended, too. Raises RuntimeError in a child: a fork
-        takes no other thread along.
+        An interruption of the caller is raised when the work has ended, too. Raises RuntimeError after `close`, and in
+        a child of the process: a fork takes no other thread along.
         """
-        if os.getpid() != self._process:
-            raise RuntimeError(f"the thread that this needs is not in this child of process {self._process}")
+        if self._thread.join(0):  # in a child the lock below may be held for ever
+            raise RuntimeError(_NO_THREAD)
         job = _Job(work)
         with self._one_at_a_time, _collector.rests():
             try:
                 self._jobs.put(job)
-                job.wait()
+                job.wait(self._thread)
             finally:  # an interruption of the wait
-                job.wait()
+                job.wait(self._thread)
         error, job.error = job.error, None
         if error is not None:
             try:

@@ -18,10 +18,10 @@ from types import FrameType
 
 
 class JoinableThread:
-    """Does `work` in a thread called `name`, once `start` has been called; whoever makes it joins it.
+    """Does `work` in a thread called `name`, once `start` has been called; its maker joins it.
 
-    `broke(error)` is called in that thread with whatever `work` raises: a thread that has ended is missed by those who
-    wait for what it would have done, so each says here how they come to know. It must not raise.
+    `broke(error)` is called in that thread with whatever `work` raises. Others wait for what the thread would have
+    done, so each maker says here how they come to know. It must not raise.
     """
 
     def __init__(self, work: Callable[[], object], name: str, broke: Callable[[BaseException], None]) -> None:

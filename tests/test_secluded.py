@@ -144,6 +144,38 @@ def test_an_interruption_comes_out_when_the_work_has_ended(thread):
     thread.do(lambda: None)
 
 
+def test_a_thread_that_has_ended_is_waited_for_by_no_caller(given):
+    thread = SecludedThread(given[1], "secluded")
+    asked, go_on = threading.Event(), threading.Event()
+    endings = []
+
+    def work():
+        asked.set()
+        assert go_on.wait(10)
+
+    def call():
+        try:
+            thread.do(work)
+            endings.append("done")
+        except RuntimeError as error:
+            endings.append(str(error))
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    assert asked.wait(10)
+    closer = threading.Thread(target=thread.close)
+    closer.start()
+    time.sleep(0.05)
+    go_on.set()
+    for each in (*callers, closer):
+        each.join()
+    call()
+    assert len(endings) == 3
+    assert "done" in endings
+    assert "has ended" in endings[-1]
+
+
 def test_a_child_is_told_that_it_has_no_such_thread_and_can_close(thread):
     pid = os.fork()
     if not pid:

@@ -367,7 +367,7 @@ class Machine:
         self.gate.stop()
         try:
             self.pager.cancel()
-        finally:  # whoever sleeps on could not be let go: all others end in any case
+        finally:  # if a sleeper could not be let go of, all other vCPUs end in any case
             self._join()
 
     def _join(self) -> None:

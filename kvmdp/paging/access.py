@@ -298,7 +298,7 @@ class GuestMemory:
     ) -> Iterator[None]:
         """Make all pages of the stretches present, and hold them for the time of the block.
 
-        They are in memory at its beginning if they are to be `copied`; else who looks into them may wait for a disk.
+        They are in memory at its beginning if they are to be `copied`; else a look into them may wait for a disk.
         """
         runs = [(offset >> PAGE_SHIFT, _pages_of(offset, length)) for offset, length in stretches if length]
         deadline = None

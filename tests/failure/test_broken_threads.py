@@ -25,7 +25,7 @@ from kvmdp.source.handler import HandlerSource
 from kvmdp.wire.records import Kind, Record
 
 SOON = 20
-# Made here with a reason: it is watched for its beats, and has nobody to tell.
+# Its end is noticed elsewhere: another process counts its beats.
 UNWATCHED = {"cli/supervise.py"}
 
 

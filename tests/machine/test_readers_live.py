@@ -49,7 +49,7 @@ def endless(trap, source):
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug in a source"), SystemExit(3)])
-def test_a_source_that_breaks_while_pages_are_taken_away_ends_the_run_and_nobody_sleeps_on(error):
+def test_a_source_that_breaks_while_pages_are_taken_away_ends_the_run_and_no_thread_sleeps_on(error):
     # A revocation is in the kernel by then, and sleeps until a reader has read of it.
     source = BreakingSource(error)
     with endless("userfaultfd", source) as machine:

@@ -1,4 +1,4 @@
-"""Accesses to RAM whose bytes may be on a disk: the wait for it holds up nobody else, and its end is right or said."""
+"""Accesses to RAM whose bytes may be on a disk: the wait for it holds up no other thread, and ends well or is said."""
 
 import contextlib
 import os

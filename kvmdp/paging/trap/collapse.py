@@ -206,8 +206,8 @@ class Regions:
     def reopen(self, first: int, count: int) -> None:
         """Have accesses to the regions that hold these pages, which the caller has claimed, go to userfaultfd again.
 
-        Waits for another thread that is at the same region; that one waits for nobody. Raises PagingError if the kernel
-        has no mapping for it.
+        Waits for another thread that is at the same region; that one waits for no thread. Raises PagingError if the
+        kernel has no mapping for it.
         """
         if not self._plain:
             return

@@ -34,7 +34,8 @@ def prepare_closed_slots(vm: Vm, slots: RamSlots, trap: str) -> None:
         # any library, could undo, and nothing would say so but wrong bytes.
         raise UnsupportedError(
             f"the trap {trap} needs a thread whose descriptors no child of this process gets a copy of, and may have "
-            f"none here ({error.strerror}): have the container's seccomp profile allow close_range, or use marker or mmio"
+            f"none here ({error.strerror}): have the container's seccomp profile allow close_range, or use marker or "
+            "mmio"
         ) from None
 
 

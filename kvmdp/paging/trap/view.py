@@ -159,8 +159,8 @@ class UffdView(ABC):
     def _read(self, uffd: Uffd, poll: select.epoll) -> None:
         """Serve until stopped, whatever a source, an observer or the trap raises on the way: that ends the run.
 
-        A reader lives on because others depend on it. Whoever discards pages sleeps in the kernel until the event has
-        been read, with a claim on them, and meanwhile the kernel tells every call that maps or marks to try again.
+        A reader lives on because others depend on it. A thread that discards pages sleeps in the kernel until the event
+        has been read, with a claim on them, and meanwhile the kernel tells every call that maps or marks to try again.
         """
         messages = (abi.uffd_msg * _BATCH)()
         assert self._presence is not None
@@ -180,7 +180,7 @@ class UffdView(ABC):
                     self._removed(message.arg.remove.start, message.arg.remove.end)
 
         self._this_thread.take = take
-        # Events are read in any case: who takes pages out to make room may wait until a discard has been read.
+        # Events are read in any case: a thread that makes room may wait until its discard has been read.
         while not any(fd == self._wakeup for fd, _ in poll.poll(_HELD_SECONDS if faults else None)):
             self._at_work.add(reader)
             try:
