@@ -18,10 +18,20 @@ from types import FrameType
 
 
 class JoinableThread:
-    """Does `work` in a thread called `name`, once `start` has been called; whoever makes it joins it."""
+    """Does `work` in a thread called `name`, once `start` has been called; its maker joins it.
 
-    def __init__(self, work: Callable[[], object], name: str) -> None:
-        self._thread = threading.Thread(target=work, name=name)
+    `broke(error)` is called in that thread with whatever `work` raises. Others wait for what the thread would have
+    done, so each maker says here how they come to know. It must not raise.
+    """
+
+    def __init__(self, work: Callable[[], object], name: str, broke: Callable[[BaseException], None]) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:  # SystemExit too, which Python would pass over in silence
+                broke(error)
+
+        self._thread = threading.Thread(target=guarded, name=name)
         self._started = False
 
     def start(self) -> None:
@@ -43,15 +53,8 @@ class JoinableThread:
 
 def run_in_thread(work: Callable[[], None], name: str) -> None:
     """Do `work` in a thread called `name` and wait for its end; raises what it raised."""
-    errors: list[Exception] = []
-
-    def guarded() -> None:
-        try:
-            work()
-        except Exception as error:
-            errors.append(error)
-
-    thread = JoinableThread(guarded, name)
+    errors: list[BaseException] = []
+    thread = JoinableThread(work, name, errors.append)
     try:
         thread.start()
     finally:

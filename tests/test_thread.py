@@ -9,13 +9,17 @@ import pytest
 from kvmdp.thread import JoinableThread
 
 
+def unexpected(error):
+    raise error
+
+
 def test_a_thread_that_was_never_started_is_joined_at_once():
-    assert JoinableThread(lambda: None, "idle").join()
+    assert JoinableThread(lambda: None, "idle", unexpected).join()
 
 
 def test_a_thread_that_runs_is_waited_for():
     go = threading.Event()
-    thread = JoinableThread(go.wait, "busy")
+    thread = JoinableThread(go.wait, "busy", unexpected)
     thread.start()
     assert not thread.join(0.01)
     go.set()
@@ -49,7 +53,7 @@ def test_a_start_that_is_interrupted_leaves_a_thread_that_can_be_joined(interrup
     ask, was_sent = interrupt_soon
     threads, interruptions = [], 0
     for _ in range(100):
-        threads.append(thread := JoinableThread(lambda: None, "started"))
+        threads.append(thread := JoinableThread(lambda: None, "started", unexpected))
         try:
             ask()
             thread.start()
@@ -61,3 +65,15 @@ def test_a_start_that_is_interrupted_leaves_a_thread_that_can_be_joined(interrup
     assert interruptions == len(threads)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "started" not in [each.name for each in threading.enumerate()]
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), SystemExit(3), KeyboardInterrupt()])
+def test_whatever_ends_a_thread_is_told(error):
+    def work():
+        raise error
+
+    told = []
+    thread = JoinableThread(work, "breaks", told.append)
+    thread.start()
+    assert thread.join()
+    assert told == [error]

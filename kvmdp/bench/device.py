@@ -10,7 +10,7 @@ from array import array
 
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import PagingError
+from kvmdp.paging.fault import PagingError, broken
 from kvmdp.thread import JoinableThread
 
 
@@ -25,7 +25,11 @@ class DeviceThread:
         self._layout = machine.layout
         self._memory = machine.device_view or machine.memory_for_device(0)
         self._pages = pages
-        self._thread = JoinableThread(self._read, "device")
+        self._thread = JoinableThread(
+            self._read,
+            "device",
+            lambda error: machine.pager.abort(broken("the device's thread broke", error)),
+        )
 
     def start(self) -> None:
         """Start the thread."""

@@ -19,7 +19,7 @@ from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.layout import PAGE_SHIFT
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import CancelledError, FrozenError, Origin, PagingError
+from kvmdp.paging.fault import CancelledError, FrozenError, Origin, broken
 from kvmdp.thread import JoinableThread
 
 _LONGEST_WAIT = 0.1  # of a vCPU in the wait port
@@ -88,7 +88,9 @@ class DiskThread:
         self._work = threading.Condition()  # guards what follows
         self._waiting: dict[int, int] = {}
         self._closed = False
-        self._thread = JoinableThread(self._main, "disk")
+        self._thread = JoinableThread(
+            self._main, "disk", lambda error: self._pager.abort(broken("the disk's thread broke", error))
+        )
         try:
             self._thread.start()
         except BaseException:  # an interruption: the thread may run
@@ -108,13 +110,6 @@ class DiskThread:
                 self.ports.notify(vcpu)
         except CancelledError:
             return  # the machine stops
-        except PagingError as error:
-            self._pager.abort(error)
-        except Exception as error:
-            # Whatever it is, the machine must stop, and the message must get out.
-            broken = PagingError(f"the disk's thread broke: {error!r}")
-            broken.__cause__ = error
-            self._pager.abort(broken)
 
     def _next(self) -> tuple[int, int] | None:
         with self._work:

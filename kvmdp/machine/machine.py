@@ -372,7 +372,12 @@ class Machine:
         The vCPUs' faults are all counted, and pages that are being evicted have got where they go, when this returns.
         """
         self.gate.stop()
-        self.pager.cancel()
+        try:
+            self.pager.cancel()
+        finally:  # if a sleeper could not be let go of, all other vCPUs end in any case
+            self._join()
+
+    def _join(self) -> None:
         for thread in self.threads:
             if not thread.join(_JOIN_SECONDS):
                 raise PagingError(

@@ -21,7 +21,7 @@ from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.disk_ports import DiskPorts
 from kvmdp.machine.machine import Machine
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import CancelledError, FrozenError, PagingError
+from kvmdp.paging.fault import CancelledError, FrozenError, PagingError, broken
 from kvmdp.paging.remote import RemoteMemory
 from kvmdp.paging.session import DeviceSession
 from kvmdp.thread import JoinableThread
@@ -43,7 +43,6 @@ class RemoteDisk:
     def __init__(
         self, machine: Machine, listener: Listener, timeout: float, report: Callable[[str], None]
     ) -> None:
-        self._machine = machine
         self._listener = listener
         self._timeout = timeout
         self._report = report
@@ -54,7 +53,9 @@ class RemoteDisk:
         self._session: DeviceSession | None = None
         self._closed = False
         self.ports = DiskPorts(machine, self._rung)
-        self._thread = JoinableThread(self._main, "devices")
+        self._thread = JoinableThread(
+            self._main, "devices", lambda error: machine.pager.abort(broken("the disk broke", error))
+        )
         try:
             self._thread.start()
         except BaseException:  # an interruption: the thread may run
@@ -74,13 +75,8 @@ class RemoteDisk:
             session.ring(vcpu, ring)
 
     def _main(self) -> None:
-        try:
-            while (session := self._next_session()) is not None:
-                self._attend(session)
-        except Exception as error:
-            # Whatever it is, the machine must stop, and the message must get out.
-            broken = error if isinstance(error, PagingError) else PagingError(f"the disk broke: {error!r}")
-            self._machine.pager.abort(broken)
+        while (session := self._next_session()) is not None:
+            self._attend(session)
 
     def _next_session(self) -> DeviceSession | None:
         """Wait for a device; None once this is closed. Raises PagingError if none comes."""

@@ -114,7 +114,7 @@ class VcpuThread:
         self.inspect: Callable[[Vcpu], None] | None = None  # called before an exit is dealt with
         self._cpu = cpu
         self._suspected = False  # set by the watchdog: in KVM_RUN for long without an exit
-        self._thread = JoinableThread(self._main, f"vcpu-{vcpu.index}")
+        self._thread = JoinableThread(self._main, f"vcpu-{vcpu.index}", self._broke)
         self.emulated = paging.emulated  # what KVM's emulator has completed, by form
         self.stalls = 0  # how often KVM was found to spin on an access without an exit
 
@@ -138,23 +138,35 @@ class VcpuThread:
 
     def _main(self) -> None:
         if self._cpu is not None:
-            os.sched_setaffinity(0, {self._cpu})
+            self._stay_on(self._cpu)
         self.vcpu.attach_thread()
         self.began = time.perf_counter()
         try:
             self._loop()
-        except (PagingError, GuestError) as error:
-            self.error = error
-        except KvmError as error:
-            self.error = GuestError(str(error))
-        except Exception as error:
-            # Whatever it is, the machine must stop, and the message must get out.
-            self.error = GuestError(f"vCPU {self.vcpu.index}: internal error: {error!r}")
-            self.error.__cause__ = error
         finally:
             self.finished = time.perf_counter()
             self.vcpu.detach_thread()
-            self._on_end()
+        self._on_end()
+
+    def _stay_on(self, cpu: int) -> None:
+        try:
+            os.sched_setaffinity(0, {cpu})
+        except OSError as error:
+            raise GuestError(
+                f"vCPU {self.vcpu.index} cannot be pinned to host CPU {cpu}: {error.strerror}; pin it to one of "
+                f"{', '.join(map(str, sorted(os.sched_getaffinity(0))))}"
+            ) from error
+
+    def _broke(self, error: BaseException) -> None:
+        """Take note of what ended the thread. Whatever it is, the machine must stop, and the message must get out."""
+        if isinstance(error, PagingError | GuestError):
+            self.error = error
+        elif isinstance(error, KvmError):
+            self.error = GuestError(str(error))
+        else:
+            self.error = GuestError(f"vCPU {self.vcpu.index}: internal error: {error!r}")
+            self.error.__cause__ = error
+        self._on_end()
 
     def _loop(self) -> None:
         gate, vcpu, exits, handle = self._gate, self.vcpu, self.exits, self._paging.handle

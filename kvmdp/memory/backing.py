@@ -46,8 +46,9 @@ class Backing(ABC):
     fit to be handed to other processes; `registrable`, whether userfaultfd takes it; `transparent`, whether its pages
     can be put together into huge ones (`thp`); `frees`, whether `forget` gives memory back to the host.
 
-    Of the object: `size`; `thp`; `fd`, the sealed memory file, and `guest_memfd`, a guest_memfd that memslots are to be
-    bound to, -1 where there is none; `guest` and `vmm`, the mappings.
+    Of the object: `size`; `thp`; `on_disk`, whether the kernel may put its pages on a disk, so that an access has to
+    wait for one; `fd`, the sealed memory file, and `guest_memfd`, a guest_memfd that memslots are to be bound to, -1
+    where there is none; `guest` and `vmm`, the mappings.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Backing(ABC):
     registrable: bool = True
     transparent: bool = False
     frees: bool = True
+    on_disk: bool = False
 
     def __init__(
         self,
@@ -120,6 +122,14 @@ def _advise_transparent(view: Mapping, thp: bool) -> None:
             ) from None
 
 
+def _has_swap() -> bool:
+    """Whether the host swaps now; what has been switched on later is not seen."""
+    try:
+        return len(Path("/proc/swaps").read_text().splitlines()) > 1  # the first is a heading
+    except FileNotFoundError:
+        return False  # a kernel built without
+
+
 def map_twice(fd: int, size: int, stack: contextlib.ExitStack) -> tuple[Mapping, Mapping]:
     """Map a file as guest view and as VMM view; `stack` unmaps them should anything fail after this."""
     guest = stack.enter_context(Mapping.shared(fd, size))
@@ -146,6 +156,7 @@ class MemfdBacking(Backing):
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             super().__init__(size, *map_twice(fd, size, stack), fd, thp=thp)
+            self.on_disk = _has_swap()
             stack.pop_all()
 
     def forget(self, offset: int, length: int) -> None:
@@ -164,6 +175,7 @@ class AnonymousBacking(Backing):
         with contextlib.ExitStack() as stack:
             mapping = stack.enter_context(Mapping.anonymous(size))
             super().__init__(size, mapping, mapping, thp=thp)
+            self.on_disk = _has_swap()
             stack.pop_all()
 
     def forget(self, offset: int, length: int) -> None:
@@ -187,6 +199,7 @@ class FileBacking(Backing):
     shared = True
     registrable = False
     transparent = True
+    on_disk = True
 
     def __init__(self, size: int, path: str | None = None, *, thp: bool = False) -> None:
         with contextlib.ExitStack() as stack:

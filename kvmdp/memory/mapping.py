@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from kvmdp.abi import libc
 from kvmdp.abi.mman import (
     MADV_DONTNEED,
+    MADV_POPULATE_READ,
     MADV_POPULATE_WRITE,
     MAP_ANONYMOUS,
     MAP_FIXED,
@@ -42,6 +44,13 @@ def _reserve_aligned(length: int) -> int:
     if hva + whole > end:
         libc.munmap(end, hva + whole - end)
     return aligned
+
+
+def mappings_left() -> int:
+    """Return how many more mappings the kernel lets this process have (vm.max_map_count)."""
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    with open("/proc/self/maps", "rb") as maps:
+        return most - sum(1 for _ in maps)
 
 
 class Mapping:
@@ -104,13 +113,13 @@ class Mapping:
         """Unmap the pages of a range from the page table: private ones lose their bytes, shared ones do not."""
         self.advise(MADV_DONTNEED, offset, length)
 
-    def populate(self, offset: int, length: int) -> None:
-        """Enter a range into the page table, in one call instead of a fault a page.
+    def populate(self, offset: int, length: int, *, write: bool = True) -> None:
+        """Enter a range into the page table, in one call instead of a fault a page, to be read or written too.
 
         A kernel that cannot (before Linux 5.14) leaves it to the faults.
         """
         try:
-            self.advise(MADV_POPULATE_WRITE, offset, length)
+            self.advise(MADV_POPULATE_WRITE if write else MADV_POPULATE_READ, offset, length)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise

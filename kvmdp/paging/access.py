@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE, GuestLayout
+from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.fault import (
     Access,
     BusyError,
@@ -101,6 +102,10 @@ class GuestMemory:
     # and before its bytes do. A read that found the page PRESENT, copied, and finds the number it had before, was over
     # before any byte went; with another number it is made again under the mutex. The order of these loads is the
     # program's: x86 does not move a load before an earlier one, nor a store before an earlier one.
+    #
+    # Where the bytes may be on a disk (`Backing.on_disk`) a copy could sleep, with the mutex and with the GIL. There
+    # every access pins its pages and has the kernel bring them in, with neither, before it copies. Should one leave
+    # again between, the copy waits for it with the GIL, not with the mutex.
 
     def __init__(
         self,
@@ -127,11 +132,14 @@ class GuestMemory:
         self._states = pager.ledger.states
         self._shared = backing.shared
         self._low_end = layout.regions[0].size  # below it a gpa is its own offset in RAM
+        # How much of a page may be copied under the mutex, or with nothing held.
+        self._at_once = 0 if backing.on_disk else PAGE_SIZE
+        self._disk_view = backing.vmm if backing.on_disk else None
 
     def read(self, gpa: int, length: int, *, nowait: bool = False) -> bytes:
         """Return `length` bytes at `gpa`."""
         offset = gpa if 0 <= gpa < self._low_end else self._offset(gpa)
-        if 0 < length <= PAGE_SIZE - (offset & _IN_PAGE):
+        if 0 < length <= self._at_once - (offset & _IN_PAGE):
             if self._shared:
                 departures = self._ledger.departures
                 if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
@@ -147,7 +155,7 @@ class GuestMemory:
         """Write `data` (one-dimensional, of single bytes) at `gpa`."""
         offset = gpa if 0 <= gpa < self._low_end else self._offset(gpa)
         length = len(data)
-        if 0 < length <= PAGE_SIZE - (offset & _IN_PAGE):
+        if 0 < length <= self._at_once - (offset & _IN_PAGE):
             with self._mutex:
                 if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
                     self._view[offset : offset + length] = data
@@ -164,9 +172,10 @@ class GuestMemory:
         """Return the 8 bytes at `gpa`, a multiple of 8, as one load."""
         offset = gpa if 0 <= gpa < self._low_end else self._offset(gpa)
         _check_aligned(gpa)
-        with self._mutex:
-            if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
-                return self._view[offset : offset + 8].cast("Q")[0]
+        if self._at_once:
+            with self._mutex:
+                if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
+                    return self._view[offset : offset + 8].cast("Q")[0]
         with self._held([(offset, 8)], Access.READ):
             return self._view[offset : offset + 8].cast("Q")[0]
 
@@ -174,10 +183,11 @@ class GuestMemory:
         """Store 8 bytes at `gpa`, a multiple of 8, as one store. Raises ValueError if `value` has more."""
         offset = gpa if 0 <= gpa < self._low_end else self._offset(gpa)
         _check_aligned(gpa)
-        with self._mutex:
-            if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
-                self._view[offset : offset + 8].cast("Q")[0] = value
-                return
+        if self._at_once:
+            with self._mutex:
+                if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
+                    self._view[offset : offset + 8].cast("Q")[0] = value
+                    return
         with self._held([(offset, 8)], Access.WRITE):
             self._view[offset : offset + 8].cast("Q")[0] = value
 
@@ -202,7 +212,10 @@ class GuestMemory:
                 f"a view of {length} bytes at gpa {gpa:#x} needs more than the {most} pages that the resident limit "
                 "lets anybody have at once: take a smaller one, or raise the limit"
             )
-        with self._held([stretch], Access.WRITE), self._view[offset : offset + length] as bytes_themselves:
+        with (
+            self._held([stretch], Access.WRITE, copied=False),
+            self._view[offset : offset + length] as bytes_themselves,
+        ):
             yield bytes_themselves
 
     def read_pages(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
@@ -276,9 +289,17 @@ class GuestMemory:
 
     @contextlib.contextmanager
     def _held(
-        self, stretches: Sequence[tuple[int, int]], access: Access, nowait: bool = False
+        self,
+        stretches: Sequence[tuple[int, int]],
+        access: Access,
+        nowait: bool = False,
+        *,
+        copied: bool = True,
     ) -> Iterator[None]:
-        """Make all pages of the stretches present, and hold them for the time of the block."""
+        """Make all pages of the stretches present, and hold them for the time of the block.
+
+        They are in memory at its beginning if they are to be `copied`; else a look into them may wait for a disk.
+        """
         runs = [(offset >> PAGE_SHIFT, _pages_of(offset, length)) for offset, length in stretches if length]
         deadline = None
         # One page is waited for at a time, with nothing held: see AccessGate.enter.
@@ -296,9 +317,24 @@ class GuestMemory:
                 page,
             )
         try:
+            if copied and self._disk_view is not None:
+                for offset, length in stretches:
+                    if length:
+                        self._bring_in(self._disk_view, offset, length, access)
             yield
         finally:
             self._gate.leave(runs)
+
+    def _bring_in(self, view: Mapping, offset: int, length: int, access: Access) -> None:
+        start = offset & ~_IN_PAGE
+        try:
+            view.populate(start, _pages_of(offset, length) * PAGE_SIZE, write=access is Access.WRITE)
+        except OSError as error:
+            gpa = self._layout.gpa_of_page(offset >> PAGE_SHIFT) + (offset & _IN_PAGE)
+            raise PagingError(
+                f"{length} bytes at gpa {gpa:#x} cannot be brought into memory from the disk that RAM is on: "
+                f"{error.strerror}"
+            ) from error
 
     def _check(self, outcome: Outcome, page: int) -> None:
         """Raise what an outcome means that is not the page's presence."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self, get_args
 
 from kvmdp.memory.layout import REGION
 from kvmdp.paging.claim import Claim
-from kvmdp.paging.fault import PageFault, PagingError
+from kvmdp.paging.fault import PageFault, broken
 from kvmdp.paging.pager import DemandPager
 from kvmdp.thread import JoinableThread
 
@@ -52,7 +51,13 @@ class Collapser:
         self._filled: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # regions; None ends the thread
         self._stopped = threading.Event()
         work = {"full": self._collapse_filled, "background": self._look_again}.get(policy)
-        self._thread = None if work is None else JoinableThread(lambda: self._guard(work), "collapse")
+        self._thread = (
+            None
+            if work is None
+            else JoinableThread(
+                work, "collapse", lambda error: pager.abort(broken("pages could not be put together", error))
+            )
+        )
 
     def __enter__(self) -> Self:
         if self.policy == "full":
@@ -81,12 +86,6 @@ class Collapser:
         self.seconds += time.perf_counter() - began
         self.pages += pages
         return pages > 0
-
-    def _guard(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            self._pager.abort(PagingError(f"pages could not be put together: {error!r}"))
 
     # As a region fills
 

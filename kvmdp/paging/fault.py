@@ -17,11 +17,21 @@ __all__ = [
     "PoisonedError",
     "SwitchedOffError",
     "UnsupportedError",
+    "broken",
 ]
 
 
 class PagingError(Exception):
     """Demand paging cannot go on: the message says where, why, and what to do."""
+
+
+def broken(what: str, error: BaseException) -> PagingError:
+    """Return what to pause with because `error` came up: a PagingError is its own sentence, else `what` begins one."""
+    if isinstance(error, PagingError):
+        return error
+    paused = PagingError(f"{what}: {error!r}")
+    paused.__cause__ = error
+    return paused
 
 
 class BusyError(PagingError):

@@ -5,8 +5,18 @@ KVM_RUN and *leaves* after it. A thread that needs a stop closes the gate, kicks
 are out: `quiesced` for a block of its own, `while_stopped` for one call, in a stop that it shares with other threads.
 A thread that resolves a fault is outside, so it never has to finish before the gate can close.
 
-Lock order: pins of the pager are taken before the gate is entered, never the other way round; a quiescer has
-drained the pins of its own pages before it closes the gate. So nobody inside waits for a quiescer.
+What a thread may wait for while it holds what (left before right):
+
+- a pin of the pager -> the gate. Never the other way round, and a quiescer has drained the pins of its own pages before
+  it closes the gate. So no vCPU inside waits for a quiescer.
+- A claim on pages -> their pins -> the gate closed -> a claim on memslots (a revocation); and a claim on memslots ->
+  the gate closed (a cut, a merge). These two are opposite, and no deadlock only because the gate counts its closers
+  instead of letting in one at a time: a thread that closes a closed gate waits for no other thread that has closed it.
+  So the thread that has the memslots gets on, and with it the one that waits for them at the closed gate.
+- The gate closed -> the turn at the thread that makes closed memslots (`kvmdp.secluded`) -> the map of memslots.
+
+Mutexes, held for a few statements each, one inside the other: the gate's -> a vCPU's kick lock; `ResidentLimit`'s ->
+the pager's; `DeviceServer`'s turn -> its own -> a session's -> the counters'.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class RemoteMemory:
         self._view = self._ram.view
         # What was sent before the hand-over is here by now, and counts before the first access: a FREEZE.
         self._receive(socket.MSG_DONTWAIT)
-        self._receiver = JoinableThread(self._receive, "notifier")
+        self._receiver = JoinableThread(self._receive, "notifier", self._receiver_broke)
         try:
             self._receiver.start()
         except BaseException:  # an interruption: the thread may run
@@ -341,6 +341,12 @@ class RemoteMemory:
             why = f"the machine sent a record that makes no sense ({error}): the session is over"
         except OSError as error:
             why = f"the notifier broke: {error}"
+        self._end_once(why)
+
+    def _receiver_broke(self, error: BaseException) -> None:
+        self._end_once(f"taking the machine's records broke: {error!r}")
+
+    def _end_once(self, why: str) -> None:
         with self._mutex:
             if self._over is None:
                 self._end(why)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 from kvmdp.paging.claim import Waiter
-from kvmdp.paging.fault import Access, Origin, Outcome, PageFault
+from kvmdp.paging.fault import Access, Origin, Outcome, PageFault, broken
 from kvmdp.paging.pager import DemandPager
 from kvmdp.thread import JoinableThread
 
@@ -78,7 +78,9 @@ class FaultRequests:
         self._mutex = threading.Lock()  # guards what follows
         self._open: dict[int, _Request] = {}
         self._closed = False
-        self._thread = JoinableThread(self._work, name)
+        self._thread = JoinableThread(
+            self._work, name, lambda error: pager.abort(broken(f"the thread {name} broke", error))
+        )
 
     def start(self) -> None:
         """Begin to resolve."""

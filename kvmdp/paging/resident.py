@@ -24,7 +24,7 @@ from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
 from kvmdp.paging.claim import State
-from kvmdp.paging.fault import BusyError, PagingError, SwitchedOffError
+from kvmdp.paging.fault import BusyError, SwitchedOffError, broken
 from kvmdp.paging.pager import ANSWER_SECONDS, DemandPager
 from kvmdp.thread import JoinableThread
 
@@ -92,7 +92,11 @@ class ResidentLimit:
         self._idle = threading.Event()
         self._idle.set()
         self._closing = threading.Event()
-        self._thread = JoinableThread(self._keep, "resident-limit")
+        self._thread = JoinableThread(
+            self._keep,
+            "resident-limit",
+            lambda error: pager.abort(broken("the resident limit cannot be kept", error)),
+        )
         self._thread.start()
         # Who needs more pages at once would lose the first to the limit before it had the last.
         pager.most_at_once = max(limit // 2, 1)
@@ -164,12 +168,6 @@ class ResidentLimit:
                 self._keep_to_it()
             except SwitchedOffError:
                 continue  # all of RAM is to be present; who brings a page in once it is on again says so
-            except PagingError as error:
-                self._pager.abort(error)
-                return
-            except Exception as error:  # the machine must hear of it: nobody joins this thread before its end
-                self._pager.abort(PagingError(f"the resident limit cannot be kept: {error!r}"))
-                return
             finally:
                 self._idle.set()
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 
 from kvmdp.memory.layout import PAGE_SHIFT, GuestLayout
-from kvmdp.paging.fault import BusyError, Outcome
+from kvmdp.paging.fault import BusyError, Outcome, broken
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.requests import FaultRequests, PeerCounters
 from kvmdp.thread import JoinableThread
@@ -83,7 +83,9 @@ class DeviceSession:
         self._faults_taken = self._releases_taken = self._completed = 0
         name = f"device-{peer.pid}"
         self._requests = FaultRequests(pager, counters, self._answer, self._pager_broke, f"{name}-faults")
-        self._thread = JoinableThread(self._main, name)
+        self._thread = JoinableThread(
+            self._main, name, lambda error: pager.abort(broken(f"the thread {name} broke", error))
+        )
 
     def __str__(self) -> str:
         return f"device process {self.peer.pid}"

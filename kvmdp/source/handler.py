@@ -122,7 +122,7 @@ class HandlerSource:
         self._address = _address_of(memory)
         self._regions = tuple(regions)
         self._ram, self._bitmap = os.dup(ram), os.dup(bitmap)
-        self._supervisor = JoinableThread(self._supervise, "handler")
+        self._supervisor = JoinableThread(self._supervise, "handler", self._supervisor_broke)
         self._supervisor.start()
 
     def extents(self) -> list[tuple[int, int]]:
@@ -205,22 +205,19 @@ class HandlerSource:
     def _supervise(self) -> None:
         """Serve one handler after another until there is none to be had, or the machine stops."""
         session: Session | None = self._first
-        try:
-            while session is not None:
-                try:
-                    self._serve(session)
-                    self._confirm_death(session)
-                finally:
-                    with self._changed:
-                        self._session = None
-                    session.end()
-                    session.close()
-                session = self._find_successor(session)
-        except _BrokenError as error:
-            self._fail(str(error))
-        except BaseException as error:
-            self._fail(f"serving it broke: {error!r}")
-            raise
+        while session is not None:
+            try:
+                self._serve(session)
+                self._confirm_death(session)
+            finally:
+                with self._changed:
+                    self._session = None
+                session.end()
+                session.close()
+            session = self._find_successor(session)
+
+    def _supervisor_broke(self, error: BaseException) -> None:
+        self._fail(str(error) if isinstance(error, _BrokenError) else f"serving it broke: {error!r}")
 
     def _serve(self, session: Session) -> None:
         """Hand RAM over, send what is outstanding, receive answers; returns when the session has ended."""

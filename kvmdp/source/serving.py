@@ -128,7 +128,7 @@ class _Serving:
 
     def run(self) -> None:
         """Serve until the machine ends the session or dies, or does what it must not."""
-        workers = [JoinableThread(self._work, f"fault-{number}") for number in range(_WORKERS)]
+        workers = [JoinableThread(self._work, f"fault-{number}", self._broke) for number in range(_WORKERS)]
         try:
             for worker in workers:
                 worker.start()
@@ -170,6 +170,9 @@ class _Serving:
         finally:
             self._end()
 
+    def _broke(self, error: BaseException) -> None:
+        self._report(f"serving it broke: {error!r}; it was cut off")
+
     def _next(self) -> Record | None:
         """Return the next fault, None at the end. Raises RecordError."""
         while True:
@@ -192,9 +195,10 @@ class _Serving:
         try:
             with self._memory[offset : offset + record.size] as destination:
                 self._source.fill(offset, destination)
-        except (SourceError, ValueError) as error:
+        except Exception as error:  # a source that breaks costs the machine this page, not the session
             outcome = Outcome.FAILED
-            self._report(f"the fault on gpa {record.gpa:#x} failed: {error}")
+            why = error if isinstance(error, SourceError | ValueError) else repr(error)
+            self._report(f"the fault on gpa {record.gpa:#x} failed: {why}")
         with self._mutex:
             self._pages[record.origin] += 1
             self._failed += outcome is Outcome.FAILED

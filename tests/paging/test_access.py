@@ -19,8 +19,9 @@ SOON = 0.02  # seconds until a wait in vain is over
 LONG = 30  # seconds: only a broken test waits so long
 
 
-def memory_of(pager, origin=Origin.DEVICE, number=3, *, shared=True, **options):
-    backing = SimpleNamespace(vmm=SimpleNamespace(view=pager.trap.fill_view), shared=shared)
+def memory_of(pager, origin=Origin.DEVICE, number=3, *, shared=True, on_disk=False, **options):
+    vmm = SimpleNamespace(view=pager.trap.fill_view, populate=lambda offset, length, write: None)
+    backing = SimpleNamespace(vmm=vmm, shared=shared, on_disk=on_disk)
     return GuestMemory(pager.layout, backing, pager, origin, number, **options)
 
 
@@ -522,10 +523,11 @@ def test_a_peer_that_does_not_let_go_leaves_nothing_frozen():
 # Threads
 
 
-@pytest.mark.parametrize("shared", [True, False])  # a read of shared memory takes no lock
-def test_accesses_under_revocation_and_freezes_lose_nothing_and_are_never_torn(shared):
+# A read of shared memory takes no lock; of what may be on a disk every access pins its pages.
+@pytest.mark.parametrize(("shared", "on_disk"), [(True, False), (False, False), (True, True)])
+def test_accesses_under_revocation_and_freezes_lose_nothing_and_are_never_torn(shared, on_disk):
     rounds, words = 3000, 8
-    with memory(shared=shared) as (pager, ram):
+    with memory(shared=shared, on_disk=on_disk) as (pager, ram):
         done = threading.Event()
         size = 3 * PAGE_SIZE  # an access of several pages, and one within a page
 

@@ -28,8 +28,15 @@ the mapping. Exact while vCPUs run:
 - Two threads that revoke pages of one region: the first registers it, the other waits for that, not for more. After it
   each drop and each marker is about its own page only: neither can undo what the other did. (Were the whole region
   dropped later than that, a marker set by the faster thread would go with it.)
+- The kernel may refuse to unregister a region, and has done so for a part of it: then all of it is registered again.
+  Nothing had been taken out of the page table, so nothing was missed.
 - A reader may hold an event from before a region was unregistered, and then finds nothing registered there (ENOENT).
   Unregistering has woken whoever slept, who has looked again since: the event is of no use (`unless_plain`).
+
+Where plain regions and registered ones alternate the view is as many mappings (VMAs) of the kernel's: two more for each
+plain region, at the most, of which a process may have 65,530 in all (vm.max_map_count). What may be refused for want of
+them is the collapse, never the registering of a region out of which a page has to go. So there are no more plain
+regions than half of what is left: whichever of them are registered again, the mappings suffice.
 
 Units: RAM pages. A region's number is its first page divided by 512.
 """
@@ -44,10 +51,12 @@ from collections.abc import Callable, Iterator
 
 from kvmdp.abi.mman import MADV_COLLAPSE, MADV_HUGEPAGE, MADV_NOHUGEPAGE
 from kvmdp.memory.layout import HUGE_PAGE, PAGE_SIZE, REGION
-from kvmdp.memory.mapping import Mapping
+from kvmdp.memory.mapping import Mapping, mappings_left
+from kvmdp.paging.fault import PagingError
 
 # The kernel says "again" while somebody looks at one of the pages, as KVM does for a moment at every fault.
 _ATTEMPTS = 8
+_SPARE_MAPPINGS = 1024  # for threads, and whatever else this process comes to need
 
 
 def can_collapse(view: Mapping) -> bool:
@@ -66,11 +75,16 @@ def can_collapse(view: Mapping) -> bool:
 def put_together(view: Mapping, first: int, count: int, *, thp: bool) -> bool:
     """Put whole regions of pages, of which userfaultfd knows nothing, together; True if all of them are.
 
-    False where the kernel has no huge page to spare, or a page stays in use: then some of the regions may be. Without
-    `thp` the kernel makes no huge page there by itself afterwards, as before.
+    False where the kernel has no huge page to spare, or no mapping, or a page stays in use: then some of them may be.
+    Without `thp` the kernel makes no huge page there by itself afterwards, as before.
     """
     offset, length = first * PAGE_SIZE, count * PAGE_SIZE
-    view.advise(MADV_HUGEPAGE, offset, length)  # or MADV_NOHUGEPAGE, from the start, would forbid it
+    try:
+        view.advise(MADV_HUGEPAGE, offset, length)  # or MADV_NOHUGEPAGE, from the start, would forbid it
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.ENOMEM):  # both say that there are too many mappings
+            raise
+        return False
     try:
         return _collapse(view, offset, length)
     finally:
@@ -123,12 +137,13 @@ class Regions:
         self._huge: set[int] = set()  # those of them that have been put together
         self._reopening: set[int] = set()
         self._reopened: Counter[int] = Counter()  # how often each has been
+        self._most_plain: int | None = None  # known from the first collapse on
 
     def collapse(self, first: int, count: int) -> bool:
         """Make whole regions plain memory and put their pages together; True if that has been done to any of them.
 
-        Not so to one that is together already, or that the kernel has no huge page for.
-        The caller has claimed every page, and all are present. Where it fails the region stays plain.
+        Not so to one that is together already, or that the kernel has no huge page or no mapping for.
+        The caller has claimed every page, and all are present. Where it fails the region stays plain, or registered.
         """
         if first % REGION or count % REGION:
             raise ValueError(f"pages {first} to {first + count - 1} are not whole regions of {REGION}")
@@ -138,14 +153,18 @@ class Regions:
     def _collapse(self, number: int) -> bool:
         first = number * REGION
         self.used = True
+        most = self._most_plain_regions()
         with self._changed:
             if number in self._huge:
                 return False
             plain = number in self._plain
+            if not plain and len(self._plain) >= most:
+                return False
             # Before it is so: who finds a region plain that is still registered leaves undone what nobody needs.
             self._plain.add(number)
         if not plain:
-            self._unregister(first, REGION)
+            if not self._make_plain(number):
+                return False
             if self._shared:
                 # A reader may have set a marker on a page that it found claimed. The bytes are in the file.
                 self._view.drop(first * PAGE_SIZE, REGION * PAGE_SIZE)
@@ -155,6 +174,31 @@ class Regions:
                 self._huge.add(number)
         return done
 
+    def _most_plain_regions(self) -> int:
+        """Return how many regions may be plain at the same time."""
+        if self._most_plain is None:
+            self._most_plain = max(mappings_left() - _SPARE_MAPPINGS, 0) // 2
+        return self._most_plain
+
+    def _make_plain(self, number: int) -> bool:
+        """Unregister a region; False if the kernel has no mapping for that, and it is registered as before."""
+        first = number * REGION
+        try:
+            self._unregister(first, REGION)
+        except OSError as error:
+            self._register(first, REGION)
+            self._note_registered(number)
+            if error.errno != errno.ENOMEM:
+                raise
+            return False
+        return True
+
+    def _note_registered(self, number: int) -> None:
+        with self._changed:
+            self._plain.discard(number)
+            self._huge.discard(number)
+            self._reopened[number] += 1
+
     def is_plain(self, page: int) -> bool:
         """Return whether the page's region is plain memory, or is about to be or to have been."""
         return page // REGION in self._plain
@@ -162,7 +206,8 @@ class Regions:
     def reopen(self, first: int, count: int) -> None:
         """Have accesses to the regions that hold these pages, which the caller has claimed, go to userfaultfd again.
 
-        Waits for another thread that is at the same region; that one waits for nobody.
+        Waits for another thread that is at the same region; that one waits for no thread. Raises PagingError if the
+        kernel has no mapping for it.
         """
         if not self._plain:
             return
@@ -177,10 +222,15 @@ class Regions:
                 self._register(number * REGION, REGION)
                 if self._remap is not None:
                     self._remap(number * REGION, REGION)
-                with self._changed:
-                    self._plain.discard(number)
-                    self._huge.discard(number)
-                    self._reopened[number] += 1
+                self._note_registered(number)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                raise PagingError(
+                    f"no page of the 2 MiB from page {number * REGION} on can be taken away: they have been put "
+                    "together, and this process may have no mapping more: raise the limit (sysctl "
+                    "vm.max_map_count=262144), or put no pages together"
+                ) from error
             finally:
                 with self._changed:
                     self._reopening.discard(number)

@@ -19,7 +19,7 @@ from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import HUGE_PAGE, PAGE_SIZE, GuestLayout
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.marker import MarkerTrap
-from kvmdp.paging.trap.memory_fault import require_closed_slots
+from kvmdp.paging.trap.memory_fault import prepare_closed_slots
 from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Block, Kind, Piece
 from kvmdp.paging.trap.slots import RamSlots
@@ -45,7 +45,7 @@ class LayeredTrap(MarkerTrap):
     name = "layered"
 
     def __init__(self, vm: Vm, slots: RamSlots, backing: Backing) -> None:
-        require_closed_slots(vm, self.name)
+        prepare_closed_slots(vm, slots, self.name)
         super().__init__(slots, backing)
 
     def arm(self, presence: Presence) -> None:

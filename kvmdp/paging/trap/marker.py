@@ -20,11 +20,16 @@ from collections.abc import Callable
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.paging.trap.uffd import supported_features
 from kvmdp.paging.trap.uffd_trap import UffdTrap
+
+# How often a page may come back between its drop and its marker. Each time a reader has to meet the moment between the
+# two; this often in a row is no accident.
+_MAX_RETURNS = 10_000
 
 
 class MarkerTrap(UffdTrap):
@@ -56,11 +61,19 @@ class MarkerTrap(UffdTrap):
         self._regions.reopen(first, count)
         self._stage(first, count)
         for page in range(first, first + count, self._unit):
-            uffd = self._uffd_of(page)
-            while True:
-                self._view.drop(page * PAGE_SIZE, self._unit_bytes)
-                if uffd.poison(self._hva(page), self._unit_bytes):
-                    break
+            self._shut_out(page)
+
+    def _shut_out(self, page: int) -> None:
+        """Put a marker where a page is mapped. Raises PagingError if it comes back each time before that."""
+        uffd = self._uffd_of(page)
+        for _ in range(_MAX_RETURNS):
+            self._view.drop(page * PAGE_SIZE, self._unit_bytes)
+            if uffd.poison(self._hva(page), self._unit_bytes):
+                return
+        raise PagingError(
+            f"page {page} of the guest view is mapped again {_MAX_RETURNS} times in a row before it can be marked: "
+            "something else maps guest memory in this process"
+        )
 
     def picture(self) -> Picture:
         """All of RAM is in open memslots; what is absent is under markers."""

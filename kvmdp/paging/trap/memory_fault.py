@@ -20,13 +20,23 @@ from kvmdp.paging.trap.slot_trap import SlotOptions, SlotTrap
 from kvmdp.paging.trap.slots import RamSlots
 
 
-def require_closed_slots(vm: Vm, trap: str) -> None:
-    """Raise UnsupportedError, in the name of `trap`, where this KVM cannot make closed slots."""
+def prepare_closed_slots(vm: Vm, slots: RamSlots, trap: str) -> None:
+    """Get ready to make closed slots; raises UnsupportedError, in the name of `trap`, where this host cannot."""
     if not vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
         raise UnsupportedError(
             f"the trap {trap} needs guest_memfd with GUEST_MEMFD_FLAG_MMAP (KVM_CAP_GUEST_MEMFD_FLAGS), "
             "which this kernel's KVM lacks: use Linux 6.18 or later, or another trap"
         )
+    try:
+        slots.prepare_to_close()
+    except OSError as error:
+        # There is no other way that is safe: whatever this process did by itself, a fork in any of its threads, by
+        # any library, could undo, and nothing would say so but wrong bytes.
+        raise UnsupportedError(
+            f"the trap {trap} needs a thread whose descriptors no child of this process gets a copy of, and may have "
+            f"none here ({error.strerror}): have the container's seccomp profile allow close_range, or use marker or "
+            "mmio"
+        ) from None
 
 
 class MemoryFaultTrap(SlotTrap):
@@ -41,7 +51,7 @@ class MemoryFaultTrap(SlotTrap):
 
     def __init__(self, vm: Vm, slots: RamSlots, backing: Backing, options: SlotOptions) -> None:
         super().__init__(slots, backing, options)
-        require_closed_slots(vm, self.name)
+        prepare_closed_slots(vm, slots, self.name)
 
     def arm(self, presence: Presence) -> None:
         """Open what is present, close what is absent: by granules, or by larger blocks where those are too many."""

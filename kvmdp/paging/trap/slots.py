@@ -3,7 +3,8 @@
 A *closed* slot is bound to a guest_memfd whose descriptor has been closed: KVM cannot map it, so every vCPU
 access exits with KVM_EXIT_MEMORY_FAULT. From the binding to the close the slot is live: a vCPU would read zeros
 and its writes would vanish. So closed slots are made only while no vCPU is in KVM_RUN, and no descriptor of
-that guest_memfd may survive anywhere: a copy held by a forked child would keep the slot live.
+that guest_memfd may survive anywhere. A child would keep the slot live that any thread of the process forks between
+the two, until it execs: so a thread makes them whose descriptors no fork copies (`kvmdp.secluded`).
 
 Memslots are changed only while no vCPU is in KVM_RUN, whatever the change:
 - Closed to open is a delete and a create. A vCPU that looks between the two finds no slot, and KVM hands its access to
@@ -44,6 +45,7 @@ from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.slot_map import Block, Kind, Piece, SlotMap, SlotsExhaustedError
+from kvmdp.secluded import SecludedThread
 
 MAX_GRANULE_SLOTS = 16384
 MAX_GRANULE = 1 << 30  # a granule must not reach over the hole at 3 GiB
@@ -105,6 +107,7 @@ class RamSlots:
         # What the memslot of a closed block names as its memory. KVM itself reads and writes there (its
         # emulator, its paravirtual MSRs), and must fail, not find unfilled memory.
         self._nothing = Mapping.reserved(layout.memory_bytes)
+        self._closer: SecludedThread | None = None
 
     @property
     def count(self) -> int:
@@ -169,6 +172,10 @@ class RamSlots:
 
     # One block at a time
 
+    def prepare_to_close(self) -> None:
+        """Start the thread that makes closed slots; once. Raises OSError, as `SecludedThread`."""
+        self._closer = SecludedThread(self._vm.fd, "closed-slots")
+
     def open(self, first: int, count: int) -> None:
         """Give pages without a slot an ordinary one: the guest sees their memory."""
         block = self._add(Piece(first, count, Kind.OPEN))
@@ -202,10 +209,13 @@ class RamSlots:
     def close_pieces(self, pieces: Sequence[Piece]) -> None:
         """Give pages without a slot closed ones. Only while no vCPU is in KVM_RUN.
 
-        Needs KVM_CAP_GUEST_MEMFD_FLAGS with GUEST_MEMFD_FLAG_MMAP.
+        Only after `prepare_to_close`. Needs KVM_CAP_GUEST_MEMFD_FLAGS with GUEST_MEMFD_FLAG_MMAP.
         """
-        if not pieces:
-            return
+        if pieces:
+            assert self._closer is not None
+            self._closer.do(lambda: self._close_pieces(pieces))
+
+    def _close_pieces(self, pieces: Sequence[Piece]) -> None:
         fd = self._vm.create_guest_memfd(sum(piece.pages for piece in pieces) * PAGE_SIZE, _GUEST_MEMFD_FLAGS)
         try:
             position = 0
@@ -323,5 +333,7 @@ class RamSlots:
             return self._map.is_open(first, count)
 
     def close(self) -> None:
-        """Give back the reserved addresses; the slots themselves go with the VM."""
+        """Give back the reserved addresses; the slots themselves go with the VM, which is closed after this."""
+        if self._closer is not None:
+            self._closer.close()
         self._nothing.close()

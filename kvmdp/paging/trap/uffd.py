@@ -10,18 +10,22 @@ import ctypes
 import errno
 import functools
 import os
+import time
 from collections.abc import Callable
 from ctypes import byref
 
 from kvmdp.abi import libc
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import UnsupportedError
+from kvmdp.paging.fault import PagingError, UnsupportedError
 
 _DEVICE = "/dev/userfaultfd"
 # How often a page is put back that goes from the memory file before it is mapped. Whoever punches holes has to meet
 # the moment between the two each time; this often in a row is no accident, and no machine could run.
 _MAX_HOLES = 10_000
+# How long a call may be told to try again, and how long it does so without a pause. That lasts until a reader has read
+# of a discard and the discard has gone on: microseconds, unless the reader fetches a page meanwhile.
+_PATIENCE_SECONDS, _EAGER_SECONDS, _PAUSE_SECONDS = 30.0, 0.001, 0.0005
 
 _REMEDIES = (
     "run as root, or give yourself /dev/userfaultfd (sudo setfacl -m u:$USER:rw /dev/userfaultfd), "
@@ -152,12 +156,14 @@ class Uffd:
 
     def copy(self, hva: int, source: int, length: int) -> None:
         """Fill absent pages from `source` (hva): private ones, or holes of a memory file. Pages there already stay."""
-        done = 0
+        done, told = 0, 0.0
         while done < length:
             request = abi.uffdio_copy(hva + done, source + done, length - done)
             if self._ioctl(self.fd, abi.UFFDIO_COPY, byref(request)) == 0:
                 return
-            done += self._progress(int(request.copy), hva + done, "UFFDIO_COPY")[0]
+            step, _ = self._progress(int(request.copy), hva + done, "UFFDIO_COPY")
+            told = 0.0 if step else self._try_again(told, hva + done, "UFFDIO_COPY")
+            done += step
 
     def _each(
         self,
@@ -171,8 +177,11 @@ class Uffd:
         """Make a ranged call to the range's end; return its length less that of the pages that were there already."""
         result = type(request)._fields_[-1][0]
         done = skipped = holes = 0
+        told = 0.0
         while done < length:
             range_.start, range_.len = hva + done, length - done
+            # A kernel may turn a call away before it writes the result: then it is not that of the call before.
+            setattr(request, result, 0)
             if self._ioctl(self.fd, number, byref(request)) == 0:
                 break
             moved = int(getattr(request, result))
@@ -182,7 +191,9 @@ class Uffd:
                 continue
             step, was_there = self._progress(moved, hva + done, call)
             if step:
-                holes = 0
+                holes, told = 0, 0.0
+            else:
+                told = self._try_again(told, hva + done, call)
             done += step
             skipped += step * was_there
         return length - skipped
@@ -190,20 +201,37 @@ class Uffd:
     def _progress(self, result: int, hva: int, call: str) -> tuple[int, bool]:
         """Return how many bytes a failed ranged call got past, and whether a page was there already.
 
-        Positive: it stopped in the middle. EAGAIN with none done: the address space was changing, try again.
+        Positive: it stopped in the middle. 0, of EAGAIN with none done: the address space was changing, try again.
         EEXIST: a page is there already. The page behind is somebody else's doing, which is no error.
         """
         if result > 0:
             return result, False
         number = ctypes.get_errno() if result == 0 else -result
         if number == errno.EAGAIN:
-            self.on_again()
             return 0, False
         if number == errno.EEXIST:
             # Whoever sleeps on the page was meant to be woken by the call that found it there.
             self.wake(hva, self._page_size)
             return self._page_size, True
         raise OSError(number, f"{call} at {hva:#x}: {os.strerror(number)}")
+
+    def _try_again(self, told: float, hva: int, call: str) -> float:
+        """See to it that a call can be made again; `told` is when it was told so first (time.monotonic), 0 if now.
+
+        Returns that time. Raises PagingError if it was long ago.
+        """
+        self.on_again()
+        now = time.monotonic()
+        if not told:
+            return now
+        if now - told > _PATIENCE_SECONDS:
+            raise PagingError(
+                f"{call} at {hva:#x} is told to try again for {_PATIENCE_SECONDS:.0f} seconds: a discard of guest "
+                "memory waits for a userfaultfd reader, which the source or the kernel holds"
+            )
+        if now - told > _EAGER_SECONDS:
+            time.sleep(_PAUSE_SECONDS)
+        return told
 
     def read(self, messages: ctypes.Array[abi.uffd_msg]) -> int:
         """Read as many events as wait, up to the array's length; return how many, 0 if none."""

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
-from kvmdp.paging.fault import PagingError
+from kvmdp.paging.fault import broken
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.uffd import Uffd
 from kvmdp.thread import JoinableThread
@@ -62,7 +62,7 @@ class UffdView(ABC):
         self._unit_bytes = page_size
         self._shard = -(-self._pages // (shards * self._unit)) * self._unit  # pages a descriptor has
         self._readers_each = readers
-        self._readers: list[JoinableThread] = []
+        self._readers: list[tuple[JoinableThread, select.epoll]] = []
         # Readers that are between an event and the next wait, by thread identifier.
         self._at_work: set[int] = set()
         self._wakeup = -1
@@ -85,9 +85,15 @@ class UffdView(ABC):
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for shard, uffd in enumerate(self._uffds):
             for number in range(self._readers_each):
+                poll = select.epoll(flags=select.EPOLL_CLOEXEC)
+                work = functools.partial(self._read, uffd, poll)
                 name = f"uffd-reader-{shard}.{number}"
-                self._readers.append(JoinableThread(functools.partial(self._read, uffd), name))
-                self._readers[-1].start()
+                reader = JoinableThread(work, name, self._reader_broke)
+                self._readers.append((reader, poll))
+                # Of several readers of one descriptor the kernel wakes one.
+                poll.register(uffd.fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+                poll.register(self._wakeup, select.EPOLLIN)
+                reader.start()
 
     def disarm(self) -> None:
         """Stop the readers and unregister the view."""
@@ -146,16 +152,16 @@ class UffdView(ABC):
     def _removed(self, start: int, end: int) -> None:  # noqa: B027 - most ask for no such event
         """Take note that the range (hva) is being discarded; only where that event was asked for."""
 
-    def _read(self, uffd: Uffd) -> None:
-        try:
-            self._serve_until_stopped(uffd)
-        except Exception as error:
-            assert self._presence is not None
-            self._presence.abort(PagingError(f"a userfaultfd reader broke: {error!r}"))
-        finally:
-            self._at_work.discard(threading.get_ident())
+    def _reader_broke(self, error: BaseException) -> None:
+        assert self._presence is not None
+        self._presence.abort(broken("a userfaultfd reader broke", error))
 
-    def _serve_until_stopped(self, uffd: Uffd) -> None:
+    def _read(self, uffd: Uffd, poll: select.epoll) -> None:
+        """Serve until stopped, whatever a source, an observer or the trap raises on the way: that ends the run.
+
+        A reader lives on because others depend on it. A thread that discards pages sleeps in the kernel until the event
+        has been read, with a claim on them, and meanwhile the kernel tells every call that maps or marks to try again.
+        """
         messages = (abi.uffd_msg * _BATCH)()
         assert self._presence is not None
         presence, serve, reader = self._presence, self._reader(), threading.get_ident()
@@ -174,16 +180,17 @@ class UffdView(ABC):
                     self._removed(message.arg.remove.start, message.arg.remove.end)
 
         self._this_thread.take = take
-        with select.epoll(flags=select.EPOLL_CLOEXEC) as poll:
-            # Of several readers of one descriptor the kernel wakes one.
-            poll.register(uffd.fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-            poll.register(self._wakeup, select.EPOLLIN)
-            # Events are read in any case: who takes pages out to make room may wait until a discard has been read.
-            while not any(fd == self._wakeup for fd, _ in poll.poll(_HELD_SECONDS if faults else None)):
-                self._at_work.add(reader)
+        # Events are read in any case: a thread that makes room may wait until its discard has been read.
+        while not any(fd == self._wakeup for fd, _ in poll.poll(_HELD_SECONDS if faults else None)):
+            self._at_work.add(reader)
+            try:
                 take()
                 while faults and (is_present(self._page_of(faults[0][0])) or presence.room(faults[0][1])):
                     serve(*faults.popleft())
+            except BaseException as error:
+                self._reader_broke(error)
+                time.sleep(_HELD_SECONDS)  # what cannot even be read would be tried without a pause
+            finally:
                 self._at_work.discard(reader)
 
     def _make_way(self) -> None:
@@ -213,12 +220,15 @@ class UffdView(ABC):
         return True
 
     def _stop_readers(self) -> None:
-        if self._readers:
-            os.eventfd_write(self._wakeup, 1)
-            for reader in self._readers:
-                reader.join()
-            self._readers.clear()
-            os.close(self._wakeup)
+        if self._wakeup < 0:
+            return
+        os.eventfd_write(self._wakeup, 1)
+        for reader, poll in self._readers:
+            reader.join()
+            poll.close()
+        self._readers.clear()
+        os.close(self._wakeup)
+        self._wakeup = -1
 
     def _close_descriptors(self) -> None:
         for uffd in self._uffds:
