@@ -1,6 +1,5 @@
 """A revocation wants memslots with the vCPUs stopped, a cut and a merge want the vCPUs stopped with their memslots."""
 
-import contextlib
 import threading
 
 import numpy as np
@@ -30,17 +29,16 @@ def test_threads_that_want_memslots_and_stopped_vcpus_in_either_order_both_get_t
         pager, results = machine.pager, {}
         pager.mark_present(0, 1)
         has_memslots, has_stopped = threading.Event(), threading.Event()
-        quiesced = machine.gate.quiesced
+        close = machine.gate._close
 
-        @contextlib.contextmanager
-        def quiesced_in_turn():
+        def close_in_turn(*arguments, **options):
             if threading.current_thread() is bringing:
                 has_memslots.set()
                 assert has_stopped.wait(SOON)
-            with quiesced():
-                if threading.current_thread() is taking:
-                    has_stopped.set()
-                yield
+            closed = close(*arguments, **options)
+            if threading.current_thread() is taking:
+                has_stopped.set()
+            return closed
 
         def bring():
             results["brought"] = pager.mark_present(first, count)
@@ -49,7 +47,7 @@ def test_threads_that_want_memslots_and_stopped_vcpus_in_either_order_both_get_t
             assert has_memslots.wait(SOON)
             results["taken"] = pager.mark_nonpresent(0, 1)
 
-        monkeypatch.setattr(machine.gate, "quiesced", quiesced_in_turn)
+        monkeypatch.setattr(machine.gate, "_close", close_in_turn)
         bringing = threading.Thread(target=bring, daemon=True)
         taking = threading.Thread(target=take, daemon=True)
         for thread in (bringing, taking):
