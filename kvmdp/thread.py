@@ -1,9 +1,9 @@
 """A thread that can be joined however its start ended: an interruption may come at any moment of `start`.
 
 `threading.Thread.start` waits for the new thread's first steps. A KeyboardInterrupt in that wait leaves a thread that
-runs and that `join` refuses, "cannot join thread before it is started", or breaks the lock that is waited on. So SIGINT
-and SIGTERM are put off until the thread is started. Masking them would not do: another thread may take the signal, and
-Python runs its handler in the main thread all the same.
+runs and that `join` refuses, "cannot join thread before it is started", or breaks the lock that is waited on. So
+SIGINT, SIGTERM and SIGHUP are put off until the thread is started. Masking them would not do: another thread may take
+the signal, and Python runs its handler in the main thread all the same.
 
 Units: seconds.
 """
@@ -15,6 +15,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+_INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class JoinableThread:
@@ -39,7 +41,7 @@ class JoinableThread:
 
         An interruption is raised when the thread runs, or before there is one: whatever comes of it, it can be joined.
         """
-        with _put_off():
+        with put_off():
             self._thread.start()
             self._started = True
 
@@ -64,8 +66,11 @@ def run_in_thread(work: Callable[[], None], name: str) -> None:
 
 
 @contextlib.contextmanager
-def _put_off() -> Iterator[None]:
-    """Have SIGINT and SIGTERM handled after the block; they are handled in the main thread alone."""
+def put_off() -> Iterator[None]:
+    """Have the signals that interrupt handled after the block; they are handled in the main thread alone.
+
+    For what has to be noted where its owner finds it once it is there, such as a thread or a file, and is there soon.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -74,16 +79,11 @@ def _put_off() -> Iterator[None]:
     def note(number: int, _frame: FrameType | None) -> None:
         came.append(number)
 
-    interrupt, terminate = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        # Either may be handled before its handler is replaced, and once it is put back: then the other is put back too.
-        signal.signal(signal.SIGINT, note)
-        signal.signal(signal.SIGTERM, note)
+    with contextlib.ExitStack() as stack:
+        for number in _INTERRUPTING:
+            # One that is handled before its handler is replaced, or once it is put back, keeps no other from that.
+            stack.callback(signal.signal, number, signal.getsignal(number))
+            signal.signal(number, note)
         yield
-    finally:
-        try:
-            signal.signal(signal.SIGINT, interrupt)
-        finally:
-            signal.signal(signal.SIGTERM, terminate)
-    for number in came[:1]:
-        signal.raise_signal(number)
+    if came:
+        signal.raise_signal(came[0])

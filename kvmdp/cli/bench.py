@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from kvmdp.bench.access import AccessCosts
-from kvmdp.bench.check import read_bounds
+from kvmdp.bench.check import Bound, read_bounds
 from kvmdp.bench.comparison import BASELINE, Comparison
 from kvmdp.bench.contender import DEFAULT, MISSING, OFF, PRESENT, SHARDED, Contender, contender
 from kvmdp.bench.huge import CONTENDERS as HUGE_CONTENDERS
@@ -28,9 +27,8 @@ from kvmdp.cli.output import (
     check_json_target,
     check_trace_target,
     say,
-    write_file,
-    write_json,
 )
+from kvmdp.cli.result_files import ResultFiles
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.trap.registry import ALL_TRAPS, TRAPS
@@ -166,8 +164,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print, hold against bounds, return the exit status."""
     check_json_target(options.json)
     check_trace_target(options.trace)
+    bounds = _bounds(options.check)
     try:
-        bounds = read_bounds(options.check) if options.check else []
         work = _work(options)
         # First, for planning the work in absurdly much memory takes minutes by itself.
         if work.backing in HUGE_BACKINGS and not work.reserve_hugepages:
@@ -176,8 +174,6 @@ def run(options: argparse.Namespace) -> int:
         contenders = _contenders(options, work)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    except OSError as error:
-        raise UsageError(f"--check {options.check}: {error.strerror}") from None
     if options.huge:
         return run_huge(options, work, contenders, bounds)
     if options.memory_cost:
@@ -193,17 +189,28 @@ def run(options: argparse.Namespace) -> int:
     document = comparison.document()
     if options.json != "-":
         print_document(document)
-    if options.json:
-        write_json(options.json, document)
+    files = ResultFiles()
+    files.json(options.json, document)
     if options.trace:
-        write_file(Path(options.trace), "".join(f"{line}\n" for line in comparison.trace_lines()))
+        files.trace(options.trace, comparison.trace_lines())
     for name, reason in comparison.skipped.items():
         say(f"skipped {name}: {reason}")
     if status == EXIT_OK and len(document["contenders"]) < min(2, len(contenders) + len(comparison.skipped)):
         status = EXIT_LACKING
     if status == EXIT_OK:
         status = hold(bounds, document)
-    return status
+    return files.settle(status)
+
+
+def _bounds(path: str | None) -> list[Bound]:
+    if path is None:
+        return []
+    try:
+        return read_bounds(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"--check {path}: {error.strerror}; give a file that can be read") from None
 
 
 def _work(options: argparse.Namespace) -> Work:

@@ -9,7 +9,8 @@ from kvmdp.bench import huge, memorycost
 from kvmdp.bench.check import Bound, judge
 from kvmdp.bench.contender import Contender
 from kvmdp.bench.work import Work
-from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LACKING, EXIT_OK, say, write_json
+from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LACKING, EXIT_OK, say
+from kvmdp.cli.result_files import ResultFiles
 from kvmdp.kvm import KvmError
 from kvmdp.paging.fault import UnsupportedError
 
@@ -61,13 +62,13 @@ def _finish(
         say("kvmdp: interrupted; what follows is partial")
     if options.json != "-":
         print("\n".join(lines))
-    if options.json:
-        write_json(options.json, document)
+    files = ResultFiles()
+    files.json(options.json, document)
     for name, reason in document["skipped"].items():
         say(f"skipped {name}: {reason}")
     if interrupted:
-        return EXIT_INTERRUPTED
-    return hold(bounds, document) if document["contenders"] else EXIT_LACKING
+        return files.settle(EXIT_INTERRUPTED)
+    return files.settle(hold(bounds, document) if document["contenders"] else EXIT_LACKING)
 
 
 def hold(bounds: list[Bound], document: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvmdp.bench.report.folder import ReportError, check_folder, write_report
+from kvmdp.bench.report.folder import ReportError, check_folder
 from kvmdp.bench.report.table import claim_lines, table
 from kvmdp.bench.survey import Plan, Step, Survey, default_names
 from kvmdp.cli.coverage import run_coverage
@@ -23,10 +23,12 @@ from kvmdp.cli.output import (
     UsageError,
     check_json_target,
     check_trace_target,
+    is_stream,
     say,
-    write_file,
-    write_json,
 )
+from kvmdp.cli.report import write_folder
+from kvmdp.cli.result_files import ResultFiles
+from kvmdp.cli.streams import terminal_columns
 from kvmdp.machine.runloop import GuestError
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import PagingError
@@ -138,15 +140,18 @@ def run(options: argparse.Namespace) -> int:
     finally:
         progress.close()
     document = survey.document()
-    try:
-        _write(options, survey, document)
-    finally:
-        # Minutes of measuring are not lost to a full disk.
-        if options.json != "-":
-            _print(document)
+    if options.json != "-":
+        _print(document)
+    files = ResultFiles()
+    write_folder(files, options.report, document)
+    files.json(options.json, document)
+    if options.trace:
+        files.trace(options.trace, survey.traced.trace_lines() if survey.traced else ())
     for name, reason in survey.skipped.items():
         say(f"skipped {name}: {reason}")
-    return EXIT_LACKING if status == EXIT_OK and len(survey.ran) < 2 else status
+    if status == EXIT_OK and len(survey.ran) < 2:
+        status = EXIT_LACKING
+    return files.settle(status)
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -178,7 +183,7 @@ def _check_targets(options: argparse.Namespace, plan: Plan) -> None:
     check_json_target(options.json)
     check_trace_target(options.trace)
     files = [target for target in (options.json, options.trace) if target not in (None, "-")]
-    folders = [str(Path(target).resolve().parent) for target in files if not _is_stream(target)]
+    folders = [str(Path(target).resolve().parent) for target in files if not is_stream(Path(target))]
     if options.report:
         try:
             check_folder(options.report)
@@ -187,10 +192,6 @@ def _check_targets(options: argparse.Namespace, plan: Plan) -> None:
         folders.append(str(Path(options.report).resolve().parent))
     for folder in folders:
         _check_room(folder, plan.report_bytes)
-
-
-def _is_stream(target: str) -> bool:
-    return Path(target).exists() and not Path(target).is_file()
 
 
 def _check_room(folder: str, size: int) -> None:
@@ -204,17 +205,6 @@ def _check_room(folder: str, size: int) -> None:
             needed = format_size(-(-size >> 20) << 20)
             reason = f"{os.strerror(error.errno)} for the results, which may take {needed}"
             raise OSError(error.errno, reason, folder) from None
-
-
-def _write(options: argparse.Namespace, survey: Survey, document: dict[str, Any]) -> None:
-    if options.report:
-        write_report(document, options.report)
-        say(f"report written: {options.report}/index.html")
-    if options.json:
-        write_json(options.json, document)
-    if options.trace:
-        lines = survey.traced.trace_lines() if survey.traced else ()
-        write_file(Path(options.trace), "".join(f"{line}\n" for line in lines))
 
 
 def _print(document: dict[str, Any]) -> None:
@@ -234,8 +224,9 @@ class _Progress:
     def __call__(self, step: Step) -> None:
         line = f"[{step.done} of {step.total}] {step.what}"
         if self._terminal:
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            sys.stderr.write(f"\r\x1b[K{f'{line}, {step.name}' if step.name else line}"[: columns + 3])
+            sys.stderr.write(
+                f"\r\x1b[K{f'{line}, {step.name}' if step.name else line}"[: terminal_columns() + 3]
+            )
             sys.stderr.flush()
         elif step.what != self._last:
             say(line)

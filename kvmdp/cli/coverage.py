@@ -6,7 +6,8 @@ import argparse
 import textwrap
 from typing import Any
 
-from kvmdp.cli.output import EXIT_FAILED, EXIT_OK, check_json_target, say, write_json
+from kvmdp.cli.output import EXIT_FAILED, EXIT_OK, check_json_target, say
+from kvmdp.cli.result_files import ResultFiles
 from kvmdp.machine.coverage import ACCESSES, Coverage, Seen, coverage
 from kvmdp.machine.hostinfo import host_facts
 from kvmdp.paging.trap.registry import PURE_TRAPS
@@ -26,9 +27,9 @@ def run_coverage(options: argparse.Namespace) -> int:
     document = _document(table)
     if options.json != "-":
         _print(document)
-    if options.json:
-        write_json(options.json, document)
-    return EXIT_OK if table.ok else EXIT_FAILED
+    files = ResultFiles()
+    files.json(options.json, document)
+    return files.settle(EXIT_OK if table.ok else EXIT_FAILED)
 
 
 def _document(table: Coverage) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
+from kvmdp.cli.leftovers import listening
 from kvmdp.cli.output import UsageError, say
 from kvmdp.machine.disk import DiskError, disk_file
 from kvmdp.machine.experiment import DeviceFactory, in_process_disk
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.remote_disk import RemoteDisk
 from kvmdp.memory.backings import BACKINGS
-from kvmdp.wire.endpoint import EndpointError, Listener
+from kvmdp.wire.endpoint import EndpointError
 
 __all__ = ["add_disk_options", "disk_device"]
 
@@ -70,11 +71,11 @@ def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[Device
             "--device-socket with --uffd-mode missing: in that mode pages are filled where no other process finds "
             "them; leave --uffd-mode out"
         )
-    try:
-        listener = Listener(options.device_socket)
-    except EndpointError as error:
-        raise UsageError(f"--device-socket: {error}") from None
-    with listener:
+    with contextlib.ExitStack() as stack:
+        try:
+            listener = stack.enter_context(listening(options.device_socket))
+        except EndpointError as error:
+            raise UsageError(f"--device-socket: {error}") from None
         say(f"waiting for a device at {listener.path}")
 
         def attach(machine: Machine) -> RemoteDisk:

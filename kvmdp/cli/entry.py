@@ -2,40 +2,41 @@
 
 Loading the command takes a few tenths of a second. A KeyboardInterrupt in that time would be a traceback, or be
 lost: importlib runs callbacks in which it can only be reported and dropped. So until the command begins its work,
-when there is nothing yet to clean up, an interruption ends the process where it stands.
+when there is nothing yet to clean up, an interruption ends the process where it stands. `kvmdp.cli.ending` has what it
+does from then on.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
-import sys
 from types import FrameType
 from typing import NoReturn
 
+INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 _INTERRUPTED = 130
+_STDERR = 2
 
 
 def entry() -> NoReturn:
     """Run the command and exit with its status."""
     on_interruption(leave)
+    from kvmdp.cli.streams import open_streams  # here and below, for loading is what takes the time
+
     open_streams()
-    from kvmdp.cli.main import main  # here, for this is what takes the time
+    from kvmdp.cli.ending import run_to_end
 
-    sys.exit(main(started=lambda: on_interruption(signal.default_int_handler)))
-
-
-def open_streams() -> None:
-    """See to it that there is a stdout and a stderr: Python has None where it was started with one closed."""
-    # These stay open to the end.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    run_to_end()
 
 
 def interruptions() -> set[signal.Signals]:
-    """Return the signals that interrupt: a shell's background job ignores SIGINT, and goes on doing so."""
-    ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    return {signal.SIGTERM} if ignores else {signal.SIGTERM, signal.SIGINT}
+    """Return the signals that interrupt. One that was ignored from the start is none, and stays ignored.
+
+    So a background job of a shell goes on at SIGINT, and what was started by nohup at SIGHUP.
+    """
+    return {number for number in INTERRUPTING if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 def on_interruption(handler: signal._HANDLER) -> None:
@@ -47,7 +48,10 @@ def on_interruption(handler: signal._HANDLER) -> None:
 def leave(_number: int, _frame: FrameType | None) -> NoReturn:
     """End the process here and now, as interrupted: a signal handler for when there is nothing to clean up."""
     try:
-        os.write(2, b"kvmdp: interrupted\n")
+        poll = select.poll()
+        poll.register(_STDERR, select.POLLOUT)
+        if poll.poll(0):  # a reader of stderr that takes nothing is not waited for
+            os.write(_STDERR, b"kvmdp: interrupted\n")
     except OSError:
         pass  # stderr is closed: the status says it
     os._exit(_INTERRUPTED)

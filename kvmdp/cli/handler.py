@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from kvmdp.cli.leftovers import listening
 from kvmdp.cli.output import UsageError, say
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.source.base import PageSource
@@ -12,7 +13,7 @@ from kvmdp.source.image import ImageSource
 from kvmdp.source.network import NetworkSource, parse_bandwidth, parse_latency
 from kvmdp.source.serving import serve
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.wire.endpoint import EndpointError, Listener
+from kvmdp.wire.endpoint import EndpointError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> NoReturn:
     except ValueError as error:
         raise UsageError(str(error)) from None
     try:
-        with Listener(options.listen) as listener:
+        with listening(options.listen) as listener:
             say(f"serving {format_size(source.size)} from {source.name} at {options.listen}")
             serve(listener, source, say)
     except EndpointError as error:

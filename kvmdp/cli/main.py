@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -14,10 +13,12 @@ from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_LACKING,
+    EXIT_OK,
     EXIT_USAGE,
     UsageError,
     say,
 )
+from kvmdp.cli.result_files import OutputError
 from kvmdp.kvm import KvmError
 from kvmdp.machine.runloop import GuestError
 from kvmdp.paging.fault import PagingError, UnsupportedError
@@ -57,47 +58,50 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None, started: Callable[[], None] = lambda: None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    started: Callable[[], None] = lambda: None,
+    settled: Callable[[], None] = lambda: None,
+) -> int:
     """Run one command and return its exit status (0, 1, 2, 4 or 130).
 
-    `started` is called when all is loaded and the command begins its work.
+    `started` is called when all is loaded and the command begins its work, `settled` when that is over, and nothing is
+    left to be done but to write out results: from then on no KeyboardInterrupt is expected.
     """
     try:
-        try:
-            given = sys.argv[1:] if arguments is None else list(arguments)
-            options = build_parser(given[0] if given else None).parse_args(given)
-            started()
-            status: int = options.run(options)
-            return status
-        finally:
-            _flush_stdout()
-    except UsageError as error:
-        return _fail(str(error), EXIT_USAGE)
-    except (UnsupportedError, KvmError) as error:
-        return _fail(str(error), EXIT_LACKING)
-    except (PagingError, GuestError, SourceError) as error:
-        return _fail(str(error), EXIT_FAILED)
-    except BrokenPipeError:
-        return EXIT_FAILED  # whoever read our output has gone, and knows
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", EXIT_FAILED)
+        status, cause = _outcome(sys.argv[1:] if arguments is None else list(arguments), started)
+        settled()
     except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
-
-
-def _flush_stdout() -> None:
-    """Write out what stdout still holds, while an error of it can be caught: at the interpreter's end none can."""
+        status, cause = EXIT_INTERRUPTED, "interrupted"
+        settled()
     try:
         sys.stdout.flush()
     except OSError as error:
-        # What could not be written is still there, and the interpreter would try once more.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        raise OSError(error.errno, error.strerror, "standard output") from None
-
-
-def _fail(sentence: str, status: int) -> int:
-    say(f"kvmdp: {sentence}")
+        # A reader of our output that has gone knows.
+        lost = "" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}"
+        if status == EXIT_OK:
+            status, cause = EXIT_FAILED, lost
+        elif lost:
+            say(lost)
+    if cause:
+        say(f"kvmdp: {cause}")
     return status
+
+
+def _outcome(arguments: list[str], started: Callable[[], None]) -> tuple[int, str]:
+    """Return the exit status, and the sentence that says why a command has failed. Raises KeyboardInterrupt."""
+    try:
+        options = build_parser(arguments[0] if arguments else None).parse_args(arguments)
+        started()
+        return options.run(options), ""
+    except SystemExit as end:  # argparse has printed what was asked for
+        return EXIT_OK if end.code is None else int(end.code), ""
+    except UsageError as error:
+        return EXIT_USAGE, str(error)
+    except (UnsupportedError, KvmError) as error:
+        return EXIT_LACKING, str(error)
+    except (PagingError, GuestError, SourceError, OutputError) as error:
+        return EXIT_FAILED, str(error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return EXIT_FAILED, f"{where}{error.strerror or error}"

@@ -6,7 +6,8 @@ import argparse
 import os
 from typing import Any
 
-from kvmdp.cli.output import EXIT_LACKING, EXIT_OK, check_json_target, write_json
+from kvmdp.cli.output import EXIT_LACKING, EXIT_OK, check_json_target
+from kvmdp.cli.result_files import ResultFiles
 from kvmdp.kvm import Kvm, KvmError
 from kvmdp.machine.hostinfo import host_facts, huge_page_pools
 from kvmdp.machine.probe import ACCESSES, Status, capabilities, proofs, userfaultfd_facts, works
@@ -39,9 +40,9 @@ def run(options: argparse.Namespace) -> int:
     document = probe_document()
     if options.json != "-":
         print_document(document)
-    if options.json:
-        write_json(options.json, document)
-    return EXIT_OK if document["ok"] else EXIT_LACKING
+    files = ResultFiles()
+    files.json(options.json, document)
+    return files.settle(EXIT_OK if document["ok"] else EXIT_LACKING)
 
 
 def probe_document() -> dict[str, Any]:

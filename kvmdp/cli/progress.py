@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 
+from kvmdp.cli.output import say
+from kvmdp.cli.streams import terminal_columns
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.size import format_size
 
@@ -40,7 +41,7 @@ class Progress:
         if self._terminal:
             self._draw([*self._map(machine), line])
         else:
-            print(line, file=self._stream, flush=True)
+            say(line)
 
     def close(self) -> None:
         """Take the picture off the terminal."""
@@ -51,7 +52,7 @@ class Progress:
     def _map(self, machine: Machine) -> list[str]:
         """Return lines of cells, each a stretch of RAM, the fuller the darker."""
         pages = machine.layout.pages
-        width = min(_MAP_WIDTH, max(16, self._columns() - 12))
+        width = min(_MAP_WIDTH, max(16, terminal_columns() - 12))
         rows = min(_MAP_ROWS, -(-pages // width))
         cell = -(-pages // (width * rows))
         lines = []
@@ -64,13 +65,9 @@ class Progress:
             lines.append(f"{format_size(start * 4096):>8} │{shades:<{width}}│")
         return lines
 
-    def _columns(self) -> int:
-        """Return the terminal's width; 80 where it does not know."""
-        return os.get_terminal_size(self._stream.fileno()).columns or 80
-
     def _draw(self, lines: list[str]) -> None:
         # A line that wraps would count for two on the way back up.
-        lines = [line[: self._columns()] for line in lines]
+        lines = [line[: terminal_columns()] for line in lines]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         self._stream.write(f"{up}\x1b[J" + "".join(f"{line}\n" for line in lines))
         self._stream.flush()

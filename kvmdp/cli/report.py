@@ -11,6 +11,7 @@ from kvmdp.bench.report.load import load
 from kvmdp.bench.report.results import Document, trace_name
 from kvmdp.bench.report.table import claim_lines, table
 from kvmdp.cli.output import EXIT_OK, UsageError, say
+from kvmdp.cli.result_files import OutputError, ResultFiles
 from kvmdp.memory.layout import PAGE_SIZE
 
 
@@ -41,10 +42,24 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"{options.file}: {error.strerror}; give a file that can be read") from None
     _print(document)
-    if options.report:
-        write_report(document, options.report)
-        say(f"report written: {options.report}/index.html")
-    return EXIT_OK
+    files = ResultFiles()
+    write_folder(files, options.report, document)
+    return files.settle(EXIT_OK)
+
+
+def write_folder(files: ResultFiles, folder: str | None, document: Document) -> None:
+    """Write the report's folder, and say so; nothing if `folder` is None."""
+    if folder is None:
+        return
+
+    def write() -> None:
+        try:
+            write_report(document, folder)
+        except ReportError as error:  # it has become another folder since it was looked at
+            raise OutputError(str(error)) from None
+        say(f"report written: {folder}/index.html")
+
+    files.write("--report", folder, write)
 
 
 def _print(document: Document) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvmdp import __version__
 from kvmdp.cli.disk_options import disk_device
+from kvmdp.cli.ending import last_act
+from kvmdp.cli.leftovers import Leftovers
 from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_OK,
@@ -19,10 +20,9 @@ from kvmdp.cli.output import (
     check_json_target,
     check_trace_target,
     say,
-    write_file,
-    write_json,
 )
 from kvmdp.cli.progress import Progress
+from kvmdp.cli.result_files import ResultFiles
 from kvmdp.cli.run_options import add_options, machine_options, plan
 from kvmdp.cli.summary import leak_records, print_leaks, print_summary, results
 from kvmdp.cli.supervise import TouchedError, is_supervised, supervise
@@ -75,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
     if options.detect_leaks and not is_supervised():
         return _supervise(options)
     detector = LeakDetector() if options.detect_leaks else None
+    files = ResultFiles()
     with contextlib.ExitStack() as stack:
         try:
             source, reference = _sources(options, stack)
@@ -83,9 +84,12 @@ def run(options: argparse.Namespace) -> int:
         except (ValueError, ImageError, GuestImageError, EndpointError) as error:
             raise UsageError(str(error)) from None
         _announce(options, machine, source)
+        leftovers = Leftovers(options)
+        stack.callback(leftovers.announce)
+        stack.enter_context(last_act(leftovers.announce))
         document = _document(options, machine)
         try:
-            with _traced(options, document) as on_start:
+            with _traced(options, document, files) as on_start:
                 result = _execute(options, machine, workload_options, source, reference, on_start, detector)
         except (PagingError, GuestError, SourceError, UnsupportedError, OSError) as error:
             document["error"] = str(error)
@@ -93,8 +97,8 @@ def run(options: argparse.Namespace) -> int:
                 document["leaks"] = leak_records(detector.leaks)
                 if options.json != "-":
                     print_leaks(document)
-            if options.json:
-                write_json(options.json, document)
+            files.json(options.json, document)
+            files.settle(EXIT_FAILED)
             raise
     document |= results(result)
     if detector is not None:
@@ -104,19 +108,19 @@ def run(options: argparse.Namespace) -> int:
         print_summary(document)
         if detector is not None:
             print_leaks(document)
-    if options.json:
-        write_json(options.json, document)
-    return EXIT_OK if document["ok"] else EXIT_FAILED
+    files.json(options.json, document)
+    return files.settle(EXIT_OK if document["ok"] else EXIT_FAILED)
 
 
 def _supervise(options: argparse.Namespace) -> int:
     """Run in a child that is watched; a touch that ends it is the result then."""
     try:
-        return supervise()
+        return supervise(Leftovers(options).clear_up)
     except TouchedError as error:
-        if options.json:
-            leaks = leak_records([error.leak])
-            write_json(options.json, {"schema": SCHEMA, "ok": False, "error": str(error), "leaks": leaks})
+        leaks = leak_records([error.leak])
+        files = ResultFiles()
+        files.json(options.json, {"schema": SCHEMA, "ok": False, "error": str(error), "leaks": leaks})
+        files.settle(EXIT_FAILED)
         raise PagingError(str(error)) from None
 
 
@@ -178,7 +182,7 @@ def _announce(options: argparse.Namespace, machine: MachineOptions, source: Page
 
 @contextlib.contextmanager
 def _traced(
-    options: argparse.Namespace, document: dict[str, Any]
+    options: argparse.Namespace, document: dict[str, Any], files: ResultFiles
 ) -> Iterator[Callable[[Machine], None] | None]:
     """Yield what starts a trace of a machine, None if none is asked for; write it when the run is over.
 
@@ -199,7 +203,7 @@ def _traced(
         header = {"contender": None, "version": __version__}
         header |= {key: document[key] for key in ("trap", "vcpus", "memory_bytes")}
         records = tracers[0].records() if tracers else []
-        write_file(Path(options.trace), "".join(f"{line}\n" for line in lines(header, records)))
+        files.trace(options.trace, lines(header, records))
 
     try:
         yield start

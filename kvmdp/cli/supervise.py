@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import faulthandler
 import os
 import signal
@@ -20,13 +21,15 @@ import sys
 import threading
 import time
 from collections import deque
-from types import FrameType
+from collections.abc import Callable
 from typing import NoReturn
 
 from kvmdp.abi.libc import libc
 from kvmdp.abi.signal import siginfo_t
-from kvmdp.cli.entry import interruptions, leave, on_interruption, open_streams
+from kvmdp.cli.ending import SAME_SECONDS, run_to_end
+from kvmdp.cli.entry import INTERRUPTING, interruptions, leave, on_interruption
 from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, say
+from kvmdp.cli.streams import open_streams
 from kvmdp.machine.leaks import Leak, LeakKind
 
 _BEAT_SECONDS = 0.2
@@ -35,7 +38,6 @@ _GRACE_SECONDS = 2.0  # for faulthandler to write the stacks
 _STACKS_SIGNAL = signal.SIGUSR2
 _FATAL = (signal.SIGBUS, signal.SIGSEGV)
 _SA_SIGINFO = 4
-_FORWARDED = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 
 _supervised = False
@@ -58,10 +60,11 @@ def is_supervised() -> bool:
 # The parent
 
 
-def supervise() -> int:
+def supervise(clear_up: Callable[[], None]) -> int:
     """Run this command once more, in a child, and watch it; returns its exit status.
 
-    Raises TouchedError if it died of a touch of the guest view, or stalled.
+    `clear_up` is called if the child did not come to the end of its command, and so has not cleaned up. Raises
+    TouchedError if it died of a touch of the guest view, or stalled.
     """
     stacks = os.memfd_create("kvmdp-stacks", os.MFD_CLOEXEC)
     beats, beating = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -77,8 +80,10 @@ def supervise() -> int:
         child = subprocess.Popen(
             [sys.executable, "-c", start, *sys.argv[1:]], pass_fds=(stacks, beating), close_fds=True
         )
-        stalled = _watch(child, beats, heeded, asked)
-        return _verdict(child, stalled, stacks)
+        end = _watch(child, beats, heeded, asked)
+        if child.returncode < 0:
+            clear_up()
+        return _verdict(child.returncode, end, stacks)
     finally:
         if child is not None and child.poll() is None:
             child.kill()
@@ -90,23 +95,35 @@ def supervise() -> int:
             os.close(descriptor)
 
 
+class _End(enum.Enum):
+    """Why a child was ended by its parent, if it was."""
+
+    OWN = "it was not"
+    STALL = "the interpreter stood still"
+    IMPATIENCE = "it was asked to end a second time"
+
+
 def _watch(
     child: subprocess.Popen[bytes], beats: int, heeded: set[signal.Signals], asked: deque[int]
-) -> bool:
-    """Wait for the child's end, handing on signals; returns whether it stalled and had to be killed.
+) -> _End:
+    """Wait for the child's end, handing on signals.
 
     The `heeded` ones are blocked; `asked` has those that came by another thread.
     """
-    missed, beaten, handed_on = 0, False, 0
+    missed, beaten, handed_on = 0, False, None
     while child.poll() is None:
         got = signal.sigtimedwait(heeded, _BEAT_SECONDS)
-        if got is not None and got.si_signo in _FORWARDED:
+        if got is not None and got.si_signo in INTERRUPTING:
             asked.append(got.si_signo)
         while asked:
-            # A terminal sends it to the child too, which heeds the first and no other. Who asks again means it.
             number = asked.popleft()
-            child.send_signal(signal.SIGKILL if handed_on else number)
-            handed_on += 1
+            if handed_on is None:
+                child.send_signal(number)
+                handed_on = time.monotonic()
+            elif time.monotonic() - handed_on >= SAME_SECONDS:
+                # The child would end at once too, but only if its interpreter still runs.
+                _kill(child)
+                return _End.IMPATIENCE
         piece = b""
         with contextlib.suppress(BlockingIOError):
             piece = os.read(beats, 4096)
@@ -116,26 +133,32 @@ def _watch(
         if missed >= _STALL_BEATS:
             child.send_signal(_STACKS_SIGNAL)
             time.sleep(_GRACE_SECONDS)
-            child.kill()
-            child.wait()
-            return True
-    return False
+            _kill(child)
+            return _End.STALL
+    return _End.OWN
 
 
-def _verdict(child: subprocess.Popen[bytes], stalled: bool, stacks: int) -> int:
-    status = child.returncode
-    if not stalled and status >= 0:
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+
+
+def _verdict(status: int, end: _End, stacks: int) -> int:
+    """Return the exit status of a run whose process ended with `status`. Raises TouchedError."""
+    if end is _End.IMPATIENCE:
+        say("kvmdp: interrupted")
+        return EXIT_INTERRUPTED
+    if end is _End.OWN and status >= 0:
         return status
-    if not stalled and -status not in _FATAL:
-        if -status in (*_FORWARDED, signal.SIGKILL):
-            say(f"kvmdp: the run was ended by {signal.Signals(-status).name}")
-        return EXIT_INTERRUPTED if -status in _FORWARDED else EXIT_FAILED
+    if end is _End.OWN and -status not in _FATAL:
+        say(f"kvmdp: the run was ended by {signal.Signals(-status).name}")
+        return EXIT_INTERRUPTED if -status in INTERRUPTING else EXIT_FAILED
     os.lseek(stacks, 0, os.SEEK_SET)
     with open(stacks, "rb", closefd=False) as file:
         text = file.read().decode(errors="replace")
     address, _, text = text.partition("\n") if text.startswith("address ") else ("", "", text)
     where = f"host {address}, " if address else ""
-    how = "the interpreter stood still" if stalled else f"it died of {signal.Signals(-status).name}"
+    how = f"it died of {signal.Signals(-status).name}" if end is _End.OWN else end.value
     say(text.rstrip() or "the thread left no Python stack: a vCPU's, or one in C")
     raise TouchedError(
         Leak(LeakKind.TOUCH, None, "our own process", f"{where}{how}; the Python stacks above say where")
@@ -151,8 +174,6 @@ def child(stacks: int, beating: int, parent: int) -> NoReturn:
     `parent` is the pid of the supervisor, without which this process does not go on.
     """
     global _supervised
-    from kvmdp.cli.main import main
-
     _supervised = True
     libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # it died before that
@@ -164,15 +185,9 @@ def child(stacks: int, beating: int, parent: int) -> NoReturn:
     _note_address(stacks)
     threading.Thread(target=_beat, args=(beating,), name="heartbeat", daemon=True).start()
     on_interruption(leave)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_FORWARDED, signal.SIGCHLD})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*INTERRUPTING, signal.SIGCHLD})
     open_streams()
-    sys.exit(main(started=lambda: on_interruption(_interrupt)))
-
-
-def _interrupt(number: int, _frame: FrameType | None) -> None:
-    for each in _FORWARDED:
-        signal.signal(each, signal.SIG_IGN)  # the first is heeded
-    raise KeyboardInterrupt
+    run_to_end()
 
 
 def _beat(beating: int) -> None:

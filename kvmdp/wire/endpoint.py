@@ -83,7 +83,7 @@ class Listener:
 
     def __init__(self, path: str) -> None:
         _check_length(path)
-        _make_room(path)
+        remove_dead(path)
         self.path = path
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -171,7 +171,7 @@ def _check_length(path: str) -> None:
         )
 
 
-def _make_room(path: str) -> None:
+def remove_dead(path: str) -> None:
     """Remove a socket file at which nobody listens any more; EndpointError if the path is taken otherwise."""
     try:
         found = Path(path).lstat()
