@@ -5,6 +5,7 @@ Figures of one comparison were taken next to each other; between two comparisons
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,13 +16,12 @@ import numpy.typing as npt
 from kvmdp import __version__
 from kvmdp.bench.access import AccessCosts
 from kvmdp.bench.contender import Contender
+from kvmdp.bench.losses import Losses
 from kvmdp.bench.measure import FLOOR_TRAPS, Measurement, floor, measure
 from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
 from kvmdp.bench.trace import lines
 from kvmdp.bench.work import Work
-from kvmdp.kvm import KvmError
 from kvmdp.machine.hostinfo import host_facts
-from kvmdp.paging.fault import UnsupportedError
 
 SCHEMA = "kvmdp.bench/1"
 BASELINE = "userfaultfd"
@@ -32,7 +32,7 @@ _METRICS = ("pages_per_second", "cpu_us_per_fault")
 class Comparison:
     """What has been measured so far; complete when `rounds` have been done.
 
-    `device`, if given, is measured once a round too. `skipped` says why a contender cannot run on this host.
+    `device`, if given, is measured once a round too. `losses` says why a contender takes part no more.
     """
 
     work: Work
@@ -42,7 +42,7 @@ class Comparison:
     device: AccessCosts | None = None
     measurements: dict[str, list[Measurement]] = field(default_factory=dict)
     floors: dict[str, list[float]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    losses: Losses = field(default_factory=Losses)
 
     def run(self, warm_up: int, on_round: Callable[[str, int, Measurement | None], None]) -> None:
         """Let the contenders take turns. `on_round` is told of each measurement (None: of a floor).
@@ -58,22 +58,20 @@ class Comparison:
             if turn >= 0:
                 self._measure_floors(turn, on_round)
             if self.device is not None:
-                self.device.take_turn(self.contenders, keep=turn >= 0)
+                take_turn = functools.partial(self.device.take_turn, self.contenders, keep=turn >= 0)
+                self.losses.spare("device", take_turn)
 
     def _try(self, contender: Contender) -> Measurement | None:
-        try:
-            return measure(contender, traced=self.traced)
-        except (UnsupportedError, KvmError) as error:
-            # Not a failure of the comparison: this host cannot do it.
-            self.skipped[contender.name] = str(error)
+        measured = self.losses.spare(contender.name, lambda: measure(contender, traced=self.traced))
+        if measured is None:
             self.contenders.remove(contender)
-            return None
+        return measured
 
     def _measure_floors(self, turn: int, on_round: Callable[[str, int, Measurement | None], None]) -> None:
         """Measure the floor once a round for each trap that has one, in the machine of its first contender."""
         first = {each.trap: each for each in reversed(self.contenders) if each.trap in FLOOR_TRAPS}
         for trap, each in first.items():
-            seconds = floor(each)
+            seconds = self.losses.spare(f"floor of {trap}", functools.partial(floor, each))
             if seconds is None:
                 continue
             self.floors.setdefault(str(trap), []).append(seconds)
@@ -82,6 +80,8 @@ class Comparison:
     @property
     def complete(self) -> bool:
         """Whether every contender that can run has done all rounds, and the device too."""
+        if self.losses.failed:
+            return False
         if self.device is not None and self.device.rounds < self.rounds:
             return False
         return all(len(self.measurements.get(each.name, ())) == self.rounds for each in self.contenders)
@@ -111,7 +111,8 @@ class Comparison:
             "contenders": [self._contender(traps[name], self.measurements[name]) for name in names],
             "ratios": self._ratios(names),
             "device": self.device.document() if self.device else None,
-            "skipped": self.skipped,
+            "skipped": self.losses.skipped,
+            "failed": self.losses.failed,
         }
 
     def _contender(self, contender: Contender, measured: Sequence[Measurement]) -> dict[str, Any]:

@@ -73,7 +73,10 @@ def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
             with RemoteDisk(machine, listener, _SECONDS, lambda _: None) as disk:
                 disk.await_device(_SECONDS)
                 yield
-            process.wait(_SECONDS)
+            try:
+                process.wait(_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise PagingError(f"the device process did not end within {_SECONDS:g} seconds") from None
         finally:
             process.kill()
             process.wait()

@@ -21,17 +21,17 @@ from typing import Any
 
 from kvmdp import __version__
 from kvmdp.bench.contender import Contender
+from kvmdp.bench.losses import Losses
 from kvmdp.bench.measure import machine_options, plan, source_of
 from kvmdp.bench.spread import Spread, ratios
 from kvmdp.bench.work import Work
-from kvmdp.kvm import KvmError
 from kvmdp.machine.hostinfo import host_facts
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
 from kvmdp.paging.claim import Claim
-from kvmdp.paging.fault import PageFault, UnsupportedError
+from kvmdp.paging.fault import PageFault
 from kvmdp.source.base import PageSource
 from kvmdp.source.wrapper import SourceWrapper
 
@@ -138,8 +138,8 @@ def _measure(contender: Contender) -> dict[str, float]:
 class HugeComparison:
     """What has been measured so far; complete when `rounds` have been done.
 
-    `contenders` are those of `work`; `networks` what they fetch over. `skipped` says why a contender cannot run on
-    this host.
+    `contenders` are those of `work`; `networks` what they fetch over. `losses` says why a contender takes part
+    no more.
     """
 
     work: Work
@@ -147,7 +147,7 @@ class HugeComparison:
     rounds: int
     networks: Sequence[Network] = NETWORKS
     figures: dict[tuple[str, str, str], list[dict[str, float]]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    losses: Losses = field(default_factory=Losses)
 
     def run(self, warm_up: int, on_round: Callable[[str, int, str], None]) -> None:
         """Let the contenders take turns; `on_round` is told of each: contender, round, workload and network.
@@ -168,10 +168,9 @@ class HugeComparison:
         turn: int,
         on_round: Callable[[str, int, str], None],
     ) -> None:
-        try:
-            measured = _measure(replace(contender, work=work_of(self.work, workload, network)))
-        except (UnsupportedError, KvmError) as error:
-            self.skipped[contender.name] = str(error)
+        work = work_of(self.work, workload, network)
+        measured = self.losses.spare(contender.name, lambda: _measure(replace(contender, work=work)))
+        if measured is None:
             self.contenders.remove(contender)
             return
         if turn >= 0:
@@ -181,6 +180,8 @@ class HugeComparison:
     @property
     def complete(self) -> bool:
         """Whether every contender that can run has done all rounds."""
+        if self.losses.failed:
+            return False
         cells = [(each.name, w, n.name) for each in self.contenders for w in WORKLOADS for n in self.networks]
         return all(len(self.figures.get(cell, ())) == self.rounds for cell in cells)
 
@@ -201,7 +202,8 @@ class HugeComparison:
             },
             "contenders": [self._contender(each) for each in self.contenders if self._cells(each.name)],
             "ratios": self._ratios(),
-            "skipped": self.skipped,
+            "skipped": self.losses.skipped,
+            "failed": self.losses.failed,
         }
 
     def _cells(self, name: str) -> dict[tuple[str, str], list[dict[str, float]]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from kvmdp import __version__
 from kvmdp.bench.contender import PRESENT, Contender, contender
+from kvmdp.bench.losses import Losses
 from kvmdp.bench.measure import machine_options, make_plain, plan, source_of
 from kvmdp.bench.work import Work
 from kvmdp.machine.hostinfo import host_facts, page_table_memory, vmalloc_used
@@ -97,9 +98,7 @@ def _page_tables_of_views(machine: Machine) -> tuple[int, int]:
     return max(before - between, 0), max(between - page_table_memory(), 0)
 
 
-def document(
-    work: Work, rows: Sequence[dict[str, Any]], skipped: dict[str, str], *, complete: bool
-) -> dict[str, Any]:
+def document(work: Work, rows: Sequence[dict[str, Any]], losses: Losses, *, complete: bool) -> dict[str, Any]:
     """Return the rows as the JSON document has them (kvmdp.bench-memory/1)."""
     return {
         "schema": SCHEMA,
@@ -110,7 +109,8 @@ def document(
         "memory_bytes": work.memory_bytes,
         "contenders": [{"name": row["contender"], **row} for row in rows],
         "ratios": [],
-        "skipped": skipped,
+        "skipped": losses.skipped,
+        "failed": losses.failed,
     }
 
 

@@ -11,6 +11,7 @@ for what its memory costs. The result is one document (kvmdp.compare/1):
               `fault_around` pages fetched a fault, `granule` bytes a memslot (null where RAM is one). slot_kib is by
               how much VmallocUsed grew, which is system-wide: what other processes do meanwhile is in it. armed and
               full tell the views apart (kvmdp.bench.memorycost).
+    failed    {"where", "contender", "why"}, a run that failed
     claims    {"who", "claim", "verdict", "why"}, see kvmdp.bench.claims
 
 Units: seconds, bytes.
@@ -18,6 +19,7 @@ Units: seconds, bytes.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,15 +29,14 @@ from kvmdp import __version__
 from kvmdp.bench.claims import claims
 from kvmdp.bench.comparison import Comparison
 from kvmdp.bench.contender import PRESENT, SHARDED, Contender, contender
+from kvmdp.bench.losses import Losses
 from kvmdp.bench.measure import Measurement, check
 from kvmdp.bench.memorycost import memory_contender, memory_cost
 from kvmdp.bench.report.results import SCHEMA, Place, place_name
 from kvmdp.bench.work import Work
-from kvmdp.kvm import KvmError
 from kvmdp.machine.hostinfo import available_memory, host_facts
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size
-from kvmdp.paging.fault import UnsupportedError
 
 # About what a fault takes without a network. The longer a fault waits, the less RAM is gone through.
 _FAULT_SECONDS = 150e-6
@@ -159,6 +160,7 @@ class Survey:
     traced: Comparison | None = None
     memory: list[dict[str, Any]] = field(default_factory=list)
     complete: bool = False
+    _memory_losses: dict[str, Losses] = field(default_factory=dict)
     _done: int = 0
 
     def run(self, on_step: Callable[[Step], None]) -> None:
@@ -182,7 +184,7 @@ class Survey:
                 return
         self._trace(on_step)
         self._measure_memory(on_step)
-        self.complete = all(each.complete for each in self.comparisons)
+        self.complete = all(each.complete for each in self.comparisons) and not self.failed
 
     def _trace(self, on_step: Callable[[Step], None]) -> None:
         work = self.plan.traced_work
@@ -194,13 +196,15 @@ class Survey:
 
     def _measure_memory(self, on_step: Callable[[Step], None]) -> None:
         for size in self.plan.memory_sizes:
+            what = f"memory for {format_size(size)} of RAM"
+            losses = self._memory_losses[what] = Losses()
             for name in self.ran:
-                try:
-                    row = memory_cost(self.plan.memory_contender(name, size))
-                except (UnsupportedError, KvmError):
+                measured = functools.partial(memory_cost, self.plan.memory_contender(name, size))
+                row = losses.spare(name, measured)
+                if row is None:
                     continue  # the report says which have no memory figures
                 self.memory.append(row)
-                on_step(self._step(f"memory for {format_size(size)} of RAM", name, 1))
+                on_step(self._step(what, name, 1))
 
     def _step(self, what: str, name: str, steps: int) -> Step:
         self._done += steps
@@ -218,11 +222,24 @@ class Survey:
     @property
     def skipped(self) -> dict[str, str]:
         """The contenders that this host cannot run, with the reason."""
-        return {name: reason for each in self.comparisons for name, reason in each.skipped.items()}
+        return {name: reason for each in self.comparisons for name, reason in each.losses.skipped.items()}
+
+    @property
+    def failed(self) -> list[dict[str, str]]:
+        """The runs that failed: where, of which contender, why."""
+        losses = {place_name(each.work.vcpus, each.work.latency): each.losses for each in self.comparisons}
+        if self.traced is not None:
+            losses["traced runs"] = self.traced.losses
+        losses |= self._memory_losses
+        return [
+            {"where": where, "contender": name, "why": why}
+            for where, each in losses.items()
+            for name, why in each.failed.items()
+        ]
 
     def document(self) -> dict[str, Any]:
         """Return everything as the JSON document has it."""
-        benches = [each.document() for each in self.comparisons if each.measurements or each.skipped]
+        benches = [each.document() for each in self.comparisons if each.measurements or each.losses.skipped]
         document = {
             "schema": SCHEMA,
             "version": __version__,
@@ -231,6 +248,7 @@ class Survey:
             "benches": benches,
             "traces": self._traces(),
             "memory": self.memory,
+            "failed": self.failed,
         }
         return document | {"claims": claims(document)}
 

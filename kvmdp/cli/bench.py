@@ -17,7 +17,7 @@ from kvmdp.bench.memorycost import CONTENDERS as MEMORY_CONTENDERS
 from kvmdp.bench.memorycost import memory_contender
 from kvmdp.bench.report.table import lines
 from kvmdp.bench.work import Work
-from kvmdp.cli.bench_modes import hold, run_huge, run_memory_cost
+from kvmdp.cli.bench_modes import hold, run_huge, run_memory_cost, say_losses
 from kvmdp.cli.lists import parse_backing
 from kvmdp.cli.output import (
     EXIT_INTERRUPTED,
@@ -193,9 +193,9 @@ def run(options: argparse.Namespace) -> int:
     files.json(options.json, document)
     if options.trace:
         files.trace(options.trace, comparison.trace_lines())
-    for name, reason in comparison.skipped.items():
-        say(f"skipped {name}: {reason}")
-    if status == EXIT_OK and len(document["contenders"]) < min(2, len(contenders) + len(comparison.skipped)):
+    lost = say_losses(document["skipped"], document["failed"])
+    status = status or lost
+    if status == EXIT_OK and len(document["contenders"]) < min(2, len(contenders) + len(document["skipped"])):
         status = EXIT_LACKING
     if status == EXIT_OK:
         status = hold(bounds, document)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 from kvmdp.bench import huge, memorycost
 from kvmdp.bench.check import Bound, judge
 from kvmdp.bench.contender import Contender
+from kvmdp.bench.losses import Losses
 from kvmdp.bench.work import Work
 from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LACKING, EXIT_OK, say
 from kvmdp.cli.result_files import ResultFiles
-from kvmdp.kvm import KvmError
-from kvmdp.paging.fault import UnsupportedError
 
 
 def run_huge(
@@ -34,18 +34,18 @@ def run_memory_cost(
 ) -> int:
     """Measure what RAM costs in memory, print, hold against bounds; the exit status."""
     rows: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
+    losses = Losses()
     interrupted = False
     try:
         for each in contenders:
-            try:
-                rows.append(memorycost.memory_cost(each))
+            row = losses.spare(each.name, functools.partial(memorycost.memory_cost, each))
+            if row is not None:
+                rows.append(row)
                 say(f"measured {each.name}")
-            except (UnsupportedError, KvmError) as error:
-                skipped[each.name] = str(error)
     except KeyboardInterrupt:
         interrupted = True
-    document = memorycost.document(work, rows, skipped, complete=not interrupted)
+    complete = not interrupted and not losses.failed
+    document = memorycost.document(work, rows, losses, complete=complete)
     return _finish(options, document, memorycost.lines(document), bounds, interrupted=interrupted)
 
 
@@ -64,11 +64,21 @@ def _finish(
         print("\n".join(lines))
     files = ResultFiles()
     files.json(options.json, document)
-    for name, reason in document["skipped"].items():
-        say(f"skipped {name}: {reason}")
+    status = say_losses(document["skipped"], document["failed"])
     if interrupted:
         return files.settle(EXIT_INTERRUPTED)
-    return files.settle(hold(bounds, document) if document["contenders"] else EXIT_LACKING)
+    if status == EXIT_OK:
+        status = hold(bounds, document) if document["contenders"] else EXIT_LACKING
+    return files.settle(status)
+
+
+def say_losses(skipped: dict[str, str], failed: dict[str, str]) -> int:
+    """Say which contenders took no part and why; EXIT_FAILED if a run of one has failed."""
+    for name, reason in skipped.items():
+        say(f"skipped {name}: {reason}")
+    for name, reason in failed.items():
+        say(f"FAILED {name}: {reason}")
+    return EXIT_FAILED if failed else EXIT_OK
 
 
 def hold(bounds: list[Bound], document: dict[str, Any]) -> int:

@@ -29,10 +29,7 @@ from kvmdp.cli.output import (
 from kvmdp.cli.report import write_folder
 from kvmdp.cli.result_files import ResultFiles
 from kvmdp.cli.streams import terminal_columns
-from kvmdp.machine.runloop import GuestError
 from kvmdp.memory.size import format_size, parse_size
-from kvmdp.paging.fault import PagingError
-from kvmdp.source.base import SourceError
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
 # What is measured if the user does not say otherwise: at length, and with --quick.
@@ -133,10 +130,6 @@ def run(options: argparse.Namespace) -> int:
         progress.close()
         say("kvmdp: interrupted; what follows is partial")
         status = EXIT_INTERRUPTED
-    except (PagingError, GuestError, SourceError) as error:
-        progress.close()
-        say(f"kvmdp: {error}; what follows is partial")
-        status = EXIT_FAILED
     finally:
         progress.close()
     document = survey.document()
@@ -149,6 +142,10 @@ def run(options: argparse.Namespace) -> int:
         files.trace(options.trace, survey.traced.trace_lines() if survey.traced else ())
     for name, reason in survey.skipped.items():
         say(f"skipped {name}: {reason}")
+    for each in survey.failed:
+        say(f"FAILED {each['contender']}, {each['where']}: {each['why']}")
+    if status == EXIT_OK and survey.failed:
+        status = EXIT_FAILED
     if status == EXIT_OK and len(survey.ran) < 2:
         status = EXIT_LACKING
     return files.settle(status)

@@ -27,6 +27,7 @@ from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.experiment import run_workload, usable_memory
+from kvmdp.machine.failure import in_words
 from kvmdp.machine.guest_abi import PvFlag
 from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.machine import (
@@ -54,6 +55,7 @@ _MEMORY = 2 << 20
 _PAGES = 8
 _SEED = 2023
 _TIMEOUT = 10.0
+_CHILD_TIMEOUT = 60.0  # of a process that has to load all this first, on a host that may be busy
 
 # sgdt [0x3000]; mov rax,[0x3002]; xor edx,edx; ret
 _SGDT = bytes.fromhex("0f01042500300000 488b042502300000 31d2 c3")
@@ -131,11 +133,13 @@ def coverage(on_cell: Callable[[str, str], None] | None = None) -> Coverage:
 
 
 def run_cell(access: str, trap: str) -> Cell:
-    """Run one cell. Raises UnsupportedError if this host lacks the trap."""
+    """Run one cell; one that fails has the reason as its note. Raises UnsupportedError if this host lacks the trap."""
     try:
         cell = ACCESSES[access](access, trap)
-    except (PagingError, GuestError, OSError) as error:
-        return Cell(access, trap, Seen.MISSED, {}, exact=False, note=str(error), ok=False)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # whatever it is, the other cells are not lost to it
+        return Cell(access, trap, Seen.MISSED, {}, exact=False, note=in_words(error), ok=False)
     if cell.note:
         return cell
     if not cell.exact:
@@ -380,13 +384,19 @@ def touch_guest_view(trap: str) -> None:
 def _touch(access: str, trap: str) -> Cell:
     """A user-space access of our own to the guest view, in a process that may die of it."""
     command = [sys.executable, "-c", _TOUCH.format(path=sys.path, trap=trap)]
-    done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_CHILD_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise PagingError(
+            f"the process that was to touch it had not ended within {_CHILD_TIMEOUT:g} s"
+        ) from None
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         note = f"it ends the process with {name}; run --detect-leaks says where it was"
         return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note)
     if done.returncode:
-        raise PagingError(f"the touch failed: {done.stderr.decode().strip().splitlines()[-1]}")
+        last_words = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise PagingError(f"the touch failed: {last_words or f'exit status {done.returncode}'}")
     exact, leaks, exits = json.loads(done.stdout)
     if exits:
         return Cell(access, trap, _seen(exits), exits, exact=exact)

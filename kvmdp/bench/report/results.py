@@ -28,6 +28,7 @@ class Results:
     vcpus: list[int] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: list[dict[str, str]] = field(default_factory=list)
     _entries: dict[tuple[str, int, float], Document] = field(default_factory=dict)
     _benches: dict[tuple[str, int, float], Document] = field(default_factory=dict)
 
@@ -39,6 +40,7 @@ class Results:
                 self._entries[key], self._benches[key] = entry, bench
             self.latencies.append(latency)
             self.skipped |= bench.get("skipped", {})
+        self.failed = self.document.get("failed", [])  # older documents have none
         self.contenders = list(dict.fromkeys(name for name, _, _ in self._entries))
         self.vcpus = sorted({vcpus for _, vcpus, _ in self._entries})
         self.latencies = sorted(set(self.latencies))
@@ -126,6 +128,7 @@ class Results:
         if not self.document["complete"]:
             lines.append("The comparison was ended before it was complete: this is what had been measured.")
         lines += [f"{name} was skipped: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"{each['contender']} failed, {each['where']}: {each['why']}" for each in self.failed]
         for name, vcpus, latency, _ in self.entries():
             done, planned = self.rounds(name, vcpus, latency)
             if done < planned:
@@ -181,7 +184,11 @@ def place_name(vcpus: int, latency: float) -> str:
 
 def from_bench(bench: Document) -> Document:
     """Return a comparison document that holds one bench document."""
-    return _comparison(bench["version"], bench["complete"], bench["host"]) | {"benches": [bench]}
+    found = _comparison(bench["version"], bench["complete"], bench["host"])
+    where = place_name(bench["options"]["vcpus"], float(bench["options"]["latency"]))
+    for name, why in bench.get("failed", {}).items():  # older documents have none
+        found["failed"].append({"where": where, "contender": name, "why": why})
+    return found | {"benches": [bench]}
 
 
 def from_traces(runs: Sequence[tuple[Document, list[Any]]]) -> Document:
@@ -209,5 +216,6 @@ def _comparison(version: str, complete: bool, host: Document) -> Document:
         "benches": [],
         "traces": {},
         "memory": [],
+        "failed": [],
         "claims": [],
     }
