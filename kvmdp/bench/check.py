@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from kvmdp.bench.text_file import read_text
 
 _KEYS = {"metric", "a", "b", "contender", "min", "max"}
 
@@ -48,7 +49,7 @@ class Bound:
 def read_bounds(path: str) -> list[Bound]:
     """Return the rows of a file. Raises ValueError, one sentence, if it is not such a file; OSError."""
     try:
-        rows = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("bound")
+        rows = tomllib.loads(read_text(path)).get("bound")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     if not isinstance(rows, list) or not rows:

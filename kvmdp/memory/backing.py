@@ -243,10 +243,15 @@ class FileBacking(Backing):
         super().__exit__(kind, error, trace)
 
     def _undo(self) -> None:
-        """Leave the path as it was found: without a file, or with an empty one."""
-        os.ftruncate(self._file, 0)
+        """Leave the path as it was found: without a file, or with an empty one; as far as that can be.
+
+        It is done on the way of another error, which is the one that counts.
+        """
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, 0)
         if self._created is not None:
-            self._created.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._created.unlink(missing_ok=True)
 
 
 def _open_file(path: str | None) -> tuple[int, Path | None]:
@@ -254,9 +259,10 @@ def _open_file(path: str | None) -> tuple[int, Path | None]:
     if path is None:
         import tempfile  # here, for few runs have a use for it
 
-        fd, name = tempfile.mkstemp(prefix="kvmdp-ram-")
-        Path(name).unlink()
-        return fd, None
+        with tempfile.TemporaryFile(
+            prefix="kvmdp-ram-"
+        ) as file:  # never has a name that could be left behind
+            return os.dup(file.fileno()), None
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), Path(path)

@@ -36,7 +36,7 @@ class ImageSource:
     it is.
 
     Raises `ImageError` if there is no such file, or it is empty, unreadable or of a kind that cannot be read
-    at any offset; OSError if the kernel fails.
+    at any offset.
     """
 
     _flags = os.O_RDONLY
@@ -49,8 +49,12 @@ class ImageSource:
             if not self._file_size:
                 raise ImageError(f"image {self.name!r} is empty: there is nothing to page in")
             self._extents = page_extents(_data_ranges(self._fd, self._file_size))
-        except BaseException:
+        except BaseException as error:
             os.close(self._fd)
+            if isinstance(error, OSError):  # as of files in /proc that are memory
+                raise ImageError(
+                    f"image {self.name!r} cannot be read at any place ({error.strerror}): {_WANTED}"
+                ) from None
             raise
         self.tail_bytes = self._file_size % PAGE_SIZE
         self.size = -(-self._file_size // PAGE_SIZE) * PAGE_SIZE

@@ -10,6 +10,7 @@ from kvmdp.bench.claims import claims
 from kvmdp.bench.comparison import SCHEMA as BENCH_SCHEMA
 from kvmdp.bench.report.folder import ReportError, files
 from kvmdp.bench.report.results import SCHEMA, Document, from_bench, from_traces
+from kvmdp.bench.text_file import read_text
 from kvmdp.bench.trace import SCHEMA as TRACE_SCHEMA
 
 
@@ -20,11 +21,13 @@ def load(path: str | Path) -> Document:
     ReportError, one sentence, for anything that no report can be made of; OSError if the file cannot be read.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
     except UnicodeDecodeError:
         raise ReportError(
             f"{path}: not a text file; give the JSON of kvmdp compare or bench, or a trace"
         ) from None
+    except ValueError as error:
+        raise ReportError(f"{error}: give the JSON of kvmdp compare or bench, or a trace") from None
     try:
         document = _document(text)
         files(document)
