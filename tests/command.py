@@ -79,6 +79,14 @@ class Running:
             assert piece, f"no progress came: {self._seen}"
             self._seen += piece
 
+    def wait_until(self, condition):
+        """Return when `condition()` holds; the command must not have ended before."""
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            assert self.process.poll() is None, "the command has ended"
+            assert time.monotonic() < deadline, "what was waited for did not come"
+            time.sleep(0.01)
+
     def finish(self):
         """Wait for the end; check that nothing is left behind and nothing like a traceback was said."""
         out, err = self.process.communicate(timeout=TIMEOUT)

@@ -112,9 +112,7 @@ def test_a_report(tmp_path):
 def test_a_reader_that_goes_in_the_middle_of_a_run(leaks):
     pipe = deaf.Pipe()
     with contextlib.closing(pipe), Running(*SLOW, *leaks, stderr=pipe.writer) as command:
-        while "RAM from" not in pipe.text:
-            assert command.process.poll() is None
-            pipe.drain()
+        command.wait_until(lambda: "RAM from" in pipe.drain())
         pipe.close_reader()
         done = command.finish()
     assert done.status == 0
@@ -141,8 +139,7 @@ def test_a_handler_serves_machines_one_after_the_other(socket_path, stderr):
     with deaf.KINDS[stderr]() as descriptor:
         start = ("handler", "--listen", socket_path, "--synthetic", f"{MEMORY},{SEED}")
         with Running(*start, stderr=descriptor, prelude=IMPATIENT) as handler:
-            while not socket_path.exists():
-                assert handler.process.poll() is None
+            handler.wait_until(socket_path.exists)
             for _ in range(2):
                 assert kvmdp(*arguments).status == 0
             handler.process.terminate()
@@ -179,8 +176,7 @@ def test_a_device_and_the_machine_it_serves(tmp_path, stderr):
         deaf.KINDS[stderr]() as descriptor,
         Running(*run, stderr=descriptor, prelude=IMPATIENT) as machine,
     ):
-        while not path.exists():
-            assert machine.process.poll() is None
+        machine.wait_until(path.exists)
         device = end_of("device", "--connect", path, "--file", disk, stderr=stderr)
         assert machine.finish().status == 0
     assert device.status == 0
