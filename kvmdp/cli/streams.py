@@ -153,9 +153,15 @@ def open_streams() -> None:
 
     Its number does not stay free: the next file that is opened would get it, and what is meant for the stream.
     """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
-        pass
-    os.close(descriptor)
+    for number in range(_STDERR + 1):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free. Without a /dev/null, as in a bare root folder, a file in memory does.
+            try:
+                os.open(os.devnull, os.O_RDWR)
+            except OSError:
+                os.memfd_create("nowhere", 0)
     # Python has None for a stream that it was started without.
     encodings = [stream.encoding if stream is not None else "utf-8" for stream in (sys.stdout, sys.stderr)]
     sys.stdout, sys.stderr = Results(_STDOUT, encodings[0]), Diagnostics(_STDERR, encodings[1])

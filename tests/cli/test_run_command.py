@@ -194,7 +194,9 @@ pathlib.Path.replace = replace
     target.write_text("older")
     done = kvmdp("run", "--memory", "2M", "--trap", "mmio", "--json", target, prelude=prelude)
     assert done.status == 1
-    assert done.error == f"{target}: No space left on device"
+    assert done.error == (
+        f"--json {target} could not be written: No space left on device; name another place for it"
+    )
     assert target.read_text() == "older"
     assert [*tmp_path.iterdir()] == [target]
 
