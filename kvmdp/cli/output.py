@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ EXIT_USAGE = 2
 EXIT_LACKING = 4
 EXIT_INTERRUPTED = 130
 
+_PIPE_ROOM = 4096  # bytes that a writable pipe takes without waiting
+_REMARK_SECONDS = 0.1  # for a reader of stderr to make room
+
 
 class UsageError(Exception):
     """The command line asks for something that makes no sense; the message is one sentence."""
@@ -22,6 +26,31 @@ class UsageError(Exception):
 def say(text: str) -> None:
     """Print progress or a remark on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+class _Remarks:
+    """Prints on stderr for threads that others depend on: neither waits nor fails.
+
+    A stderr that takes nothing, for its reader has stopped or gone or its disk is full, costs the remark and no more.
+    The first such remark gives the reader a moment; until one gets through the next are not waited for at all.
+    """
+
+    def __init__(self) -> None:
+        self._stuck = False  # threads may race for it: at the worst another moment is waited
+
+    def __call__(self, text: str) -> None:
+        line = f"{text}\n".encode(errors="replace")[:_PIPE_ROOM]
+        with contextlib.suppress(OSError):
+            stderr = sys.stderr.fileno()
+            poll = select.poll()
+            poll.register(stderr, select.POLLOUT)
+            ready = poll.poll(0 if self._stuck else _REMARK_SECONDS * 1000)
+            self._stuck = not ready
+            if ready:  # or broken, which the write finds
+                os.write(stderr, line)
+
+
+remark = _Remarks()
 
 
 def check_json_target(target: str | None) -> None:

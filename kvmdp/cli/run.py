@@ -18,6 +18,7 @@ from kvmdp.cli.output import (
     UsageError,
     check_json_target,
     check_trace_target,
+    remark,
     say,
     write_file,
     write_json,
@@ -137,7 +138,7 @@ def _sources(
             "absent page may be; leave --uffd-mode out"
         )
     reference = None if options.image is None else stack.enter_context(_source(options))
-    handler = HandlerSource(options.handler, options.handler_timeout, say)
+    handler = HandlerSource(options.handler, options.handler_timeout, remark)
     stack.callback(handler.close)
     if reference is not None and reference.size != handler.size:
         raise ValueError(
