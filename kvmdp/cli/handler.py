@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from kvmdp.cli.output import UsageError, say
+from kvmdp.cli.output import UsageError, remark
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.source.base import PageSource
 from kvmdp.source.image import ImageSource
 from kvmdp.source.network import NetworkSource, parse_bandwidth, parse_latency
-from kvmdp.source.serving import serve
+from kvmdp.source.serving import PageServer
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.wire.endpoint import EndpointError, Listener
 
@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "handler",
         allow_abbrev=False,
         help="serve the faults of machines in other processes",
-        description="Listen for machines (kvmdp run --handler PATH) and serve them one after another, until "
+        description="Listen for machines (kvmdp run --handler PATH) and serve them, several at the same time, until "
         "interrupted: each fault comes as a record, the pages are written straight into the machine's RAM.",
         epilog="SIZE is in bytes, or has K, M, G or T behind it (powers of 1024).",
     )
@@ -53,9 +53,9 @@ def run(options: argparse.Namespace) -> NoReturn:
     except ValueError as error:
         raise UsageError(str(error)) from None
     try:
-        with Listener(options.listen) as listener:
-            say(f"serving {format_size(source.size)} from {source.name} at {options.listen}")
-            serve(listener, source, say)
+        with Listener(options.listen) as listener, PageServer(listener, source, remark) as server:
+            remark(f"serving {format_size(source.size)} from {source.name} at {options.listen}")
+            server.run()
     except EndpointError as error:
         raise UsageError(str(error)) from None
     finally:
