@@ -6,7 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
-from kvmdp.cli.output import UsageError, say
+from kvmdp.cli.output import UsageError, remark
 from kvmdp.machine.disk import DiskError, disk_file
 from kvmdp.machine.experiment import DeviceFactory, in_process_disk
 from kvmdp.machine.machine import Machine
@@ -31,7 +31,8 @@ def add_disk_options(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=30,
         metavar="S",
-        help="seconds to wait for a device process, the first or the next (default: 30)",
+        help="seconds to wait for a device process, the first or the next, and for one that does not get on with its "
+        "work before it is cut off (default: 30)",
     )
 
 
@@ -75,9 +76,9 @@ def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[Device
     except EndpointError as error:
         raise UsageError(f"--device-socket: {error}") from None
     with listener:
-        say(f"waiting for a device at {listener.path}")
+        remark(f"waiting for a device at {listener.path}")
 
         def attach(machine: Machine) -> RemoteDisk:
-            return RemoteDisk(machine, listener, options.device_timeout, say)
+            return RemoteDisk(machine, listener, options.device_timeout, remark)
 
         yield attach
