@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from kvmdp.paging.fault import CancelledError, FrozenError, PagingError, PoisonedError
 from kvmdp.wire.records import Outcome, RecordError
@@ -60,6 +61,11 @@ class AskedFaults:
         self.wake_all()
         # No DONE may come to give credits back. The thread that gets this one is turned away, and hands it to the next.
         self.give_back()
+
+
+def seconds_left(deadline: float | None) -> float | None:
+    """Return how long to wait until `deadline`, of time.monotonic; None, for ever, if there is none."""
+    return None if deadline is None else max(deadline - time.monotonic(), 0)
 
 
 def check_outcome(outcome: Outcome, where: str) -> None:

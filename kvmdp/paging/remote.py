@@ -8,9 +8,9 @@ machine clears a bit before it sends INVALIDATE; the receiver takes that record,
 ACK. So an access that found the bit set has let go of the mutex before the ACK, and one that comes later finds it
 clear. A view outlives the mutex: it is listed, and the ACK is sent by the thread that closes the last one in the range.
 
-A device that was stopped for long (SIGSTOP) may have been cut off meanwhile, and another serves in its place. So an
-access that comes after a while looks whether the machine has closed the session before it touches RAM. What it was
-copying when it was stopped it copies on: nothing but its death prevents that.
+A device that was stopped for long (SIGSTOP) may have been cut off, and have a successor. So an access that comes after
+a while looks first whether the session lasts. What it was copying when it was stopped it copies on: only its death
+ends that.
 
 Units: bytes by guest-physical address (gpa), RAM pages, seconds.
 """
@@ -31,7 +31,7 @@ from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.ram_map import RamMap
-from kvmdp.paging.asked_faults import AskedFaults, check_outcome
+from kvmdp.paging.asked_faults import AskedFaults, check_outcome, seconds_left
 from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError
 from kvmdp.paging.machine_link import LinkEndedError, MachineLink
 from kvmdp.thread import JoinableThread
@@ -97,11 +97,7 @@ class RemoteMemory:
         self._view = self._ram.view
         # What was sent before the hand-over is here by now, and counts before the first access: a FREEZE.
         self._receive(wait=False)
-        self._receiver = JoinableThread(
-            self._receive,
-            "notifier",
-            lambda error: self._end_once(f"taking the machine's records broke: {error!r}"),
-        )
+        self._receiver = JoinableThread(self._receive, "notifier", self._receiver_broke)
         try:
             self._receiver.start()
         except BaseException:  # an interruption: the thread may run
@@ -185,8 +181,7 @@ class RemoteMemory:
         while True:
             with self._mutex:
                 self._check_open()
-                absent = self._absent_run(runs)
-                if absent is None:
+                if (absent := self._absent_run(runs)) is None:
                     yield
                     return
                 if nowait:
@@ -219,8 +214,9 @@ class RemoteMemory:
 
     def _fetch(self, first: int, count: int, access: Access, deadline: float | None) -> None:
         """Ask for a run of pages and sleep until they have been present, or it is time to look again."""
-        where = f"the page at gpa {self._gpa_of(first):#x}"
-        if not self._faults.wait_credit(_left(deadline)):
+        gpa = self._gpa_of(first)
+        where = f"the page at gpa {gpa:#x}"
+        if not self._faults.wait_credit(seconds_left(deadline)):
             raise BusyError(
                 f"{where} was not asked for within {self._timeout:g} seconds: others are waited for"
             )
@@ -231,9 +227,9 @@ class RemoteMemory:
                 self._faults.give_back()
                 raise
             fault = self._faults.begin()
-        gpa, size = self._gpa_of(first), count << PAGE_SHIFT
+        size = count << PAGE_SHIFT
         self._send(Record(Kind.FAULT, fault.token, gpa, size, access, Origin.DEVICE, self._number))
-        if not fault.done.wait(_left(deadline)):
+        if not fault.done.wait(seconds_left(deadline)):
             # The credit comes back with the DONE that answers the RELEASE.
             self._send(Record(Kind.RELEASE, fault.token))
             raise BusyError(f"{where} was not made present within {self._timeout:g} seconds")
@@ -333,6 +329,9 @@ class RemoteMemory:
             why = f"the machine sent a record that makes no sense ({error}): the session is over"
         self._end_once(why)
 
+    def _receiver_broke(self, error: BaseException) -> None:
+        self._end_once(f"taking the machine's records broke: {error!r}")
+
     def _end_once(self, why: str) -> None:
         with self._mutex:
             self._end(why)
@@ -397,7 +396,3 @@ class RemoteMemory:
     def _acknowledge(self, tokens: list[int]) -> None:
         for token in tokens:
             self._send(Record(Kind.ACK, token))
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(deadline - time.monotonic(), 0)
