@@ -19,6 +19,10 @@ from types import FrameType
 _INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class NoThreadError(RuntimeError):
+    """No more threads can be started; the message says what to do."""
+
+
 class JoinableThread:
     """Does `work` in a thread called `name`, once `start` has been called; its maker joins it.
 
@@ -37,12 +41,17 @@ class JoinableThread:
         self._started = False
 
     def start(self) -> None:
-        """Start the thread; once. Raises RuntimeError if there can be no more threads.
+        """Start the thread; once. Raises NoThreadError.
 
         An interruption is raised when the thread runs, or before there is one: whatever comes of it, it can be joined.
         """
         with put_off():
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise NoThreadError(
+                    f"{error}: raise the limit on processes (ulimit -u, or pids.max of the control group)"
+                ) from None
             self._started = True
 
     def join(self, timeout: float | None = None) -> bool:

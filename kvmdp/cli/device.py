@@ -7,9 +7,10 @@ import os
 
 from kvmdp.cli.output import EXIT_OK, UsageError, say
 from kvmdp.machine.disk import DiskError, DiskFile
-from kvmdp.machine.remote_disk import serve_disk
+from kvmdp.machine.remote_disk import HANDOVER_SECONDS, serve_disk
 from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import PagingError
+from kvmdp.thread import NoThreadError
 from kvmdp.wire.endpoint import EndpointError, Peer, connect
 from kvmdp.wire.handover import HandoverError
 
@@ -36,10 +37,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="file that holds the disk's sectors (default: none, must be given)",
         required=True,
     )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=HANDOVER_SECONDS,
+        metavar="S",
+        help=f"seconds to wait for this device's turn: a machine has one at a time (default: {HANDOVER_SECONDS:g})",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Serve, print what was done, return the exit status."""
+    if not options.timeout > 0:
+        raise UsageError(f"--timeout {options.timeout:g}: give more than 0 seconds")
     try:
         file = DiskFile.open(options.file)
     except DiskError as error:
@@ -52,13 +62,12 @@ def run(options: argparse.Namespace) -> int:
         with connection:
             try:
                 machine = Peer.of(connection)
-                machine.close()
                 say(
                     f"process {os.getpid()} is the disk of process {machine.pid}: {format_size(file.size)} in "
                     f"{options.file}"
                 )
-                device = serve_disk(connection, file)
-            except (EndpointError, HandoverError, ValueError) as error:
+                device = serve_disk(connection, machine, file, options.timeout)
+            except (EndpointError, HandoverError, NoThreadError, ValueError) as error:
                 raise PagingError(f"no session with {options.connect}: {error}") from None
     print(f"disk       {device.requests} requests, {device.sectors} sectors of 512 bytes")
     return EXIT_OK

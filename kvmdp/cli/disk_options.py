@@ -32,7 +32,8 @@ def add_disk_options(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=30,
         metavar="S",
-        help="seconds to wait for a device process, the first or the next (default: 30)",
+        help="seconds to wait for a device process, the first or the next, and for one that does not get on with its "
+        "work before it is cut off (default: 30)",
     )
 
 

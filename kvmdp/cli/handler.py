@@ -11,7 +11,7 @@ from kvmdp.memory.size import format_size, parse_size
 from kvmdp.source.base import PageSource
 from kvmdp.source.image import ImageSource
 from kvmdp.source.network import NetworkSource, parse_bandwidth, parse_latency
-from kvmdp.source.serving import serve
+from kvmdp.source.serving import PageServer
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.wire.endpoint import EndpointError
 
@@ -22,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "handler",
         allow_abbrev=False,
         help="serve the faults of machines in other processes",
-        description="Listen for machines (kvmdp run --handler PATH) and serve them one after another, until "
+        description="Listen for machines (kvmdp run --handler PATH) and serve them, several at the same time, until "
         "interrupted: each fault comes as a record, the pages are written straight into the machine's RAM.",
         epilog="SIZE is in bytes, or has K, M, G or T behind it (powers of 1024).",
     )
@@ -54,9 +54,9 @@ def run(options: argparse.Namespace) -> NoReturn:
     except ValueError as error:
         raise UsageError(str(error)) from None
     try:
-        with listening(options.listen) as listener:
+        with listening(options.listen) as listener, PageServer(listener, source, say) as server:
             say(f"serving {format_size(source.size)} from {source.name} at {options.listen}")
-            serve(listener, source, say)
+            server.run()
     except EndpointError as error:
         raise UsageError(str(error)) from None
     finally:

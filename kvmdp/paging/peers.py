@@ -8,6 +8,10 @@ Why no write of a device is lost. The pager clears a page's bit, then calls `inv
 or trap only after that. A device that was listed by then has acknowledged, or is gone. One that was not is listed
 before its hand-over is sent, under the same mutex, and so maps a bitmap in which the bit is clear already.
 
+A device that was cut off and lives stays listed: as long as it has RAM mapped no page is taken away. It keeps no other
+device out, but its own process begins no second session. What it still writes is a device's own: it is trusted with
+the RAM it was handed.
+
 Units: RAM pages, seconds of time.monotonic.
 """
 
@@ -33,6 +37,7 @@ from kvmdp.wire.records import Kind
 
 _PATIENCE_SECONDS = 10.0
 _JOIN_SECONDS = 30.0
+_MOST_LIVING = 16  # devices that were cut off and live: each costs a thread and two descriptors
 
 
 def _ignore(_: int) -> None:
@@ -91,15 +96,15 @@ class DeviceServer:
     def serve(
         self, connection: socket.socket, on_completed: Callable[[int], None] = _ignore
     ) -> DeviceSession:
-        """Begin a session with who is connected, and close the connection, in any case.
+        """Begin a session with the process that is connected, and close the connection, in any case.
 
         `on_completed(count)` is called with each COMPLETED; it must not block. Raises EndpointError for another
-        user's process, PagingError if a device of an earlier session lives on without one, OSError.
+        user's process, PagingError for one that was cut off before, NoThreadError, OSError.
         """
         with connection, self._serving, contextlib.ExitStack() as stack:
             peer = Peer.of(connection)
             stack.callback(peer.close)
-            self._reap()
+            self._reap(peer.pid)
             notifier, theirs, credits = notifier_pair()
             stack.callback(notifier.close)
             with theirs:
@@ -115,20 +120,24 @@ class DeviceServer:
                     raise
         return session
 
-    def _reap(self) -> None:
-        """Close the sessions that are over. Raises PagingError if there is one whose peer may still touch RAM."""
+    def _reap(self, pid: int) -> None:
+        """Close the sessions that are over, for process `pid` to begin one. Raises PagingError if it may not."""
         with self._mutex:
             if self._closed:
                 raise PagingError("the machine is stopping: no device can begin a session")
             sessions = tuple(self._sessions)
         over = [each for each in sessions if each.ending is not None]
-        for session in over:
-            if not session.wait_gone():
-                raise PagingError(
-                    f"{session} has left its session but has RAM mapped: end process {session.peer.pid} before "
-                    "another device begins"
-                )
-        self._close(over)
+        living = [each for each in over if not each.wait_gone(each.peer.pid == pid)]
+        self._close([each for each in over if each not in living])
+        if any(each.peer.pid == pid for each in living):
+            raise PagingError(
+                f"device process {pid} has left a session but has RAM mapped: end it before it begins another"
+            )
+        if len(living) >= _MOST_LIVING:
+            raise PagingError(
+                f"{len(living)} devices have left their sessions but have RAM mapped: end process "
+                f"{living[0].peer.pid} and the others before another device begins"
+            )
 
     def _enlist(
         self, peer: Peer, notifier: socket.socket, credits: int, on_completed: Callable[[int], None]

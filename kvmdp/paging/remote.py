@@ -6,7 +6,11 @@ the rest. It needs no /dev/kvm.
 Why the machine can take a page away and no write is lost. An access tests the bits and copies under one mutex. The
 machine clears a bit before it sends INVALIDATE; the receiver takes that record, and then the mutex, before it sends
 ACK. So an access that found the bit set has let go of the mutex before the ACK, and one that comes later finds it
-clear. A view outlives the mutex: it is listed, and the ACK is sent by whoever closes the last one in the range.
+clear. A view outlives the mutex: it is listed, and the ACK is sent by the thread that closes the last one in the range.
+
+A device that was stopped for long (SIGSTOP) may have been cut off, and have a successor. So an access that comes after
+a while looks first whether the session lasts. What it was copying when it was stopped it copies on: only its death
+ends that.
 
 Units: bytes by guest-physical address (gpa), RAM pages, seconds.
 """
@@ -14,7 +18,6 @@ Units: bytes by guest-physical address (gpa), RAM pages, seconds.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import threading
@@ -23,41 +26,35 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
-from kvmdp.abi.mman import F_GET_SEALS, F_SEAL_SHRINK, MADV_DONTFORK
+from kvmdp.abi.mman import MADV_DONTFORK
 from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.ram_map import RamMap
-from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError, PoisonedError
+from kvmdp.paging.asked_faults import AskedFaults, check_outcome, seconds_left
+from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError
+from kvmdp.paging.machine_link import LinkEndedError, MachineLink
 from kvmdp.thread import JoinableThread
+from kvmdp.wire.endpoint import Peer
 from kvmdp.wire.handover import Descriptors, Handover
-from kvmdp.wire.records import RECORD_SIZE, Access, Kind, Origin, Outcome, Record, RecordError, unpack
+from kvmdp.wire.records import Access, Kind, Origin, Record, RecordError
 
 BytesLike = bytes | bytearray | memoryview
 
 _IN_PAGE = PAGE_SIZE - 1
 _AT_ONCE = 2 << 20  # bytes copied under the mutex at once
 _MOST_PAGES = 512  # of one FAULT
-
-
-class _Fault:
-    """A FAULT that has been sent: its outcome, once that has come."""
-
-    __slots__ = ("done", "outcome")
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        # None with `done` set: look again; accesses are frozen, cancelled, or the session is over.
-        self.outcome: Outcome | None = None
+_TRUST_SECONDS = 0.1  # for which an access takes the session to last because one before it has found that
 
 
 class RemoteMemory:
     """`kvmdp.paging.access.MemoryAccess` in a device process; owns the descriptors from now on.
 
     Arguments: what `kvmdp.wire.handover.receive` returned; `number`, which device it is; `timeout`, how long an
-    access waits for a page before it raises BusyError (None: as long as the session lasts). May be used by several
-    threads. Raises PagingError, at every access, once the session is over; ValueError for descriptors that are not
-    what they should be.
+    access waits for a page before it raises BusyError (None: as long as the session lasts); `machine`, the process
+    whose death ends the session, and which belongs to this object (by default the one that made the notifier). May be
+    used by several threads. Raises PagingError, at every access, once the session is over; ValueError for a bitmap
+    that is none, EndpointError for a notifier of another user's process.
 
     Whoever holds a view does not wait for another page: a revocation of both would wait for the view.
     """
@@ -69,37 +66,37 @@ class RemoteMemory:
         *,
         number: int = 0,
         timeout: float | None = None,
+        machine: Peer | None = None,
     ) -> None:
         self.handover = handover
         self._number = number
         self._timeout = timeout
         self._map = RamMap(handover.regions)
-        self._credits = threading.Semaphore(handover.credits)
         # Guards what follows, and with it every access to RAM. Notified for `wait_doorbell`.
         self._mutex = threading.Lock()
         self._doorbell = threading.Condition(self._mutex)
         self._rung: Record | None = None
-        self._faults: dict[int, _Fault] = {}
-        self._last_token = 0
+        self._faults = AskedFaults(handover.credits)
         self._views: list[tuple[int, int]] = []  # (first, end) pages
         self._owed: list[tuple[int, int, int]] = []  # ACKs that wait for views: (token, first page, end)
         self._frozen = self._cancelled = False
         self._over: str | None = None
+        self._trusted_until = 0.0
         self._said_bye = self._closed = False
         with contextlib.ExitStack() as stack:
             stack.callback(descriptors.close)
-            _check_ram(descriptors.ram, handover.memory_bytes)
+            notifier = stack.enter_context(socket.socket(fileno=os.dup(descriptors.notifier)))
+            self._link = MachineLink(notifier, handover.epoch, machine or Peer.of(notifier))
+            stack.callback(self._link.close)
             self._ram = stack.enter_context(Mapping.shared(descriptors.ram, handover.memory_bytes))
             # A child that outlived this process would have RAM mapped without anybody knowing.
             self._ram.advise(MADV_DONTFORK)
             self._bitmap = stack.enter_context(PresentBitmapView.attach(descriptors.bitmap, handover.pages))
-            self._notifier = stack.enter_context(socket.socket(fileno=os.dup(descriptors.notifier)))
-            self._notifier.setblocking(True)
             self._stack = stack.pop_all()
         descriptors.close()
         self._view = self._ram.view
         # What was sent before the hand-over is here by now, and counts before the first access: a FREEZE.
-        self._receive(socket.MSG_DONTWAIT)
+        self._receive(wait=False)
         self._receiver = JoinableThread(self._receive, "notifier", self._receiver_broke)
         try:
             self._receiver.start()
@@ -184,8 +181,7 @@ class RemoteMemory:
         while True:
             with self._mutex:
                 self._check_open()
-                absent = self._absent_run(runs)
-                if absent is None:
+                if (absent := self._absent_run(runs)) is None:
                     yield
                     return
                 if nowait:
@@ -207,6 +203,10 @@ class RemoteMemory:
     def _check_open(self) -> None:
         if self._over is not None:
             raise PagingError(self._over)
+        if (now := time.monotonic()) > self._trusted_until:
+            if self._link.is_cut():  # the receiver is about to find out how it has ended
+                raise PagingError("the machine has closed the notifier: its memory cannot be used any more")
+            self._trusted_until = now + _TRUST_SECONDS
         if self._cancelled:
             raise CancelledError("the accesses of this device have been called off")
         if self._frozen:
@@ -214,36 +214,29 @@ class RemoteMemory:
 
     def _fetch(self, first: int, count: int, access: Access, deadline: float | None) -> None:
         """Ask for a run of pages and sleep until they have been present, or it is time to look again."""
-        where = f"the page at gpa {self._gpa_of(first):#x}"
-        if not self._credits.acquire(timeout=_left(deadline)):
+        gpa = self._gpa_of(first)
+        where = f"the page at gpa {gpa:#x}"
+        if not self._faults.wait_credit(seconds_left(deadline)):
             raise BusyError(
                 f"{where} was not asked for within {self._timeout:g} seconds: others are waited for"
             )
-        fault = _Fault()
         with self._mutex:
             try:
                 self._check_open()
             except PagingError:
-                self._credits.release()
+                self._faults.give_back()
                 raise
-            self._last_token = token = self._last_token + 1
-            self._faults[token] = fault
-        gpa, size = self._gpa_of(first), count << PAGE_SHIFT
-        self._send(Record(Kind.FAULT, token, gpa, size, access, Origin.DEVICE, self._number))
-        if not fault.done.wait(_left(deadline)):
+            fault = self._faults.begin()
+        size = count << PAGE_SHIFT
+        self._send(Record(Kind.FAULT, fault.token, gpa, size, access, Origin.DEVICE, self._number))
+        if not fault.done.wait(seconds_left(deadline)):
             # The credit comes back with the DONE that answers the RELEASE.
-            self._send(Record(Kind.RELEASE, token))
+            self._send(Record(Kind.RELEASE, fault.token))
             raise BusyError(f"{where} was not made present within {self._timeout:g} seconds")
         if fault.outcome is None:
-            self._send(Record(Kind.RELEASE, token))
-        elif fault.outcome is Outcome.CANCELLED:
-            raise CancelledError(f"{where} cannot be had: the machine is stopping")
-        elif fault.outcome is Outcome.POISONED:
-            raise PoisonedError(f"{where} is poisoned: what was in it is lost")
-        elif fault.outcome not in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.FROZEN):
-            raise PagingError(f"{where} cannot be made present: {fault.outcome.name.lower()}")
-        elif fault.outcome is Outcome.FROZEN:
-            raise FrozenError("accesses to guest memory are frozen: try again when they are thawed")
+            self._send(Record(Kind.RELEASE, fault.token))
+        else:
+            check_outcome(fault.outcome, where)
 
     # Addresses
 
@@ -285,7 +278,7 @@ class RemoteMemory:
         """Call off, for good, the accesses that wait, and refuse new ones: they raise CancelledError."""
         with self._mutex:
             self._cancelled = True
-            self._turn_away()
+            self._faults.turn_away()
 
     def close(self) -> None:
         """Unmap RAM, say BYE and close; a second call does nothing. No view may be open, no access under way."""
@@ -295,14 +288,12 @@ class RemoteMemory:
             if self._closed:
                 return
             self._closed = True
-            if self._over is None:
-                self._end("this device has ended the session")
+            self._end("this device has ended the session")
         self._ram.close()  # before BYE, which says that nothing here touches RAM any more
         # Whoever ended it: if it was a record that makes no sense, the machine still has to learn that RAM is let go.
         if not self._said_bye:
             self._send(Record(Kind.BYE))
-        with contextlib.suppress(OSError):  # closed already, or by the machine
-            self._notifier.shutdown(socket.SHUT_RDWR)
+        self._link.shut()
         self._receiver.join()
         self._stack.close()
 
@@ -317,30 +308,25 @@ class RemoteMemory:
     # Records
 
     def _send(self, record: Record) -> None:
-        """Send without the mutex. May sleep while the machine is slow, not for ever: its reader never waits."""
-        with contextlib.suppress(OSError):  # the session is over, as the receiver sees too
-            self._notifier.send(record.pack(self.handover.epoch), socket.MSG_NOSIGNAL)
+        """Send, without the mutex and without waiting."""
+        if not self._link.send(record):
+            self._end_once("the machine does not read what it is sent: the session is over")
 
-    def _receive(self, flags: int = 0) -> None:
-        """Take records until the session is over; with MSG_DONTWAIT those that are here, at the most."""
-        why = "the machine has closed the notifier, or died: its memory cannot be used any more"
+    def _receive(self, wait: bool = True) -> None:
+        """Take records until the session is over; without `wait` those that are here, at the most."""
         try:
             while self._over is None:
-                try:
-                    message = self._notifier.recv(RECORD_SIZE + 1, flags)
-                except BlockingIOError:
+                record = self._link.receive(wait)
+                if record is None:
                     return
-                except ConnectionResetError:
-                    continue  # it has closed with records unread; what it had sent is still there
-                if not message:
-                    break
-                self._take(unpack(message, self.handover.epoch))
+                self._take(record)
+            return
+        except LinkEndedError as error:
+            why = str(error)
         except RecordError as error:
             why = f"the machine sent {error}: the session is over"
         except ValueError as error:
             why = f"the machine sent a record that makes no sense ({error}): the session is over"
-        except OSError as error:
-            why = f"the notifier broke: {error}"
         self._end_once(why)
 
     def _receiver_broke(self, error: BaseException) -> None:
@@ -348,42 +334,28 @@ class RemoteMemory:
 
     def _end_once(self, why: str) -> None:
         with self._mutex:
-            if self._over is None:
-                self._end(why)
+            self._end(why)
 
     def _end(self, why: str) -> None:
-        """End the session, with the mutex held."""
+        """End the session, with the mutex held; the first reason counts."""
+        if self._over is not None:
+            return
         self._over = why
-        self._turn_away()
+        self._faults.turn_away()
         self._doorbell.notify_all()
-
-    def _wake_all(self) -> None:
-        """Have all who wait look again; their FAULTs stay open until they are answered."""
-        for fault in self._faults.values():
-            fault.done.set()
-
-    def _turn_away(self) -> None:
-        """Have all who wait, for pages or for a credit to ask for them, look again: nothing is asked for any more."""
-        self._wake_all()
-        # No DONE may come to give credits back. Who gets this one is turned away, and hands it to the next.
-        self._credits.release()
 
     def _take(self, record: Record) -> None:
         kind = record.kind
         with self._mutex:
             if kind is Kind.DONE:
-                fault = self._faults.pop(record.token, None)
-                if fault is None:
-                    raise RecordError(f"a DONE of {record.token}, which was not asked")
-                fault.outcome = record.outcome
-                fault.done.set()
+                self._faults.end(record.token, record.outcome)
             elif kind is Kind.INVALIDATE:
-                first = next(self._map.pieces(record.gpa, record.size))[0] >> PAGE_SHIFT
-                self._owed.append((record.token, first, first + (record.size >> PAGE_SHIFT)))
+                first = self._page_at(record.gpa, record.size)
+                self._owe(record.token, first, first + (record.size >> PAGE_SHIFT))
             elif kind is Kind.FREEZE:
                 self._frozen = True
-                self._owed.append((record.token, 0, self.handover.pages))
-                self._wake_all()
+                self._owe(record.token, 0, self.handover.pages)
+                self._faults.wake_all()
             elif kind is Kind.THAW:
                 self._frozen = False
             elif kind is Kind.DOORBELL:
@@ -395,9 +367,20 @@ class RemoteMemory:
             else:
                 raise RecordError(f"a {kind.name}, which is not a machine's to send")
             payable = self._payable()
-        if kind is Kind.DONE:
-            self._credits.release()
         self._acknowledge(payable)
+
+    def _page_at(self, gpa: int, size: int) -> int:
+        """Return the RAM page at `gpa`. Raises ValueError unless all of the range is RAM, contiguous."""
+        pieces = list(self._map.pieces(gpa, size))
+        if len(pieces) != 1:
+            raise ValueError(f"{size} bytes at gpa {gpa:#x} are not contiguous in RAM")
+        return pieces[0][0] >> PAGE_SHIFT
+
+    def _owe(self, token: int, first: int, end: int) -> None:
+        """Owe the ACK of `token` until no view is in the pages, with the mutex held. Raises RecordError."""
+        if len(self._owed) >= self.handover.credits:
+            raise RecordError(f"a question beyond its {self.handover.credits} credits")
+        self._owed.append((token, first, end))
 
     def _payable(self) -> list[int]:
         """Take out the tokens whose ranges no view is in, with the mutex held: nor is an access, then."""
@@ -413,17 +396,3 @@ class RemoteMemory:
     def _acknowledge(self, tokens: list[int]) -> None:
         for token in tokens:
             self._send(Record(Kind.ACK, token))
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(deadline - time.monotonic(), 0)
-
-
-def _check_ram(fd: int, size: int) -> None:
-    """Raise ValueError unless `fd` is a memory file of at least `size` bytes that nobody can shrink under us."""
-    try:
-        sealed = fcntl.fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK
-    except OSError:  # EINVAL: not a memory file
-        sealed = 0
-    if not sealed or os.fstat(fd).st_size < size:
-        raise ValueError(f"what was handed over as RAM is no sealed memory file of {size} bytes")

@@ -91,6 +91,13 @@ class FaultRequests:
         """How many faults have not been answered."""
         return len(self._open)
 
+    @property
+    def oldest(self) -> int | None:
+        """Since when the oldest unanswered fault has waited for its page, in perf_counter_ns; None if there is none."""
+        with self._mutex:
+            request = next(iter(self._open.values()), None)
+        return None if request is None else request.asked
+
     def is_open(self, token: int) -> bool:
         """Whether there is an unanswered fault `token`."""
         return token in self._open

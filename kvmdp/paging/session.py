@@ -4,15 +4,21 @@ Nothing the peer does, or leaves undone, holds a thread of the machine longer th
 records are taken by a thread that never waits; sends never wait, for there is room for all that the protocol allows.
 A peer that does anything else is *cut off*: one sentence says what it did, and nothing is done on its word.
 
-Who has left is not gone. A process that has closed its notifier, or is cut off, still has RAM mapped. Only its BYE,
-by which it says that it touches RAM no more, or its death, seen on its pidfd, lets the machine take pages away again.
+A device that has left is not gone. A process that has closed its notifier, or is cut off, still has RAM mapped. Only
+its BYE, by which it says that it touches RAM no more, or its death, seen on its pidfd, lets the machine take pages away
+again.
 
-Units: bytes, seconds of time.monotonic.
+What a device does of its own accord has no deadline here. Whether it does its work is for its owner to judge, by
+`rung`, `waits_for` and `steps`, and to end with `cut_off`.
+
+Units: bytes, seconds of time.monotonic; a peer's patience is counted by a clock that stands still while the machine's
+process does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import socket
 import threading
@@ -20,14 +26,16 @@ import time
 from collections.abc import Callable
 
 from kvmdp.memory.layout import PAGE_SHIFT, GuestLayout
+from kvmdp.own_clock import OwnClock
 from kvmdp.paging.fault import BusyError, Outcome, broken
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.requests import FaultRequests, PeerCounters
 from kvmdp.thread import JoinableThread
 from kvmdp.wire.endpoint import Peer
-from kvmdp.wire.records import RECORD_SIZE, Flag, Kind, Record, RecordError, unpack
+from kvmdp.wire.records import RECORD_SIZE, Kind, Record, RecordError, unpack
 
 _DEATH_SECONDS = 2.0  # between the end of a process's notifier and its death: it is being torn down
+_MOMENT_SECONDS = 0.1  # a caller that has no longer does not wait for a death that has not come for long
 _TICK_SECONDS = 0.1  # how often a session that waits for a death looks whether the machine is closing
 
 
@@ -39,7 +47,8 @@ class DeviceSession:
     `report(sentence)`, told of the end if it is not an orderly one; `on_completed(count)`, told of the requests it has
     finished. Neither may block.
 
-    `ending` is None while it lasts, then a sentence.
+    `ending` is None while it lasts, then a sentence. `rung` is whether a DOORBELL has not been answered yet; `steps`
+    grows with each COMPLETED, and with each page that was brought because the device asked for it.
     """
 
     def __init__(
@@ -60,6 +69,8 @@ class DeviceSession:
         self.epoch = epoch
         self.credits = credits
         self.ending: str | None = None
+        self.rung = False
+        self.steps = 0
         self._frozen = frozen
         self._notifier = notifier
         self._layout = layout
@@ -70,14 +81,15 @@ class DeviceSession:
         self._on_completed = on_completed
         # Guards what follows, and each send: they never sleep. Notified at every ACK and at the session's end.
         self._changed = threading.Condition(threading.Lock())
-        # Tokens of open INVALIDATEs and FREEZEs: when patience ends; oldest first.
+        self._clock = OwnClock(patience)
+        # Tokens of open INVALIDATEs and FREEZEs: when patience ends, by that clock; oldest first.
         self._asked: dict[int, float] = {}
         self._last_token = 0
         self._left = False  # its BYE has come
+        self._ended = math.inf  # when the session ended
         self._gone = False
         self._closing = False
         self._silent = False  # the machine has ended it
-        self._rung = False  # a DOORBELL is on its way, not yet answered by COMPLETED
         self._to_ring: dict[int, int] = {}  # number: gpa of DOORBELLs that follow it
         # The reader's own.
         self._faults_taken = self._releases_taken = self._completed = 0
@@ -105,7 +117,7 @@ class DeviceSession:
             if self.ending is not None:
                 return None
             self._last_token += 1
-            self._asked[self._last_token] = time.monotonic() + self._patience
+            self._asked[self._last_token] = self._clock.now() + self._patience
             self._counters.count("invalidates")
             self._send(Record(kind, self._last_token, gpa, size))
             return self._last_token
@@ -121,9 +133,9 @@ class DeviceSession:
                 self._wait_for_acks(token, deadline)
             if token is not None and token not in self._asked:
                 return
-            until = time.monotonic() + _DEATH_SECONDS  # it may be dying at this moment
+            until = self._death_is_due(deadline)
             while not self._gone:
-                left = (until if deadline is None else min(until, deadline)) - time.monotonic()
+                left = until - time.monotonic()
                 if left <= 0:
                     raise BusyError(
                         f"{self} is not obeyed any more but has RAM mapped, so no page can be taken away: "
@@ -131,17 +143,29 @@ class DeviceSession:
                     )
                 self._changed.wait(left)
 
+    def _death_is_due(self, deadline: float | None) -> float:
+        """Return until when to wait for the peer's death, with the mutex held and the session ended.
+
+        It may be dying at this moment, because of what has ended the session or because a user has ended it since. But
+        as long as it lives callers come again and again: to those with a moment only it must not cost that each time.
+        """
+        now = time.monotonic()
+        if deadline is None or deadline - now > _MOMENT_SECONDS:
+            due = now + _DEATH_SECONDS
+        else:
+            due = self._ended + _DEATH_SECONDS
+        return due if deadline is None else min(due, deadline)
+
     def _wait_for_acks(self, token: int, deadline: float | None) -> None:
         """Wait for a change, with the mutex held; cuts off a peer that has not acknowledged `token` in time."""
-        patience_ends = self._asked[token]
-        until = patience_ends if deadline is None else min(patience_ends, deadline)
-        left = until - time.monotonic()
-        if left > 0:
-            self._changed.wait(left)
-        elif until == patience_ends:
+        patience = self._asked[token] - self._clock.now()
+        time_left = math.inf if deadline is None else deadline - time.monotonic()
+        if time_left <= 0:
+            raise BusyError(f"{self} does not let go of memory: an access is under way there, or a view open")
+        if patience <= 0:
             self._end(f"is cut off: it did not let go of memory within {self._patience:g} seconds")
         else:
-            raise BusyError(f"{self} does not let go of memory: an access is under way there, or a view open")
+            self._changed.wait(min(patience, time_left, self._clock.longest_wait))
 
     def tell(self, kind: Kind) -> None:
         """Send a THAW or BYE, if the session lasts."""
@@ -156,20 +180,33 @@ class DeviceSession:
             self._ring_next()
 
     def _ring_next(self) -> None:
-        if self.ending is None and not self._rung and self._to_ring:
+        if self.ending is None and not self.rung and self._to_ring:
             number = next(iter(self._to_ring))
             self._send(Record(Kind.DOORBELL, gpa=self._to_ring.pop(number), number=number))
-            self._rung = True
+            self.rung = True
+
+    @property
+    def waits_for(self) -> object:
+        """What the device waits for: to be thawed, or the page of one FAULT or another; None if for nothing."""
+        return Kind.THAW if self._frozen() else self._requests.oldest
+
+    def cut_off(self, what: str) -> None:
+        """End the session because of what the device does, or does not: it "is cut off: " `what`."""
+        self._finish(f"is cut off: {what}")
 
     def wait_ended(self, timeout: float | None = None) -> bool:
         """Wait for the session's end; False if it lasts longer than `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self.ending is not None, timeout)
 
-    def wait_gone(self) -> bool:
-        """Wait, not long, until the peer cannot touch RAM any more; False if it lives on. The session has ended."""
+    def wait_gone(self, patiently: bool) -> bool:
+        """Return whether the peer cannot touch RAM any more, after a little wait if it is `patiently` waited for.
+
+        The session has ended.
+        """
         with self._changed:
-            return self._changed.wait_for(lambda: self._gone, _DEATH_SECONDS)
+            left = self._ended + _DEATH_SECONDS - time.monotonic() if patiently else 0
+            return self._changed.wait_for(lambda: self._gone, max(left, 0))
 
     def end(self) -> None:
         """End the session with a BYE; does not wait."""
@@ -208,6 +245,7 @@ class DeviceSession:
         if self.ending is not None:
             return
         self.ending = f"{self} {what or 'is let go: the machine ends the session'}"
+        self._ended = time.monotonic()
         self._silent = what is None
         with contextlib.suppress(OSError):  # ENOTCONN: the peer has closed its end
             self._notifier.shutdown(socket.SHUT_RDWR)  # wakes the reader
@@ -217,6 +255,7 @@ class DeviceSession:
 
     def _answer(self, token: int, outcome: Outcome) -> None:
         with self._changed:
+            self.steps += outcome is Outcome.ADMITTED
             if self.ending is None:
                 self._send(Record(Kind.DONE, token, outcome=outcome))
 
@@ -229,7 +268,7 @@ class DeviceSession:
         try:
             self._read_until_end()
         except Exception as error:  # a fault of ours: the peer must not be taken for one that is served
-            self._cut_off(f"is cut off: internal error: {error!r}")
+            self.cut_off(f"internal error: {error!r}")
         self._requests.close()
         if not self._left:
             self._await_death()
@@ -245,9 +284,9 @@ class DeviceSession:
             died = any(fd == self.peer.pidfd for fd, _ in poll.poll())
             taken = self._take_batch()
             if died and not taken:  # what it had sent before counts
-                self._cut_off("has died")
+                self._finish("has died")
 
-    def _cut_off(self, what: str) -> None:
+    def _finish(self, what: str) -> None:
         with self._changed:
             self._end(what)
 
@@ -268,15 +307,15 @@ class DeviceSession:
             try:
                 self._take(unpack(message, self.epoch))
             except RecordError as error:
-                self._cut_off(f"is cut off: it sent {error}")
+                self.cut_off(f"it sent {error}")
         return True
 
     def _closed(self) -> None:
         """The other end of the notifier is closed: by death, as a rule."""
         if self.peer.wait_dead(_DEATH_SECONDS):
-            self._cut_off("has died")
+            self._finish("has died")
         else:
-            self._cut_off("has closed its notifier without a BYE")
+            self._finish("has closed its notifier without a BYE")
 
     def _take(self, record: Record) -> None:
         kind = record.kind
@@ -294,7 +333,7 @@ class DeviceSession:
             self._take_completed(record.size)
         elif kind is Kind.BYE:
             self._left = True
-            self._cut_off("has ended its session")
+            self._finish("has ended its session")
         else:
             raise RecordError(f"a {kind.name}, which is not a device's to send")
 
@@ -307,16 +346,11 @@ class DeviceSession:
             raise RecordError(f"a FAULT beyond its {self.credits} credits")
         self._faults_taken += 1
         self._counters.count("requests")
-        outcome = None
         if self._frozen():
-            outcome = Outcome.FROZEN
-        elif record.flags & Flag.NOWAIT:
-            outcome = Outcome.PRESENT if self._pager.bitmap.test_range(first, count) else Outcome.BUSY
-        if outcome is None:
-            self._requests.submit(record.token, first, count, record.access, record.number)
-        else:
             self._counters.count("replies")
-            self._answer(record.token, outcome)
+            self._answer(record.token, Outcome.FROZEN)
+        else:
+            self._requests.submit(record.token, first, count, record.access, record.number)
 
     def _first_page(self, gpa: int, size: int) -> int:
         """Return the RAM page at `gpa`. Raises RecordError unless all of the range is RAM, contiguous."""
@@ -337,7 +371,8 @@ class DeviceSession:
             raise RecordError(f"a COMPLETED of {count} requests after one of {self._completed}")
         self._completed = count
         with self._changed:
-            self._rung = False
+            self.rung = False
+            self.steps += 1
             self._ring_next()
         self._on_completed(count)
 

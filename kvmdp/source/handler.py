@@ -14,7 +14,7 @@ is confirmed (pidfd) before the hand-over: nothing of it can land later.
 
 Nothing is written into RAM here. Protocol: `kvmdp.wire.offer`, `kvmdp.wire.handover`, `kvmdp.wire.records`.
 
-Units: bytes for offsets and sizes, seconds.
+Units: bytes for offsets and sizes; seconds, by a clock that stands still while this process does.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import ctypes
 import os
 import select
 import threading
-import time
 from collections.abc import Callable, Sequence
 
+from kvmdp.own_clock import OwnClock
 from kvmdp.source.base import SourceError, asking, check_range
 from kvmdp.source.session import Session, SessionEndedError
 from kvmdp.thread import JoinableThread
@@ -55,9 +55,9 @@ class _Request:
 
     __slots__ = ("answered", "reason", "record", "since")
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, since: float) -> None:
         self.record = record
-        self.since = time.monotonic()  # when it was sent, or began to wait for a handler
+        self.since = since  # when it was sent, or began to wait for a handler
         self.answered = threading.Event()
         self.reason: str | None = None
 
@@ -86,6 +86,7 @@ class HandlerSource:
         self._path = path
         self._timeout = timeout
         self._report = report
+        self._clock = OwnClock(timeout)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._supervisor: JoinableThread | None = None
         self._ram = self._bitmap = -1  # duplicates: a new handler may be wanted as long as this object is
@@ -98,7 +99,7 @@ class HandlerSource:
         self._session: Session | None = None  # that faults are sent to; none while there is no handler
         self._broken: str | None = None
         try:
-            self._first = Session(path, self._wake, timeout)
+            self._first = Session(path, self._wake, timeout, self._clock)
         except BaseException:
             os.close(self._wake)
             raise
@@ -159,7 +160,8 @@ class HandlerSource:
             if self._broken is not None:
                 return self._broken
             self._token += 1
-            request = _Request(Record(Kind.FAULT, self._token, gpa, size, fault.access, fault.origin, number))
+            record = Record(Kind.FAULT, self._token, gpa, size, fault.access, fault.origin, number)
+            request = _Request(record, self._clock.now())
             self._outstanding[self._token] = request
             if self._session is not None:
                 self._session.send(request.record)
@@ -249,26 +251,26 @@ class HandlerSource:
             if self._broken is not None:
                 return
             self._session = session
-            now = time.monotonic()
+            now = self._clock.now()
             for request in self._outstanding.values():
                 request.since = now
                 session.send(request.record)
 
     def _patience(self, session: Session) -> float:
-        """Return how long the next record may take. Raises _BrokenError if the oldest fault has waited too long.
+        """Return how long to wait for the next record. Raises _BrokenError if the oldest fault has waited too long.
 
-        With nothing outstanding that is the whole time-out: what is sent meanwhile is due later than that.
+        What is sent meanwhile is due later than that.
         """
         oldest, _ = self._waiting()
         if oldest is None:
-            return self._timeout
-        left = oldest.since + self._timeout - time.monotonic()
+            return self._clock.longest_wait
+        left = oldest.since + self._timeout - self._clock.now()
         if left <= 0:
             raise _BrokenError(
                 f"process {session.peer.pid} has not answered the fault on gpa {oldest.record.gpa:#x} within "
                 f"{self._timeout:g} seconds; it was cut off"
             )
-        return left
+        return min(left, self._clock.longest_wait)
 
     def _waiting(self) -> tuple[_Request | None, int]:
         """Return the fault that has waited longest, and how many there are."""
@@ -326,7 +328,7 @@ class HandlerSource:
         As long as nobody wants a page there is no hurry. Raises _BrokenError if somebody has waited for the time-out.
         """
         with self._changed:
-            now = time.monotonic()
+            now = self._clock.now()
             for request in self._outstanding.values():
                 request.since = now
         announced = False
@@ -340,14 +342,14 @@ class HandlerSource:
                     + (f" and {count - 1} more faults wait" if count > 1 else " waits")
                     + f" up to {self._timeout:g} s for another handler at {self._path}"
                 )
-            left = self._timeout if oldest is None else oldest.since + self._timeout - time.monotonic()
+            left = self._timeout if oldest is None else oldest.since + self._timeout - self._clock.now()
             if left <= 0:
                 raise _BrokenError(
                     f"process {dead.peer.pid} has died, and within {self._timeout:g} seconds no other has taken its "
                     f"place ({why})"
                 )
             try:
-                session = Session(self._path, self._wake, left)
+                session = Session(self._path, self._wake, left, self._clock)
             except EndpointError as error:
                 why = str(error)
                 self._pause()

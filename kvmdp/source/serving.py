@@ -1,211 +1,172 @@
-"""The other side of `kvmdp.source.handler`: serves the faults of one machine after another from a source.
+"""The other side of `kvmdp.source.handler`: serves the faults of machines in other processes from a source.
 
-Fills RAM in place through a mapping of its own; several threads each take a fault, fill, answer. Nothing is written
-before the machine has asked for it, and nothing after the session's end.
+Several machines are served at the same time, so that none has to wait for another's end. One thread, the caller's,
+waits for everything that is seldom: new connections, hand-overs, deaths, ends of sessions. It never waits for one
+machine. Faults are taken by the workers of each session (`kvmdp.source.machine_session`).
 
-Units: bytes, seconds.
+    a process connects        gets a place (`kvmdp.wire.lobby`) and the offer
+    it says nothing           loses the place after `_PATIENCE_SECONDS`
+    it hands over             becomes a session, in the same place
+    it dies, or the notifier  the session ends: nothing is written into its RAM any more, and once each worker is done
+    is closed, or it breaks   with the fill that it is at, the place is free
+    the protocol
+    this process lacks        the machine is refused, or given up, with a sentence; the others are served on
+    threads, descriptors
+
+Units: seconds.
 """
 
 from __future__ import annotations
 
-import fcntl
-import mmap
-import socket
-import threading
-from collections import Counter
+import contextlib
+import os
+import select
+import time
 from collections.abc import Callable
-from typing import NoReturn
+from types import TracebackType
+from typing import NoReturn, Self
 
-from kvmdp.source.base import PageSource, SourceError
-from kvmdp.thread import JoinableThread
+from kvmdp.source.base import PageSource
+from kvmdp.source.machine_session import MachineSession
+from kvmdp.thread import NoThreadError
 from kvmdp.wire import handover, offer
-from kvmdp.wire.endpoint import EndpointError, Listener, Peer
-from kvmdp.wire.handover import Descriptors, Handover, HandoverError, Role
-from kvmdp.wire.records import RECORD_SIZE, Kind, Origin, Outcome, Record, RecordError, unpack
+from kvmdp.wire.endpoint import Listener
+from kvmdp.wire.handover import HandoverError
+from kvmdp.wire.lobby import Arrival, Lobby
 
-_WORKERS = 16  # faults in flight: as many as a machine has vCPUs
 _PATIENCE_SECONDS = 60.0  # from the offer to the hand-over: a large machine takes a while to make
+_PAUSE_SECONDS = 0.1  # before it is tried again to let in what could not be let in
 
 
-def serve(listener: Listener, source: PageSource, report: Callable[[str], None]) -> NoReturn:
-    """Serve machines from `source`, one at a time, for ever. Both stay the caller's.
+class PageServer:
+    """Serves machines that connect to `listener` from `source`; both stay the caller's. A context manager.
 
-    `report` is told in a sentence of each session's beginning and end, from any thread.
+    `report` is told in a sentence of each session's beginning and end, from any thread; it must not block. Raises
+    OSError.
     """
-    while True:
-        with listener.accept() as connection:
-            try:
-                peer = Peer.of(connection)
-            except EndpointError as error:
-                report(f"a machine was refused: {error}")
-                continue
-            try:
-                serve_machine(connection, peer.pid, source, report)
-            except (HandoverError, OSError) as error:
-                report(f"machine {peer.pid} was given up: {error}")
-            finally:
-                peer.close()
 
-
-def serve_machine(
-    connection: socket.socket, pid: int, source: PageSource, report: Callable[[str], None]
-) -> None:
-    """Serve the machine at the other end of a new connection to its end.
-
-    Raises HandoverError if what comes is no hand-over that can be served, or nothing comes; OSError.
-    """
-    connection.settimeout(_PATIENCE_SECONDS)
-    offer.send(connection, source.size)
-    try:
-        terms, descriptors = handover.receive(connection)
-    except TimeoutError:
-        raise HandoverError(f"nothing was handed over within {_PATIENCE_SECONDS:g} seconds") from None
-    try:
-        notifier = _notifier_of(descriptors)
-    except BaseException:
-        descriptors.close()
-        raise
-    with notifier:
-        try:
-            memory = _map(terms, descriptors.ram)
-        finally:
-            descriptors.close()
-        try:
-            session = _Serving(notifier, terms, memory, source, lambda text: report(f"machine {pid}: {text}"))
-            report(f"machine {pid} has come: session {terms.epoch}, {terms.memory_bytes >> 20} MiB of RAM")
-            session.run()
-            report(f"machine {pid} has gone: {session.summary()}")
-        finally:
-            memory.release()
-
-
-def _notifier_of(descriptors: Descriptors) -> socket.socket:
-    """Take the notifier out of the descriptors. Raises HandoverError if it is no socket."""
-    try:
-        notifier = socket.socket(fileno=descriptors.notifier)
-    except OSError:
-        raise HandoverError("a notifier that is no socket") from None
-    descriptors.notifier = -1
-    notifier.setblocking(True)  # whatever the machine has left it as
-    return notifier
-
-
-def _map(terms: Handover, ram: int) -> memoryview:
-    """Map RAM for writing; unmapped when the view and its slices have gone."""
-    if terms.role is not Role.HANDLER:
-        raise HandoverError(f"it wants a {terms.role.name.lower()}, and this is a handler")
-    try:
-        sealed = fcntl.fcntl(ram, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-    except OSError:  # EINVAL: no memfd
-        sealed = 0
-    if not sealed:
-        raise HandoverError("RAM whose file is not sealed against shrinking, which could end this process")
-    try:
-        return memoryview(mmap.mmap(ram, terms.memory_bytes))
-    except (ValueError, OverflowError):
-        raise HandoverError(f"a RAM file with less than {terms.memory_bytes} bytes") from None
-
-
-class _Serving:
-    """One session: threads that take faults, fill RAM and answer."""
-
-    def __init__(
-        self,
-        notifier: socket.socket,
-        terms: Handover,
-        memory: memoryview,
-        source: PageSource,
-        report: Callable[[str], None],
-    ) -> None:
-        self._notifier = notifier
-        self._terms = terms
-        self._memory = memory
+    def __init__(self, listener: Listener, source: PageSource, report: Callable[[str], None]) -> None:
+        self._listener = listener
         self._source = source
         self._report = report
-        self._mutex = threading.Lock()  # guards what follows
-        self._pages: Counter[Origin] = Counter()
-        self._failed = 0
+        self._lobby = Lobby(listener, "machine", report)
+        self._sessions: list[MachineSession] = []
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # a session's last worker has gone
 
-    def run(self) -> None:
-        """Serve until the machine ends the session or dies, or does what it must not."""
-        workers = [JoinableThread(self._work, f"fault-{number}", self._broke) for number in range(_WORKERS)]
-        try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-        finally:  # interrupted: let them finish the fill they are at, and begin no other
-            self._end()
-            for worker in workers:
-                worker.join()
-
-    def summary(self) -> str:
-        """Return whose faults were answered, in words."""
-        with self._mutex:
-            counts = ", ".join(
-                f"{self._pages[origin]} {name}"
-                for origin, name in ((Origin.VCPU, "vCPU"), (Origin.DEVICE, "device"), (Origin.HOST, "host"))
-            )
-            return f"{counts} faults" + (f", {self._failed} of them failed" if self._failed else "")
-
-    def _end(self) -> None:
-        """Wake every worker: there is nothing more to receive, and nothing more can be sent."""
-        try:
-            self._notifier.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the machine has closed its end
-
-    def _work(self) -> None:
-        try:
-            while (record := self._next()) is not None:
-                outcome = self._fill(record)
-                answer = Record(Kind.DONE, record.token, record.gpa, record.size, outcome=outcome)
-                self._notifier.send(answer.pack(self._terms.epoch))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the machine has gone; what was filled is of no use to anybody
-        except RecordError as error:
-            self._report(f"it sent {error}; it was cut off")
-        except OSError as error:  # what was handed over is a socket, but cannot carry records
-            self._report(f"its notifier does not work ({error.strerror}); it was cut off")
-        finally:
-            self._end()
-
-    def _broke(self, error: BaseException) -> None:
-        self._report(f"serving it broke: {error!r}; it was cut off")
-
-    def _next(self) -> Record | None:
-        """Return the next fault, None at the end. Raises RecordError."""
+    def run(self) -> NoReturn:
+        """Serve for ever."""
         while True:
-            message = self._notifier.recv(RECORD_SIZE + 1)
-            if not message:
-                return None
-            record = unpack(message, self._terms.epoch)
-            if record.kind is Kind.FAULT:
-                return record
-            if record.kind is Kind.BYE:
-                return None
-            # A fault that is wanted no more is being filled already: its answer is on its way.
-            if record.kind is not Kind.RELEASE:
-                raise RecordError(f"a {record.kind.name}, which is not for a handler")
+            self._wait()
+            self._end_sessions()
+            self._look_at_arrivals()
+            self._take_in()
 
-    def _fill(self, record: Record) -> Outcome:
-        """Fill what a fault asks for. Raises RecordError if that is not RAM."""
-        offset = self._offset_of(record)
-        outcome = Outcome.PRESENT
+    def _wait(self) -> None:
+        """Sleep until there is something to look at."""
+        poll = select.poll()
+        poll.register(self._ended, select.POLLIN)
+        if not self._lobby.is_short:  # or that would be told again and again
+            poll.register(self._listener.socket, select.POLLIN)
+        for arrival in self._lobby.arrivals:
+            poll.register(arrival.connection, select.POLLIN)
+            poll.register(arrival.peer.pidfd, select.POLLIN)
+        for session in self._sessions:
+            if not session.ending:  # or its death would be told again and again
+                poll.register(session.peer.pidfd, select.POLLIN)
+        poll.poll(self._longest_wait() * 1000)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._ended)
+
+    def _longest_wait(self) -> float:
+        """Return when there is something to do although nothing happens, in seconds from now."""
+        if self._lobby.is_short:
+            return _PAUSE_SECONDS
+        if not self._lobby.arrivals:
+            return _PATIENCE_SECONDS
+        return max(self._lobby.arrivals[0].since + _PATIENCE_SECONDS - time.monotonic(), 0)
+
+    # Sessions
+
+    def _end_sessions(self) -> None:
+        """Close the sessions that are over, end those whose machine has died."""
+        for session in [*self._sessions]:
+            if not session.ending and session.peer.wait_dead(0):
+                session.end()
+            if session.over:
+                self._sessions.remove(session)
+                session.close()
+                self._report(f"machine {session.peer.pid} has gone: {session.summary()}")
+
+    # Arrivals
+
+    def _take_in(self) -> None:
+        """Let in the machines that have connected, and make them the offer."""
+        for arrival in self._lobby.take_in([session.peer.pid for session in self._sessions]):
+            self._attempt(arrival, self._offer)
+
+    def _look_at_arrivals(self) -> None:
+        for arrival in [*self._lobby.arrivals]:
+            if arrival.peer.wait_message(arrival.connection, 0):
+                self._attempt(arrival, self._begin)
+            elif arrival.since + _PATIENCE_SECONDS <= time.monotonic():
+                self._give_up(arrival, f"nothing was handed over within {_PATIENCE_SECONDS:g} seconds")
+
+    def _attempt(self, arrival: Arrival, what: Callable[[Arrival], None]) -> None:
+        """Do `what` for an arrival, and give it up if that fails: whatever it is, the others are served on."""
         try:
-            with self._memory[offset : offset + record.size] as destination:
-                self._source.fill(offset, destination)
-        except Exception as error:  # a source that breaks costs the machine this page, not the session
-            outcome = Outcome.FAILED
-            why = error if isinstance(error, SourceError | ValueError) else repr(error)
-            self._report(f"the fault on gpa {record.gpa:#x} failed: {why}")
-        with self._mutex:
-            self._pages[record.origin] += 1
-            self._failed += outcome is Outcome.FAILED
-        return outcome
+            what(arrival)
+        except (HandoverError, NoThreadError) as error:
+            self._give_up(arrival, str(error))
+        except OSError as error:
+            self._give_up(arrival, str(error.strerror))
+        except Exception as error:  # a fault of ours
+            self._give_up(arrival, f"serving it broke: {error!r}")
 
-    def _offset_of(self, record: Record) -> int:
-        for gpa, size, offset in self._terms.regions:
-            if gpa <= record.gpa and record.gpa + record.size <= gpa + size:
-                return offset + record.gpa - gpa
-        raise RecordError(f"a FAULT for {record.size} bytes at gpa {record.gpa:#x}, which are not RAM")
+    def _give_up(self, arrival: Arrival, why: str) -> None:
+        self._lobby.dismiss(arrival)
+        self._report(f"machine {arrival.peer.pid} was given up: {why}")
+
+    def _offer(self, arrival: Arrival) -> None:
+        offer.send(arrival.connection, self._source.size)
+
+    def _begin(self, arrival: Arrival) -> None:
+        """Make a session of an arrival that has handed over, or died. Raises what `_attempt` deals with."""
+        try:
+            terms, descriptors = handover.receive(arrival.connection)
+        except BlockingIOError:
+            raise HandoverError("it has died before the hand-over") from None
+        pid = arrival.peer.pid
+        session = MachineSession(
+            arrival.peer,
+            terms,
+            descriptors,
+            self._source,
+            lambda text: self._report(f"machine {pid}: {text}"),
+            lambda: os.eventfd_write(self._ended, 1),
+        )
+        self._sessions.append(session)  # before it begins: an interruption must find it
+        try:
+            session.start()
+        except NoThreadError:
+            self._sessions.remove(session)
+            session.close()
+            raise
+        self._lobby.release(arrival).connection.close()
+        self._report(f"machine {pid} has come: session {terms.epoch}, {terms.memory_bytes >> 20} MiB of RAM")
+
+    def close(self) -> None:
+        """Turn all away, end all sessions; returns when each worker is done with the fill that it is at. Once."""
+        self._lobby.close()
+        for session in self._sessions:
+            session.end()
+        for session in self._sessions:
+            session.close()
+        os.close(self._ended)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

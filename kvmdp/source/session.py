@@ -11,6 +11,7 @@ import contextlib
 import select
 from collections.abc import Sequence
 
+from kvmdp.own_clock import OwnClock
 from kvmdp.wire import notifier, offer
 from kvmdp.wire.endpoint import EndpointError, Peer, connect
 from kvmdp.wire.handover import Handover, Role, new_epoch
@@ -26,11 +27,12 @@ class Session:
     faults it may have outstanding.
 
     Arguments: the path it listens at; a descriptor that becomes readable when nothing is to be waited for any more;
-    how long to wait for the offer. Raises EndpointError if there is none.
+    how long to wait for the offer, and by which clock. Raises EndpointError if there is none.
     """
 
-    def __init__(self, path: str, wake: int, timeout: float) -> None:
+    def __init__(self, path: str, wake: int, timeout: float, clock: OwnClock) -> None:
         self._wake = wake
+        self._clock = clock
         self._began = False
         self._epoch = new_epoch()
         self._connection = connect(path)
@@ -55,10 +57,13 @@ class Session:
             raise
 
     def _receive_offer(self, path: str, timeout: float) -> int:
-        if self._connection.fileno() not in self._poll(timeout, self._connection.fileno()):
+        ready = self._wait(timeout, self._connection.fileno(), self.peer.pidfd)
+        if self._connection.fileno() not in ready:
             raise EndpointError(
-                f"process {self.peer.pid}, which listens at {path}, has made no offer within {timeout:g} seconds: it "
-                "is busy with another machine, or no handler"
+                f"process {self.peer.pid}, which listens at {path}, has died before its offer"
+                if self.peer.pidfd in ready
+                else f"process {self.peer.pid}, which listens at {path}, has made no offer within {timeout:g} seconds: "
+                "it is stopped or overloaded, or no handler"
             )
         try:
             return offer.receive(self._connection)
@@ -114,7 +119,17 @@ class Session:
 
     def wait_dead(self, timeout: float) -> bool:
         """Wait until the process has ended; False after `timeout` seconds, or when nothing is to be waited for."""
-        return self.peer.pidfd in self._poll(timeout, self.peer.pidfd)
+        return self.peer.pidfd in self._wait(timeout, self.peer.pidfd)
+
+    def _wait(self, timeout: float, *descriptors: int) -> list[int]:
+        """Do as `_poll`, with seconds of the clock."""
+        until = self._clock.now() + timeout
+        while not (
+            ready := self._poll(min(until - self._clock.now(), self._clock.longest_wait), *descriptors)
+        ):
+            if self._clock.now() >= until:
+                break
+        return ready
 
     def _poll(self, timeout: float, *descriptors: int) -> list[int]:
         """Return which descriptors, or `wake`, are readable; none after `timeout` seconds."""

@@ -1,9 +1,10 @@
 """Where peers meet: a Unix SEQPACKET socket at a path, and who is at the other end of a connection.
 
 Only processes of the same user, or root's, are let in (SO_PEERCRED). A peer counts as dead when its pidfd says so, not
-when its connection ends: a process that has closed its socket can still write into memory that it has mapped.
+when its connection ends: a process that has closed its socket can still write into memory that it has mapped, and a
+child of a dead one can hold its end of the connection open.
 
-Sources: unix(7), pidfd_open(2) (Linux 5.3). Units: seconds.
+Sources: unix(7), pidfd_open(2) (Linux 5.3), SO_PEERPIDFD (Linux 6.5). Units: seconds.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ import select
 import socket
 import stat
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from kvmdp.abi.socket import SO_PEERPIDFD
+
 MAX_PATH = 107  # bytes: sun_path has 108, one of them the NUL
 
 _UCRED = struct.Struct("3i")
+# A listener that is alive takes in all that wait within milliseconds, however many come at once.
+_CROWDED_SECONDS = 1.0
+_RETRY_SECONDS = 0.01
 
 
 class EndpointError(Exception):
@@ -56,22 +63,63 @@ class Peer:
             raise EndpointError(
                 f"process {pid} belongs to user {uid}: only this user's, or root's, may be a peer"
             )
-        try:
-            return cls(pid, uid, os.pidfd_open(pid))
-        except ProcessLookupError:
-            raise EndpointError(f"process {pid} has ended before its session began") from None
+        return cls(pid, uid, _pidfd_of(connection, pid))
 
     def wait_dead(self, timeout: float) -> bool:
         """Wait until the process has ended; False if it lives on after `timeout` seconds."""
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
+        return bool(_readable(timeout, self.pidfd))
+
+    def wait_message(self, connection: socket.socket, timeout: float) -> bool:
+        """Wait until something can be received on `connection`, or the process has ended.
+
+        False after `timeout` seconds. What is received then does not wait if it is asked not to (MSG_DONTWAIT).
+        """
+        return bool(_readable(timeout, self.pidfd, connection.fileno()))
 
     def close(self) -> None:
         """Close the pidfd; a second call does nothing."""
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+def _readable(timeout: float, *descriptors: int) -> list[int]:
+    """Return which of the descriptors are readable, or closed at the other end; none after `timeout` seconds."""
+    poll = select.poll()  # select takes no descriptor above 1,023
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(max(timeout, 0) * 1000)]
+
+
+def _pidfd_of(connection: socket.socket, pid: int) -> int:
+    """Return a pidfd of the process that is connected, whose number was `pid` then. Raises EndpointError, OSError.
+
+    The number may belong to another process by now: one that ends at once leaves it, and its connection, behind. The
+    socket itself knows which process it was (SO_PEERPIDFD). Before Linux 6.5 there is the number alone. Then the
+    connection is looked at once the pidfd is there: it is closed if its process has ended, so one that is open has the
+    process that had the number all the time. (Unless a child of the dead process holds it open: nothing tells that.)
+    """
+    ended = EndpointError(f"process {pid} has ended before its session began")
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno in (
+            errno.ESRCH,
+            errno.EINVAL,
+        ):  # EINVAL: what kernels before 6.16 say of a process that has gone
+            raise ended from None
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise ended from None
+    poll = select.poll()
+    poll.register(connection, 0)  # that the other end is closed is said unasked
+    if poll.poll(0):
+        os.close(pidfd)
+        raise ended
+    return pidfd
 
 
 class Listener:
@@ -99,7 +147,7 @@ class Listener:
             raise EndpointError(f"cannot listen at {path}: {error.strerror}; name another path") from None
 
     def accept(self, timeout: float | None = None) -> socket.socket:
-        """Return the next connection. Raises TimeoutError after `timeout` seconds."""
+        """Return the next connection. Raises TimeoutError after `timeout` seconds, BlockingIOError if that is 0."""
         self.socket.settimeout(timeout)
         connection, _ = self.socket.accept()
         connection.setblocking(True)
@@ -124,9 +172,10 @@ class Listener:
 
 
 def connect(path: str) -> socket.socket:
-    """Return a connection to whoever listens at `path`.
+    """Return a connection to the process that listens at `path`.
 
-    Raises EndpointError if there is nothing, nobody, or somebody else's socket.
+    While too many others wait there it tries again, for a second at the most. Raises EndpointError if there is no
+    socket, no listener, or another user's socket.
     """
     _check_length(path)
     try:
@@ -143,9 +192,7 @@ def connect(path: str) -> socket.socket:
         )
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        connection.setblocking(False)  # or it would wait while the listener's queue is full
-        connection.connect(path)
-        connection.setblocking(True)
+        _connect(connection, path)
     except PermissionError:
         connection.close()
         raise EndpointError(
@@ -160,6 +207,21 @@ def connect(path: str) -> socket.socket:
         }.get(error.errno or 0, str(error.strerror))
         raise EndpointError(f"cannot connect to {path}: {why}; start who listens there first") from None
     return connection
+
+
+def _connect(connection: socket.socket, path: str) -> None:
+    """Connect, with a bound on the wait while the listener's queue is full. Raises OSError."""
+    deadline = time.monotonic() + _CROWDED_SECONDS
+    connection.setblocking(False)  # or it would wait for as long as the queue is full
+    while True:
+        try:
+            connection.connect(path)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_RETRY_SECONDS)
+    connection.setblocking(True)
 
 
 def _check_length(path: str) -> None:

@@ -17,6 +17,9 @@ fault handler speaks first: `kvmdp.wire.offer`.)
 and with it three descriptors: the memory file of RAM, sealed against a change of its size; the present bitmap, which
 nobody but the machine can write (bit n of its 64-bit little-endian words is page n, in the order of the regions); the
 notifier, a SEQPACKET socket that carries `kvmdp.wire.records`. These and the connection are all a peer gets.
+
+What is received is looked at before it is believed: a RAM file that could be cut would end the peer with a SIGBUS, a
+notifier of another type would not tell it that the machine has closed its end.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from __future__ import annotations
 import array
 import contextlib
 import enum
+import fcntl
 import itertools
 import os
 import socket
@@ -31,6 +35,7 @@ import struct
 import threading
 from dataclasses import dataclass
 
+from kvmdp.abi.mman import F_GET_SEALS, F_SEAL_SHRINK
 from kvmdp.wire.records import PAGE_SIZE, VERSION
 
 CREDITS = 64
@@ -75,7 +80,7 @@ class Handover:
 
 @dataclass(slots=True)
 class Descriptors:
-    """The descriptors of a hand-over; whoever received them owns them."""
+    """The descriptors of a hand-over; their receiver owns them."""
 
     ram: int
     bitmap: int
@@ -112,7 +117,10 @@ def send(connection: socket.socket, handover: Handover, descriptors: Descriptors
 
 
 def receive(connection: socket.socket) -> tuple[Handover, Descriptors]:
-    """Take a hand-over. Raises HandoverError if something else comes (then nothing is kept), OSError."""
+    """Take a hand-over. Raises HandoverError if something else comes (then nothing is kept), OSError.
+
+    Waits for it as `connection` is set to wait.
+    """
     message, ancillary, flags, _ = connection.recvmsg(
         _HEADER.size + _MAX_REGIONS * _REGION.size + 1,
         socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize),
@@ -126,12 +134,46 @@ def receive(connection: socket.socket) -> tuple[Handover, Descriptors]:
         handover = _parse(message)
         if flags & socket.MSG_CTRUNC or len(fds) != _DESCRIPTORS:
             raise HandoverError(f"a hand-over with {len(fds)} descriptors, where {_DESCRIPTORS} belong to it")
+        received = Descriptors(*fds)
+        _check_ram(received.ram, handover.memory_bytes)
+        _check_notifier(received.notifier)
     except BaseException:
         for fd in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
         raise
-    return handover, Descriptors(*fds)
+    return handover, received
+
+
+def _check_ram(fd: int, size: int) -> None:
+    """Raise HandoverError unless `fd` is a memory file of at least `size` bytes that no process can cut."""
+    try:
+        sealed = fcntl.fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK
+    except OSError:  # EINVAL: no memfd
+        sealed = 0
+    if not sealed:
+        raise HandoverError("RAM whose file is not sealed against shrinking, which could end this process")
+    if os.fstat(fd).st_size < size:
+        raise HandoverError(f"a RAM file with less than {size} bytes")
+
+
+def _check_notifier(fd: int) -> None:
+    """Raise HandoverError unless `fd` is a Unix SEQPACKET socket.
+
+    Of the types that keep records apart, it alone tells the reader that the other end is closed: a receive from a
+    DGRAM socket whose peer has gone waits for ever.
+    """
+    try:
+        notifier = socket.socket(fileno=fd)
+    except OSError:
+        raise HandoverError("a notifier that is no socket") from None
+    try:
+        if (notifier.family, notifier.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            raise HandoverError(
+                "a notifier that is no Unix SEQPACKET socket, and would not tell of the machine's end"
+            )
+    finally:
+        notifier.detach()  # it stays the receiver's
 
 
 def _parse(message: bytes) -> Handover:
@@ -146,16 +188,18 @@ def _parse(message: bytes) -> Handover:
         raise HandoverError(f"a hand-over of version {version}, where version {VERSION} is spoken")
     if len(message) != _HEADER.size + count * _REGION.size or count > _MAX_REGIONS:
         raise HandoverError(f"a hand-over of {len(message)} bytes that announces {count} regions")
+    if page_size != PAGE_SIZE:
+        raise HandoverError(f"a hand-over with pages of {page_size} bytes, where they have {PAGE_SIZE}")
     regions = tuple(_REGION.iter_unpack(message[_HEADER.size :]))
     total = 0
     for gpa, size, offset in regions:
-        if gpa % page_size or size % page_size or offset != total or not size:
+        if gpa % PAGE_SIZE or size % PAGE_SIZE or offset != total or not size:
             raise HandoverError(f"a hand-over whose region at gpa {gpa:#x} is not whole pages in file order")
         total += size
-    if page_size != PAGE_SIZE or total != pages * PAGE_SIZE or not credits:
-        raise HandoverError(
-            f"a hand-over of {pages} pages of {page_size} bytes, with regions of {total} bytes"
-        )
+    if not total or total != pages * PAGE_SIZE:
+        raise HandoverError(f"a hand-over of {pages} pages, with regions of {total} bytes")
+    if not credits:
+        raise HandoverError("a hand-over without credits, so that nothing could be asked")
     try:
         return Handover(epoch, Role(role), credits, pages, regions)
     except ValueError:

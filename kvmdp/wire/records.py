@@ -4,15 +4,14 @@
     0       2      version  1
     2       2      kind     of `Kind`, below
     4       4      epoch    of the session, from the hand-over; records of another are refused
-    8       8      token    chosen by whoever asks, comes back in the answer; one question a token at a time
+    8       8      token    chosen by the asking side, comes back in the answer; one question a token at a time
     16      8      gpa      bytes, a multiple of the page size
     24      8      size     bytes, a multiple of the page size
     32      4      access   of `Access`
     36      4      origin   of `Origin`: who touched the memory
     40      4      number   which vCPU or device it was; 0xFFFFFFFF is unknown
     44      4      outcome  of `Outcome`, in DONE
-    48      4      flags    of `Flag`
-    52      12     zero
+    48      16     zero
 
 | kind | from, to | what |
 | --- | --- | --- |
@@ -30,7 +29,7 @@
 *Credits*, a number of the hand-over, bound what is outstanding: at most that many FAULTs without their DONE, one way,
 and that many INVALIDATEs and FREEZEs without their ACK, the other. A RELEASE goes once a FAULT, a DOORBELL only after
 the COMPLETED of the last one or, before that, once. So every answer finds room in its queue, an answerer never waits,
-and two full queues cannot hold each other up. Who asks beyond its credits is cut off.
+and two full queues cannot hold each other up. A peer that asks beyond its credits, or does not read, is cut off.
 
 A handler's DONE repeats gpa and size of the FAULT; its outcome is PRESENT, the bytes are in RAM, or FAILED, they cannot
 be had. Answers come in any order. A handler that takes the place of one that has died is sent the FAULTs that had no
@@ -49,8 +48,8 @@ RECORD_SIZE = 64
 UNKNOWN_NUMBER = 0xFFFFFFFF
 
 PAGE_SIZE = 4096
-_LAYOUT = struct.Struct("<HHIQQQIIIII12s")
-_ZERO = bytes(12)
+_LAYOUT = struct.Struct("<HHIQQQIIII16s")
+_RESERVED = bytes(16)
 
 
 class RecordError(ValueError):
@@ -98,8 +97,7 @@ class Outcome(enum.IntEnum):
     FAILED = 3  # the page cannot be had: the source failed, the machine is paused
     CANCELLED = 4  # the machine is stopping, or whoever waited has given up
     FROZEN = 5  # no accesses until the machine thaws them
-    BUSY = 6  # it would have had to wait, and was asked not to
-    TIMED_OUT = 7
+    TIMED_OUT = 6  # the caller, in the machine's own process, has waited long enough; never in a record
 
 
 class PageFault(NamedTuple):
@@ -115,13 +113,6 @@ class PageFault(NamedTuple):
     access: Access = Access.UNKNOWN
 
 
-class Flag(enum.IntFlag):
-    """How a FAULT is to be dealt with."""
-
-    NONE = 0
-    NOWAIT = 1  # answer at once: BUSY if the memory is not present now
-
-
 @dataclass(frozen=True, slots=True)
 class Record:
     """One record; `pack` and `unpack` are its two directions. Which fields count is up to the kind."""
@@ -134,7 +125,6 @@ class Record:
     origin: Origin = Origin.DEVICE
     number: int = UNKNOWN_NUMBER
     outcome: Outcome = Outcome.PRESENT
-    flags: Flag = Flag.NONE
 
     def pack(self, epoch: int) -> bytes:
         """Return the record's 64 bytes, for the session `epoch`."""
@@ -149,8 +139,7 @@ class Record:
             self.origin,
             self.number,
             self.outcome,
-            self.flags,
-            _ZERO,
+            _RESERVED,
         )
 
 
@@ -158,14 +147,14 @@ def unpack(message: bytes, epoch: int) -> Record:
     """Return the record that a message holds. Raises RecordError for anything else, field by field."""
     if len(message) != RECORD_SIZE:
         raise RecordError(f"a message of {len(message)} bytes, where a record has {RECORD_SIZE}")
-    version, kind, session, token, gpa, size, access, origin, number, outcome, flags, rest = _LAYOUT.unpack(
+    version, kind, session, token, gpa, size, access, origin, number, outcome, reserved = _LAYOUT.unpack(
         message
     )
     if version != VERSION:
         raise RecordError(f"a record of version {version}, where version {VERSION} is spoken")
     if session != epoch:
         raise RecordError(f"a record of session {session}, where this is session {epoch}")
-    if rest != _ZERO or flags & ~Flag.NOWAIT:
+    if reserved != _RESERVED:
         raise RecordError("a record with reserved bits set")
     try:
         record = Record(
@@ -177,10 +166,11 @@ def unpack(message: bytes, epoch: int) -> Record:
             Origin(origin),
             number,
             Outcome(outcome),
-            Flag(flags),
         )
     except ValueError as error:
         raise RecordError(f"a record with a field out of its range: {error}") from None
+    if record.outcome is Outcome.TIMED_OUT:
+        raise RecordError("a record with outcome TIMED_OUT, which no peer is told")
     if record.kind in (Kind.FAULT, Kind.INVALIDATE) and (gpa % PAGE_SIZE or size % PAGE_SIZE or not size):
         raise RecordError(f"a {record.kind.name} of {size} bytes at gpa {gpa:#x}, which are not whole pages")
     return record

@@ -20,6 +20,14 @@ BAD = {
         "m = bytearray(Record(Kind.BYE).pack(given.epoch)); m[0] = 2; notifier.send(m)",
         "it sent a record of version 2, where version 1 is spoken",
     ),
+    "a reserved bit": (
+        "m = bytearray(Record(Kind.BYE).pack(given.epoch)); m[48] = 1; notifier.send(m)",
+        "it sent a record with reserved bits set",
+    ),
+    "an unknown kind": (
+        "m = bytearray(Record(Kind.BYE).pack(given.epoch)); m[2] = 99; notifier.send(m)",
+        "it sent a record with a field out of its range: 99 is not a valid Kind",
+    ),
     "wrong epoch": ("send(Record(Kind.BYE), given.epoch + 1)", "it sent a record of session"),
     "not RAM": (FAULT.format(1, 512 * 4096), "4096 bytes at gpa 0x200000, which are not RAM"),
     "huge": (
@@ -82,10 +90,10 @@ def test_one_that_asks_beyond_its_credits_is_cut_off():
 
 def test_one_that_never_reads_is_cut_off():
     with bench() as here:
-        here.pager.mark_present(0, 1)
+        here.server.freeze(None)  # then each fault is answered at once
         here.child(
-            "try:\n for n in range(100000):\n  "
-            "send(Record(Kind.FAULT, n, 0, 4096, flags=Flag.NOWAIT))\nexcept OSError: pass" + SLEEP,
+            "try:\n for n in range(100000):\n  send(Record(Kind.FAULT, n, 0, 4096))\nexcept OSError: pass"
+            + SLEEP,
             raw=True,
         )
         assert "is cut off: it does not read what it is sent" in here.next_report()

@@ -68,10 +68,21 @@ BAD = {
         lambda asked, epoch: [b"\x07\0" + done(asked).pack(epoch)[2:]],
         "a record of version 7",
     ),
+    "a reserved bit": (
+        lambda asked, epoch: [done(asked).pack(epoch)[:63] + b"\x80"],
+        "a record with reserved bits set",
+    ),
+    "another size": (
+        lambda asked, epoch: [done(asked, size=2 * PAGE).pack(epoch)],
+        "a DONE for 8192 bytes at gpa 0x3000, where 4096",
+    ),
     "another session": (lambda asked, epoch: [done(asked).pack(epoch + 1)], "a record of session"),
     "an unknown token": (lambda asked, epoch: [done(asked, token=999).pack(epoch)], "a DONE for token 999"),
     "not RAM": (lambda asked, epoch: [done(asked, gpa=1 << 40).pack(epoch)], "at gpa 0x10000000000, where"),
-    "an outcome": (lambda asked, epoch: [done(asked, outcome=Outcome.BUSY).pack(epoch)], "outcome BUSY"),
+    "an outcome": (
+        lambda asked, epoch: [done(asked, outcome=Outcome.ADMITTED).pack(epoch)],
+        "outcome ADMITTED",
+    ),
     "a kind": (
         lambda asked, epoch: [Record(Kind.INVALIDATE, 1, 0, PAGE).pack(epoch)],
         "a INVALIDATE, which no handler may",

@@ -26,8 +26,8 @@ for number in itertools.count():
 """
 PUNCHING_HANDLER = f"""
 import itertools, mmap, threading
-from kvmdp.source import serving
-map_ram = serving._map
+from kvmdp.source import machine_session
+map_ram = machine_session._map
 def map_and_punch(terms, ram):
     memory = map_ram(terms, ram)
     def punch():
@@ -36,7 +36,7 @@ def map_and_punch(terms, ram):
             memory.obj.madvise(mmap.MADV_REMOVE, first * 4096, count * 4096)
     threading.Thread(target=punch, daemon=True).start()
     return memory
-serving._map = map_and_punch
+machine_session._map = map_and_punch
 """
 
 

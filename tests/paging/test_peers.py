@@ -94,21 +94,6 @@ except BusyError as error:
         assert here.server.counters.requests == 0
 
 
-def test_a_record_with_nowait_is_answered_without_a_fetch():
-    with bench() as here:
-        here.pager.mark_present(3, 1)
-        child = here.child(
-            """
-for page in (3, 4):
-    send(Record(Kind.FAULT, page, page * 4096, 4096, flags=Flag.NOWAIT))
-    say(receive().outcome.name)
-""",
-            raw=True,
-        )
-        assert [child.hear(), child.hear()] == ["PRESENT", "BUSY"]
-        assert not here.pager.bitmap.test(4)
-
-
 def test_a_fault_of_many_pages_is_answered_when_all_are_present():
     with bench() as here:
         child = here.child(
