@@ -299,17 +299,17 @@ def test_one_that_asks_for_all_of_a_large_ram_and_goes(tmp_path):
 WITHOUT_THREADS = """
 import os, resource, signal
 from kvmdp.cli import handler
-remark = handler.remark
+say = handler.say
 def allow(more):
     threads = len(os.listdir("/proc/self/task")) + more
     resource.setrlimit(resource.RLIMIT_NPROC, (threads, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
-def remark_without_privilege(text):
+def say_without_privilege(text):
     if not os.getuid():
         allow(0)
         signal.signal(signal.SIGUSR1, lambda *_: allow(1))
         os.setresuid({user}, {user}, {user})
-    remark(text)
-handler.remark = remark_without_privilege
+    say(text)
+handler.say = say_without_privilege
 """
 
 
