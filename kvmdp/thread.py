@@ -1,20 +1,18 @@
 """A thread that can be joined however its start ended: an interruption may come at any moment of `start`.
 
 `threading.Thread.start` waits for the new thread's first steps. A KeyboardInterrupt in that wait leaves a thread that
-runs and that `join` refuses, "cannot join thread before it is started", or breaks the lock that is waited on. So SIGINT
-and SIGTERM are put off until the thread is started. Masking them would not do: another thread may take the signal, and
-Python runs its handler in the main thread all the same.
+runs and that `join` refuses, "cannot join thread before it is started", or breaks the lock that is waited on. So
+interruptions are put off until the thread is started.
 
 Units: seconds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
+
+from kvmdp.interruption import Uninterrupted
 
 
 class JoinableThread:
@@ -29,7 +27,7 @@ class JoinableThread:
 
         An interruption is raised when the thread runs, or before there is one: whatever comes of it, it can be joined.
         """
-        with _put_off():
+        with Uninterrupted():
             self._thread.start()
             self._started = True
 
@@ -58,29 +56,3 @@ def run_in_thread(work: Callable[[], None], name: str) -> None:
         thread.join()
     if errors:
         raise errors[0]
-
-
-@contextlib.contextmanager
-def _put_off() -> Iterator[None]:
-    """Have SIGINT and SIGTERM handled after the block; they are handled in the main thread alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
-
-    interrupt, terminate = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        # Either may be handled before its handler is replaced, and once it is put back: then the other is put back too.
-        signal.signal(signal.SIGINT, note)
-        signal.signal(signal.SIGTERM, note)
-        yield
-    finally:
-        try:
-            signal.signal(signal.SIGINT, interrupt)
-        finally:
-            signal.signal(signal.SIGTERM, terminate)
-    for number in came[:1]:
-        signal.raise_signal(number)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE, GuestLayout
+from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.fault import (
     Access,
     BusyError,
@@ -28,7 +29,7 @@ from kvmdp.paging.fault import (
     PoisonedError,
 )
 from kvmdp.paging.pager import DemandPager
-from kvmdp.paging.resolver import Cancellation
+from kvmdp.paging.pins import Pin
 
 BytesLike = bytes | bytearray | memoryview
 
@@ -280,9 +281,22 @@ class GuestMemory:
     ) -> Iterator[None]:
         """Make all pages of the stretches present, and hold them for the time of the block."""
         runs = [(offset >> PAGE_SHIFT, _pages_of(offset, length)) for offset, length in stretches if length]
+        pin = Pin(runs, self._gate)
+        # What `kvmdp.interruption.undone` does, without the price of one more context manager.
+        try:
+            try:
+                self._enter(pin, access, nowait)
+                yield
+            finally:
+                self._gate.leave(pin)
+        except BaseException:
+            self._gate.leave(pin)
+            raise
+
+    def _enter(self, pin: Pin, access: Access, nowait: bool) -> None:
         deadline = None
         # One page is waited for at a time, with nothing held: see AccessGate.enter.
-        while (page := self._gate.enter(runs)) is not None:
+        while (page := self._gate.enter(pin)) is not None:
             if nowait:
                 gpa = self._layout.gpa_of_page(page)
                 raise BusyError(f"the page at gpa {gpa:#x} is absent, and the access is not to wait for it")
@@ -295,10 +309,6 @@ class GuestMemory:
                 ),
                 page,
             )
-        try:
-            yield
-        finally:
-            self._gate.leave(runs)
 
     def _check(self, outcome: Outcome, page: int) -> None:
         """Raise what an outcome means that is not the page's presence."""

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from kvmdp.interruption import undone
 from kvmdp.kvm import Vcpu
 from kvmdp.paging.fault import PagingError
 
@@ -35,7 +36,7 @@ class VcpuGate:
         )  # taken as itself on the way of every exit: a Condition's is a call in Python
         self._changed = threading.Condition(self._mutex)
         self._inside: set[Vcpu] = set()
-        self._closers = 0
+        self._closers: list[object] = []  # one of each thread that keeps the vCPUs out
         self._stopping = False
         self.stops = 0
         self.longest_stop = 0.0
@@ -65,7 +66,7 @@ class VcpuGate:
     @property
     def is_closed(self) -> bool:
         """Whether somebody keeps the vCPUs out, or waits until they are."""
-        return self._closers > 0
+        return bool(self._closers)
 
     def is_inside(self, vcpu: Vcpu) -> bool:
         """Return whether the vCPU is in KVM_RUN, or about to be."""
@@ -77,21 +78,23 @@ class VcpuGate:
 
         Raises PagingError if one does not come out in 30 seconds.
         """
-        started = time.monotonic()
-        with self._changed:
-            self._closers += 1
-        try:
+        started, closer = time.monotonic(), object()
+        with undone(lambda: self._open(closer, started)):
+            with self._mutex:
+                self._closers.append(closer)
             self._await_empty(started + _PATIENCE_SECONDS)
             yield
-        finally:
-            with self._changed:
-                self._closers -= 1
+
+    def _open(self, closer: object, started: float) -> None:
+        with self._mutex:
+            if closer in self._closers:
                 self.stops += 1
                 self.longest_stop = max(self.longest_stop, time.monotonic() - started)
-                self._changed.notify_all()
+                self._closers.remove(closer)
+            self._changed.notify_all()
 
     def _await_empty(self, deadline: float) -> None:
-        with self._changed:
+        with self._mutex:
             while self._inside:
                 if time.monotonic() > deadline:
                     stuck = ", ".join(str(vcpu.index) for vcpu in self._inside)
