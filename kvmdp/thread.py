@@ -2,21 +2,17 @@
 
 `threading.Thread.start` waits for the new thread's first steps. A KeyboardInterrupt in that wait leaves a thread that
 runs and that `join` refuses, "cannot join thread before it is started", or breaks the lock that is waited on. So
-SIGINT, SIGTERM and SIGHUP are put off until the thread is started. Masking them would not do: another thread may take
-the signal, and Python runs its handler in the main thread all the same.
+interruptions are put off until the thread is started.
 
 Units: seconds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 
-_INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from kvmdp.interruption import Uninterrupted
 
 
 class NoThreadError(RuntimeError):
@@ -45,7 +41,7 @@ class JoinableThread:
 
         An interruption is raised when the thread runs, or before there is one: whatever comes of it, it can be joined.
         """
-        with put_off():
+        with Uninterrupted():
             try:
                 self._thread.start()
             except RuntimeError as error:
@@ -72,27 +68,3 @@ def run_in_thread(work: Callable[[], None], name: str) -> None:
         thread.join()
     if errors:
         raise errors[0]
-
-
-@contextlib.contextmanager
-def put_off() -> Iterator[None]:
-    """Have the signals that interrupt handled after the block; they are handled in the main thread alone.
-
-    For what has to be noted where its owner finds it once it is there, such as a thread or a file, and is there soon.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
-
-    with contextlib.ExitStack() as stack:
-        for number in _INTERRUPTING:
-            # One that is handled before its handler is replaced, or once it is put back, keeps no other from that.
-            stack.callback(signal.signal, number, signal.getsignal(number))
-            signal.signal(number, note)
-        yield
-    if came:
-        signal.raise_signal(came[0])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kvmdp.cli.ending import last_act
 from kvmdp.cli.output import say
+from kvmdp.interruption import Uninterrupted
 from kvmdp.memory.size import format_size
-from kvmdp.thread import put_off
 from kvmdp.wire.endpoint import EndpointError, Listener, remove_dead
 
 
@@ -55,7 +55,7 @@ class Leftovers:
 def listening(path: str) -> Iterator[Listener]:
     """Listen at `path` for the time of the block; its end, whatever it is, removes the file. Raises EndpointError."""
     with contextlib.ExitStack() as stack:
-        with put_off():
+        with Uninterrupted():
             listener = stack.enter_context(Listener(path))
             stack.enter_context(last_act(listener.close))
         yield listener

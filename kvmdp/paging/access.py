@@ -18,6 +18,7 @@ import numpy.typing as npt
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE, GuestLayout
 from kvmdp.memory.mapping import Mapping
+from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.fault import (
     Access,
     BusyError,
@@ -29,7 +30,7 @@ from kvmdp.paging.fault import (
     PoisonedError,
 )
 from kvmdp.paging.pager import DemandPager
-from kvmdp.paging.resolver import Cancellation
+from kvmdp.paging.pins import Pin
 
 BytesLike = bytes | bytearray | memoryview
 
@@ -301,9 +302,24 @@ class GuestMemory:
         They are in memory at its beginning if they are to be `copied`; else a look into them may wait for a disk.
         """
         runs = [(offset >> PAGE_SHIFT, _pages_of(offset, length)) for offset, length in stretches if length]
+        pin = Pin(runs, self._gate)
+        # What `kvmdp.interruption.undone` does, without the price of one more context manager.
+        try:
+            try:
+                self._enter(pin, access, nowait)
+                if copied:
+                    self._bring_all_in(stretches, access)
+                yield
+            finally:
+                self._gate.leave(pin)
+        except BaseException:
+            self._gate.leave(pin)
+            raise
+
+    def _enter(self, pin: Pin, access: Access, nowait: bool) -> None:
         deadline = None
         # One page is waited for at a time, with nothing held: see AccessGate.enter.
-        while (page := self._gate.enter(runs)) is not None:
+        while (page := self._gate.enter(pin)) is not None:
             if nowait:
                 gpa = self._layout.gpa_of_page(page)
                 raise BusyError(f"the page at gpa {gpa:#x} is absent, and the access is not to wait for it")
@@ -316,14 +332,13 @@ class GuestMemory:
                 ),
                 page,
             )
-        try:
-            if copied and self._disk_view is not None:
-                for offset, length in stretches:
-                    if length:
-                        self._bring_in(self._disk_view, offset, length, access)
-            yield
-        finally:
-            self._gate.leave(runs)
+
+    def _bring_all_in(self, stretches: Sequence[tuple[int, int]], access: Access) -> None:
+        if self._disk_view is None:
+            return
+        for offset, length in stretches:
+            if length:
+                self._bring_in(self._disk_view, offset, length, access)
 
     def _bring_in(self, view: Mapping, offset: int, length: int, access: Access) -> None:
         start = offset & ~_IN_PAGE

@@ -10,13 +10,16 @@ Units: RAM pages.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from kvmdp.interruption import undone
 from kvmdp.paging.claim import State
 from kvmdp.paging.fault import BusyError, FrozenError, PagingError
 from kvmdp.paging.ledger import Ledger
+from kvmdp.paging.pins import Pin
 
 _PRESENT = int(State.PRESENT)
 _NO_STATE = -1
@@ -25,77 +28,80 @@ _NO_STATE = -1
 class AccessGate:
     """Lets accesses to present pages through, or nobody.
 
-    `accepted` is the state a page must be in to be touched; read it under the pager's mutex. `changed` is a condition
-    on that mutex, notified when a pin is undone.
+    `accepted` is the state a page must be in to be touched; read it under `mutex`, the pager's. `changed` is a
+    condition on that, notified when a pin is undone.
     """
 
-    def __init__(self, ledger: Ledger, changed: threading.Condition) -> None:
+    def __init__(self, ledger: Ledger, mutex: threading.Lock, changed: threading.Condition) -> None:
         self.accepted = _PRESENT
         self._ledger = ledger
+        # Taken as itself: a Condition's `__exit__` is Python, and an interruption at its entry would leave it locked.
+        self._mutex = mutex
         self._changed = changed
-        self._inside = 0
+        self._shutter: object = None  # who has shut it
 
     @property
     def frozen(self) -> bool:
         """Whether the gate is shut."""
         return self.accepted == _NO_STATE
 
-    def enter(self, runs: Sequence[tuple[int, int]]) -> int | None:
-        """Pin runs of pages, (first, count) each, if every page is present, and go in until `leave`.
+    @property
+    def _inside(self) -> list[Pin]:
+        return self._ledger.pins.of(self)
+
+    def enter(self, pin: Pin) -> int | None:
+        """Pin runs of pages, if every page is present, and go in until `leave`; `pin` is an accessor's of this gate.
 
         Returns None, or a page that is not present: then nothing is pinned. All or none, because whoever waited for
         a page with others pinned might wait for a revocation of them all, which waits for its pins. Raises
         FrozenError.
         """
-        ledger = self._ledger
-        with self._changed:
+        with self._mutex:
             if self.frozen:
                 raise FrozenError("accesses to guest memory are frozen: try again when they are thawed")
-            for number, (first, count) in enumerate(runs):
-                if not ledger.pin(first, count):
-                    for run in runs[:number]:
-                        ledger.unpin(*run)
-                    return next(page for page in range(first, first + count) if not self._is_present(page))
-            self._inside += 1
-        return None
+            return self._ledger.pins.add(pin)
 
-    def _is_present(self, page: int) -> bool:
-        return self._ledger.states[page] == _PRESENT
-
-    def leave(self, runs: Sequence[tuple[int, int]]) -> None:
-        """Undo one `enter` of the same runs."""
-        with self._changed:
-            for run in runs:
-                self._ledger.unpin(*run)
-            self._inside -= 1
+    def leave(self, pin: Pin) -> None:
+        """Undo one `enter`, if it came to that."""
+        with self._mutex:
+            self._ledger.pins.remove(pin)
             self._changed.notify_all()
 
-    def shut(self, deadline: float | None) -> None:
-        """Let nobody in any more, and return once nobody is inside.
+    @contextlib.contextmanager
+    def all_held(self, pages: Sequence[int]) -> Iterator[bool]:
+        """Keep pages present for the time of the block, if all of them are; yields whether they are."""
+        pin = Pin([(page, 1) for page in pages], self)
+        with undone(lambda: self.leave(pin)):
+            yield self.enter(pin) is None
 
-        Raises BusyError, with the gate open, if that has not happened by `deadline` (time.monotonic); PagingError if
-        it is shut.
+    def shut(self, shutter: object, deadline: float | None) -> None:
+        """Let nobody in any more, and return once nobody is inside. `shutter` is for `is_shut_by`.
+
+        Raises BusyError if that has not happened by `deadline` (time.monotonic), PagingError if it is shut. If it
+        `is_shut_by` this shutter then, `open` follows.
         """
-        with self._changed:
+        with self._mutex:
             if self.frozen:
                 raise PagingError("accesses to guest memory are frozen already: thaw them first")
+            self._shutter = shutter
             # Copies within a page are over: they are made under this mutex, and the next one finds this. A read that
             # is copying without it finds that pages have left, and is made again.
             self.accepted = _NO_STATE
             self._ledger.departures += 1
-            try:
-                while self._inside:
-                    left = None if deadline is None else deadline - time.monotonic()
-                    if left is not None and left <= 0:
-                        raise BusyError(
-                            f"guest memory cannot be frozen: {self._inside} accesses are under way, or views open"
-                        )
-                    self._changed.wait(left)
-            except BaseException:
-                self.accepted = _PRESENT
-                raise
+            while inside := self._inside:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise BusyError(
+                        f"guest memory cannot be frozen: {len(inside)} accesses are under way, or views open"
+                    )
+                self._changed.wait(left)
+
+    def is_shut_by(self, shutter: object) -> bool:
+        """Whether it is that which has shut the gate."""
+        return self._shutter is shutter
 
     def open(self) -> None:
         """Let accesses through again."""
-        with self._changed:
+        with self._mutex:
             self.accepted = _PRESENT
+            self._shutter = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class State(enum.IntEnum):
@@ -37,16 +37,56 @@ class Wake(enum.Enum):
 class Claim:
     """Pages [first, first + count) belong to one owner until it commits or fails.
 
-    `before` holds their states when they were claimed, a byte a page. `waiters` is changed under the pager's mutex.
+    It is a claim from when the ledger lists it until that lists it no more, which is all that says so: its owner makes
+    the object first, and so can end it however far it has got when an exception comes (`Resolver.owning`).
+
+    `before` holds the pages' states when they were claimed, a byte a page; `after` what they are if it ended now, None
+    for as before. `is_filled`: bytes are in RAM and bits set, so that it can only be committed; `is_admitted`: the trap
+    has been told. `discarded` are runs (first, count) whose bytes somebody has thrown away since, of which the owner
+    has dealt with `zeroed`. `waiters` is changed under the pager's mutex; `woken` are those of them that the owner has
+    still to notify.
     """
 
-    __slots__ = ("before", "count", "first", "waiters")
+    __slots__ = (
+        "after",
+        "before",
+        "count",
+        "discarded",
+        "first",
+        "is_admitted",
+        "is_filled",
+        "waiters",
+        "woken",
+        "zeroed",
+    )
 
-    def __init__(self, first: int, count: int, before: bytes) -> None:
+    def __init__(self, first: int = 0, count: int = 0, before: bytes = b"") -> None:
         self.first = first
         self.count = count
         self.before = before
+        self.after: bytes | None = None
+        self.is_filled = self.is_admitted = False
+        self.discarded: Sequence[tuple[int, int]] = ()
+        self.zeroed = 0
         self.waiters: list[Waiter] = []
+        self.woken: list[Waiter] = []
+
+    def wake(self, reason: Wake) -> list[Waiter]:
+        """Empty the queue of a claim that goes on; returns who was in it."""
+        woken, self.waiters = self.waiters, []
+        for waiter in woken:
+            waiter.claim, waiter.reason = None, reason
+        return woken
+
+    def end(self, reason: Wake) -> list[Waiter]:
+        """Empty the queue of a claim that has ended, into `woken`; returns who was in it. Can be made again."""
+        queue = self.waiters
+        if queue:
+            self.waiters, self.woken = [], [*self.woken, *queue]
+        for waiter in self.woken:
+            if waiter.claim is self:
+                waiter.claim, waiter.reason = None, reason
+        return queue
 
 
 class Waiter:
@@ -61,6 +101,19 @@ class Waiter:
         self.notify = notify
         self.claim: Claim | None = None  # while it is in that claim's queue
         self.reason: Wake | None = None
+
+
+def notify(woken: list[Waiter]) -> None:
+    """Notify all waiters of a list, whatever one of them raises, and take them off it. Then raises the first error."""
+    failed: Exception | None = None
+    while woken:
+        try:
+            woken[0].notify()
+        except Exception as error:
+            failed = failed or error
+        del woken[0]
+    if failed is not None:
+        raise failed
 
 
 class Wait(Waiter):

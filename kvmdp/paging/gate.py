@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from kvmdp.interruption import undone
 from kvmdp.kvm import Vcpu
 from kvmdp.paging.fault import PagingError
 
@@ -50,6 +51,16 @@ class _Turn:
         self.woken.acquire()
 
 
+class _Closer:
+    """A thread that keeps the vCPUs out, from before it closes the gate."""
+
+    __slots__ = ("began", "is_stop")
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.is_stop = False  # whether it counts as one
+
+
 class VcpuGate:
     """Counts the vCPUs in KVM_RUN and can keep them out.
 
@@ -64,7 +75,7 @@ class VcpuGate:
         )  # taken as itself on the way of every exit: a Condition's is a call in Python
         self._changed = threading.Condition(self._mutex)
         self._inside: set[Vcpu] = set()
-        self._closers = 0
+        self._closers: list[_Closer] = []  # one of each thread that keeps the vCPUs out
         self._stopping = False
         self._turns: deque[_Turn] = deque()
         self._is_led = False  # a thread makes the calls of `_turns`, or is about to
@@ -100,7 +111,7 @@ class VcpuGate:
     @property
     def is_closed(self) -> bool:
         """Whether somebody keeps the vCPUs out, or waits until they are."""
-        return self._closers > 0
+        return bool(self._closers)
 
     def is_inside(self, vcpu: Vcpu) -> bool:
         """Return whether the vCPU is in KVM_RUN, or about to be."""
@@ -112,12 +123,11 @@ class VcpuGate:
 
         Raises PagingError if one does not come out in 30 seconds.
         """
-        started = time.monotonic()
-        self._close(started, grace=False)
-        try:
+        closer = _Closer()
+        with undone(lambda: self._open(closer)):
+            self._close(closer, grace=False)
+            closer.is_stop = True
             yield
-        finally:
-            self._open(started, is_stop=True)
 
     def while_stopped(self, work: Callable[[], None]) -> None:
         """Call `work` while every vCPU is out of KVM_RUN, perhaps in another thread; threads that come together share.
@@ -153,14 +163,12 @@ class VcpuGate:
 
     def _lead(self, work: Callable[[], None]) -> None:
         """Stop the vCPUs, make this thread's call and those of the threads that wait, and pass the lead on."""
+        closer = _Closer()
         try:
-            started = time.monotonic()
-            is_stop = self._close(started, grace=True)
-            try:
+            with undone(lambda: self._open(closer)):
+                self._close(closer, grace=True)
                 work()
                 self._make_calls()
-            finally:
-                self._open(started, is_stop)
         finally:
             self._pass_lead()
 
@@ -202,32 +210,27 @@ class VcpuGate:
                 turn.is_done = True
                 turn.woken.release()
 
-    def _close(self, started: float, *, grace: bool) -> bool:
-        """Close the gate and return once no vCPU is inside; True if one was. `grace` gives them a moment.
-
-        Raises PagingError, with the gate open again.
-        """
+    def _close(self, closer: _Closer, *, grace: bool) -> None:
+        """Close the gate and return once no vCPU is inside. `grace` gives them a moment. Raises PagingError."""
         with self._mutex:
-            self._closers += 1
-            if not self._inside:
-                return False
-        try:
-            self._await_empty(started + _PATIENCE_SECONDS, grace)
-        except BaseException:
-            self._open(started, is_stop=True)
-            raise
-        return True
+            self._closers.append(closer)
+            closer.is_stop = bool(self._inside)
+        if closer.is_stop:
+            self._await_empty(closer.began + _PATIENCE_SECONDS, grace)
 
-    def _open(self, started: float, is_stop: bool) -> None:
-        with self._changed:
-            self._closers -= 1
-            if is_stop:
+    def _open(self, closer: _Closer) -> None:
+        """Undo `_close`, however far it has got; a second call does nothing."""
+        with self._mutex:
+            if closer not in self._closers:
+                return
+            if closer.is_stop:
                 self.stops += 1
-                self.longest_stop = max(self.longest_stop, time.monotonic() - started)
+                self.longest_stop = max(self.longest_stop, time.monotonic() - closer.began)
+            self._closers.remove(closer)
             self._changed.notify_all()
 
     def _await_empty(self, deadline: float, grace: bool) -> None:
-        with self._changed:
+        with self._mutex:
             if grace:
                 self._give_grace()
             while self._inside:

@@ -15,7 +15,8 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.abi.libc import mincore
+from kvmdp.memory.layout import PAGE_SIZE, REGION, GuestLayout
 from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.claim import State
 from kvmdp.paging.pager import DemandPager
@@ -93,6 +94,14 @@ def _page_table(picture: Picture, view: Mapping, present: _Flags, kinds: npt.NDA
     if picture.markers:
         found += _named("absent, and without a marker", ~present & ~marker & (kinds == _OPEN))
         found += _named("present, and under a marker", present & marker)
+    if picture.is_only_copy:
+        plain = np.isin(np.arange(len(present)) // REGION, list(picture.plain))
+        found += _named("present, and not mapped in the guest view", present & ~mapped & ~marker & ~plain)
+    if picture.file is not None:
+        core = mincore(picture.file.hva, picture.file.length)
+        in_file = (np.frombuffer(core, dtype=np.uint8) & 1) != 0
+        found += _named("absent, and no hole of the memory file", ~present & in_file)
+        found += _named("present, and a hole of the memory file", present & ~in_file)
     return found
 
 

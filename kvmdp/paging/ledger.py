@@ -10,6 +10,11 @@ one step. So it is in one queue or has a reason, never both and never neither, a
 Why no page is filled over: a claim takes only pages whose state says that nobody else touches their bytes, and makes
 that state INFLIGHT in the same step.
 
+Why an exception between any two steps (an interruption) harms nothing: a claim is listed before its pages' states
+change, and taken off the list after that; each call that does so can be made again, and then does what is left of it.
+Its owner, who has made the `Claim`, does so (`kvmdp.paging.resolver`). What must not be done twice, the sums, comes in
+one row with the end of the list's entry, in which there is no call at which Python would look for a signal.
+
 Units: RAM pages. A *unit* is the block of pages the trap can flip on its own (1 page, or a granule).
 """
 
@@ -20,19 +25,22 @@ from collections.abc import Sequence
 from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.paging.claim import Claim, Counters, State, Waiter, Wake
 from kvmdp.paging.fault import Outcome
+from kvmdp.paging.pins import Pins
+from kvmdp.paging.takeable import REVOKE, WAIT
 
 # Looked up in the hot path, where an enum member costs an attribute access and a comparison by method.
 _SOURCE, _INFLIGHT, _PRESENT, _BACKED, _ZERO, _EVICTING, _ADMITTING, _SINK, _POISON = (
     bytes([state]) for state in State
 )
 _CLAIMABLE = frozenset((State.SOURCE, State.BACKED, State.ZERO, State.SINK))
-_DISCARDED = bytes.maketrans(_PRESENT + _BACKED, _ZERO * 2)
+_LOST = bytes.maketrans(_BACKED + _SOURCE + _SINK, _ZERO * 3)
+_DISCARDED = bytes.maketrans(_PRESENT + _BACKED + _SOURCE + _SINK, _ZERO * 4)
 _PRESENT_BYTE = int(State.PRESENT)
 _ADMITTING_BYTE = int(State.ADMITTING)
 _INFLIGHT_BYTE = int(State.INFLIGHT)
+_EVICTING_BYTE = int(State.EVICTING)
 _POISON_BYTE = int(State.POISON)
 _LOOKED_AT = 1 << 16  # pages that are looked at in one step for what can be taken
-_PASS_OVER, _TAKE, _REVOKE, _WAIT = b".APW"
 
 
 class Ledger:
@@ -63,7 +71,7 @@ class Ledger:
         # Grows after pages have left PRESENT and before their bytes are touched (`kvmdp.paging.access` reads it).
         self.departures = 0
         self._bounds = tuple(bounds)
-        self._pins: dict[tuple[int, int], int] = {}  # how often each run is pinned
+        self.pins = Pins(self.states)
         self._retained: list[tuple[int, int]] = []  # (first, end) of whole units; a few
 
     def adopt(self) -> None:
@@ -90,16 +98,26 @@ class Ledger:
     def _claim_on(self, page: int) -> Claim:
         return next(each for each in self.claims if each.first <= page < each.first + each.count)
 
-    def claim(self, page: int, first: int, count: int) -> Claim:
-        """Claim the claimable run around `page` inside the window [first, first + count), in whole units."""
+    def claim(self, page: int, first: int, count: int, claim: Claim | None = None) -> Claim:
+        """Claim the claimable run around `page` inside the window [first, first + count), in whole units.
+
+        `claim`, here and in what else begins one, is made that claim; without, a new one is.
+        """
+        claim = claim or Claim()
         if count == 1 == self.unit:
-            claim = Claim(page, 1, bytes((self.states[page],)))
+            claim.first, claim.count, claim.before = page, 1, bytes((self.states[page],))
+            self.claims.append(claim)
             self.states[page] = _INFLIGHT_BYTE
-        else:
-            start, end = self._claimable_run(page, first, first + count)
-            claim = Claim(start, end - start, bytes(self.states[start:end]))
-            self.states[start:end] = _INFLIGHT * (end - start)
+            return claim
+        start, end = self._claimable_run(page, first, first + count)
+        return self._list(claim, start, end, _INFLIGHT)
+
+    def _list(self, claim: Claim | None, first: int, end: int, state: bytes) -> Claim:
+        """Claim the pages [first, end), which are in `state` from now on."""
+        claim = claim or Claim()
+        claim.first, claim.count, claim.before = first, end - first, bytes(self.states[first:end])
         self.claims.append(claim)
+        self.states[first:end] = state * (end - first)
         return claim
 
     def _claimable_run(self, page: int, start: int, end: int) -> tuple[int, int]:
@@ -128,39 +146,66 @@ class Ledger:
 
     def admit(self, claim: Claim) -> None:
         """The bytes of a claim are in RAM: set state and bit. The claim goes on until the trap has been told."""
+        claim.is_filled = True
         first, count = claim.first, claim.count
         self.states[first : first + count] = _ADMITTING * count
         self.bitmap.set_range(first, count)
 
     def commit(self, claim: Claim) -> list[Waiter]:
         """End a claim whose pages the trap has admitted; returns whom to notify."""
+        if claim not in self.claims:
+            return claim.end(Wake.COMMITTED)
         counters, count, before = self.counters, claim.count, claim.before
         fetched = before.count(_SOURCE)
+        zeroed = refetched = backed = in_ram = 0
+        if fetched != count:
+            zeroed, refetched, backed = before.count(_ZERO), before.count(_SINK), before.count(_BACKED)
+            in_ram = _in_ram(before)
+        present = _PRESENT * count
         counters.pages_admitted += count
         counters.pages_fetched += fetched
-        self.resident += count
-        if fetched != count:
-            counters.pages_zeroed += before.count(_ZERO)
-            counters.pages_refetched += before.count(_SINK)
-            counters.pages_backed += before.count(_BACKED)
-            self.resident -= _in_ram(before)
-        self.states[claim.first : claim.first + count] = _PRESENT * count
-        return self._take_off(claim, Wake.COMMITTED)
+        counters.pages_zeroed += zeroed
+        counters.pages_refetched += refetched
+        counters.pages_backed += backed
+        self.resident += count - in_ram
+        self.states[claim.first : claim.first + count] = present
+        self.claims.remove(claim)
+        return claim.end(Wake.COMMITTED)
 
     def end(self, claim: Claim, states: bytes, reason: Wake) -> list[Waiter]:
-        """End a claim in any other way: its pages are in `states`, a byte each. Returns whom to notify."""
+        """End a claim in any other way: its pages are in `states`, a byte each. Returns whom to notify.
+
+        Those of them that were discarded meanwhile are ZERO, unless they are in use as before, or poisoned.
+        """
+        if claim not in self.claims:
+            return claim.end(reason)
         first, count = claim.first, claim.count
-        self.states[first : first + count] = states
-        self.resident += _in_ram(states) - _in_ram(claim.before)
         if states == _PRESENT * count:
             self.bitmap.set_range(first, count)
         else:
             self.bitmap.clear_range(first, count)
-        return self._take_off(claim, reason)
-
-    def _take_off(self, claim: Claim, reason: Wake) -> list[Waiter]:
+        if claim.discarded:
+            states = self._without_discarded(claim, states)
+        gained = _in_ram(states) - _in_ram(claim.before)
+        self.resident += gained
+        self.states[first : first + count] = states
         self.claims.remove(claim)
-        return _wake(claim, reason)
+        return claim.end(reason)
+
+    def _without_discarded(self, claim: Claim, states: bytes) -> bytes:
+        """Return `states` with ZERO for what has been discarded; its bits are cleared where it is not PRESENT any more.
+
+        Present pages that were about to go are as those that nobody has claimed. Others (`begin_present`) stay present:
+        the trap maps zeros where it finds nothing (`Trap.reassert`).
+        """
+        was_evicted = self.states[claim.first] == _EVICTING_BYTE
+        found = bytearray(states)
+        for first, count in claim.discarded:
+            part = slice(first - claim.first, first - claim.first + count)
+            found[part] = found[part].translate(_DISCARDED if was_evicted else _LOST)
+            if was_evicted:
+                self.bitmap.clear_range(first, count)
+        return bytes(found)
 
     # Waiting
 
@@ -187,41 +232,8 @@ class Ledger:
         woken: list[Waiter] = []
         for claim in self.claims:
             if self.states[claim.first] != _ADMITTING_BYTE:
-                woken += _wake(claim, Wake.CANCELLED)
+                woken += claim.wake(Wake.CANCELLED)
         return woken
-
-    # Pins: a present page that is pinned stays present, a poisoned one poisoned
-
-    def pin(self, first: int, count: int = 1) -> bool:
-        """Pin a run of pages if every one is present and admitted; False, and none is pinned, if not."""
-        if self.states.count(_PRESENT, first, first + count) != count:
-            return False
-        run = first, count
-        self._pins[run] = self._pins.get(run, 0) + 1
-        return True
-
-    def pin_settled(self, page: int) -> Outcome | None:
-        """Pin a page if it is PRESENT or POISONED; returns which of the two it stays, None if it is neither."""
-        state = self.states[page]
-        if state != _PRESENT_BYTE and state != _POISON_BYTE:
-            return None
-        self._pins[page, 1] = self._pins.get((page, 1), 0) + 1
-        return Outcome.PRESENT if state == _PRESENT_BYTE else Outcome.POISONED
-
-    def unpin(self, first: int, count: int = 1) -> bool:
-        """Undo one `pin` of the same run; True if it was the run's last."""
-        run = first, count
-        left = self._pins[run] - 1
-        if left:
-            self._pins[run] = left
-            return False
-        del self._pins[run]
-        return True
-
-    def pinned(self, claim: Claim) -> bool:
-        """Whether a page of the claim is pinned."""
-        first, end = claim.first, claim.first + claim.count
-        return any(page < end and first < page + count for page, count in self._pins)
 
     # Retained pages: once present they stay so, and a revocation passes them over
 
@@ -238,7 +250,9 @@ class Ledger:
 
     # Taking away
 
-    def begin_revoke(self, page: int, end: int, most: int) -> tuple[Claim | None, Claim | None, int]:
+    def begin_revoke(
+        self, page: int, end: int, most: int, claim: Claim | None = None
+    ) -> tuple[Claim | None, Claim | None, int]:
         """Claim the next present run of [page, end) to take it away: EVICTING, bits cleared.
 
         Returns (claim, claim in the way, page to go on at): the first is None if there is nothing to take, if the
@@ -259,15 +273,13 @@ class Ledger:
                 return None, other, first  # its bit is set: it is being admitted at this moment
             if first < other.first < last:
                 last = other.first
-        claim = Claim(first, last - first, _PRESENT * (last - first))
-        self.states[first:last] = _EVICTING * (last - first)
+        claim = self._list(claim, first, last, _EVICTING)
         self.departures += 1
         self.bitmap.clear_range(first, last - first)
-        self.claims.append(claim)
         return claim, None, last
 
     def begin_take(
-        self, page: int, end: int, most: int, kinds: bytes
+        self, page: int, end: int, most: int, kinds: bytes, claim: Claim | None = None
     ) -> tuple[Claim | None, Claim | None, int]:
         """Claim the next run of [page, end) that can be taken away, present or absent; `kinds` says what that is.
 
@@ -282,20 +294,17 @@ class Ledger:
             return None, None, end
         if not rest:
             return None, None, first
-        if rest[0] == _WAIT:
+        if rest[0] == WAIT:
             return None, self._claim_on(first), first
-        if rest[0] == _REVOKE:
-            return self.begin_revoke(first, end, most)
+        if rest[0] == REVOKE:
+            return self.begin_revoke(first, end, most, claim)
         low, high = self.bounds_of(first)
         count = min(len(rest) - len(rest.lstrip(b"A")), max(most, self.unit))
         first, last = self._whole_units(first, min(first + count, high))
         first, last = max(first, low), min(last, high)
-        claim = Claim(first, last - first, bytes(self.states[first:last]))
-        self.states[first:last] = _EVICTING * (last - first)
-        self.claims.append(claim)
-        return claim, None, last
+        return self._list(claim, first, last, _EVICTING), None, last
 
-    def begin_heal(self, page: int) -> Claim | None:
+    def begin_heal(self, page: int, claim: Claim | None = None) -> Claim | None:
         """Claim the unit of a poisoned page, to be given new bytes once no page of it is pinned; None if it is not.
 
         Also when nobody may begin any more (`cancel`): that is for faults and for taking away.
@@ -303,73 +312,46 @@ class Ledger:
         if self.states[page] != _POISON_BYTE:
             return None
         first, last = self._whole_units(page, page + 1)
-        claim = Claim(first, last - first, bytes(self.states[first:last]))
-        self.states[first:last] = _INFLIGHT * (last - first)
-        self.claims.append(claim)
-        return claim
+        return self._list(claim, first, last, _INFLIGHT)
 
     def is_heal(self, claim: Claim) -> bool:
         """Whether the claim, which is listed, is that of `begin_heal`, and its page has not got its bytes yet."""
         return claim.before[:1] == _POISON and self.states[claim.first] == _INFLIGHT_BYTE
 
-    def begin_reassert(self, page: int) -> Claim | None:
+    def begin_reassert(self, page: int, claim: Claim | None = None) -> Claim | None:
         """Claim the unit of a present page, which stays present, so that its trap can be told once more."""
         first, last = self._whole_units(page, page + 1)
-        return self.begin_present(first, last - first)
+        return self.begin_present(first, last - first, claim)
 
-    def begin_present(self, first: int, count: int) -> Claim | None:
+    def begin_present(self, first: int, count: int, claim: Claim | None = None) -> Claim | None:
         """Claim whole units of pages, which stay present; None if not every one is present and admitted."""
         if self.states.count(_PRESENT, first, first + count) != count:
             return None
-        claim = Claim(first, count, _PRESENT * count)
-        self.states[first : first + count] = _ADMITTING * count
-        self.claims.append(claim)
-        return claim
+        return self._list(claim, first, first + count, _ADMITTING)
 
     def discarded(self, first: int, count: int) -> None:
-        """The bytes of these pages, whole units, are gone: those that nobody has claimed read as zeros from now on."""
+        """The bytes of these pages, whole units, are gone: they read as zeros from now on.
+
+        Those that somebody has claimed are noted in the claim: its owner sees to it (`Resolver.commit`), or its end.
+        """
         page, end = first, min(first + count, self.pages)
-        claimed = sorted((each.first, each.first + each.count) for each in self.claims)
-        for low, high in (*claimed, (end, end)):
+        claimed = sorted(self.claims, key=lambda each: each.first)
+        for low, high, claim in (
+            *((each.first, each.first + each.count, each) for each in claimed),
+            (end, end, None),
+        ):
             stop = min(low, end)
             if page < stop:  # nobody's: a bit is set where a page is PRESENT, and nowhere else
                 self.resident -= _in_ram(self.states[page:stop])
                 self.states[page:stop] = self.states[page:stop].translate(_DISCARDED)
                 self.bitmap.clear_range(page, stop - page)
+            start, stop = max(page, low), min(high, end)
+            if claim is not None and start < stop:
+                claim.discarded = (*claim.discarded, (start, stop - start))
             page = max(page, high)
         self.departures += 1
-
-
-def takeable(*absent: State, present: bool = True) -> bytes:
-    """Return the table for `Ledger.begin_take`: which pages are taken, present ones and absent ones in these states.
-
-    It also says whose claims are waited for: only those that leave a page in a state that was asked for. A page that is
-    being fetched is none, unless pages are taken that were never fetched: else who only wants the guest shut out would
-    wait for the source.
-    """
-    table = bytearray((_PASS_OVER,)) * 256
-    for state in absent:
-        table[state] = _TAKE
-    if present:
-        table[State.PRESENT] = _REVOKE
-        table[State.ADMITTING] = _WAIT
-        if absent:
-            table[State.EVICTING] = _WAIT
-        if State.SOURCE in absent:
-            table[State.INFLIGHT] = _WAIT
-    return bytes(table)
 
 
 def _in_ram(states: bytes | bytearray) -> int:
     """Return how many of the states are of pages whose bytes are in RAM."""
     return states.count(_PRESENT) + states.count(_BACKED)
-
-
-def _wake(claim: Claim, reason: Wake) -> list[Waiter]:
-    """Empty a claim's queue; returns who was in it."""
-    woken = claim.waiters
-    if woken:
-        claim.waiters = []
-        for waiter in woken:
-            waiter.claim, waiter.reason = None, reason
-    return woken

@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
+from kvmdp.interruption import Uninterrupted, undone
 from kvmdp.memory.bitmap import Words, runs_of
 from kvmdp.memory.layout import REGION, GuestLayout
-from kvmdp.paging.claim import State, Wait
+from kvmdp.paging.claim import State, Wait, notify
 from kvmdp.paging.fault import BusyError, Outcome, PageFault, PagingError, SwitchedOffError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.revoker import Peers, Revoker
+from kvmdp.paging.takeable import takeable
 from kvmdp.paging.trap.base import Trap
 from kvmdp.source.base import PageSource, ram_source
 
@@ -28,6 +30,7 @@ __all__ = ["DemandPager", "Peers"]
 
 ANSWER_SECONDS = 0.005  # for a device in another process to answer, by who waits for nobody else
 _MAX_CLAIM = 512  # pages claimed at once when a range is made present: 2 MiB
+_ABSENT = takeable(State.SOURCE, State.BACKED, State.ZERO, State.SINK, State.POISON, present=False)
 
 
 class DemandPager(Revoker):
@@ -48,7 +51,7 @@ class DemandPager(Revoker):
         self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: VcpuGate
     ) -> None:
         super().__init__(layout, trap, source, policy, gate)
-        self._is_switching = False  # the claim on `enabled`: somebody arms or disarms the trap
+        self._switcher: object = None  # who has the claim on `enabled`: to arm or disarm the trap
         self._switched = threading.Condition(self.mutex)
 
     # Pages that stay
@@ -72,25 +75,25 @@ class DemandPager(Revoker):
 
     # Accesses that no vCPU makes
 
-    def freeze(self, timeout: float | None = None) -> None:
-        """Keep everybody out of RAM but the vCPUs, whose faults go on: accesses raise FrozenError until `thaw`.
+    @contextlib.contextmanager
+    def frozen(self, timeout: float | None = None) -> Iterator[None]:
+        """Keep everybody out of RAM but the vCPUs for the time of the block: accesses raise FrozenError.
 
-        Returns once no such access is under way and no view is open, in this process or a peer's. Raises BusyError
-        if that takes longer than `timeout` seconds (None waits), PagingError if accesses are frozen already: then
-        nothing has changed. Pins that no access holds (page tables, what KVM writes by itself) do not count.
+        The block begins once no such access is under way and no view is open, in this process or a peer's. Raises
+        BusyError if that takes longer than `timeout` seconds (None waits), PagingError if accesses are frozen already:
+        then nothing has changed. Pins that no access holds (page tables, what KVM writes by itself) do not count.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        self.accesses.shut(deadline)
-        if self.peers is None:
-            return
-        try:
-            self.peers.freeze(deadline)
-        except BaseException:
-            self.thaw()
-            raise
+        freezer = object()
+        with undone(lambda: self._thaw(freezer)):
+            self.accesses.shut(freezer, deadline)
+            if self.peers is not None:
+                self.peers.freeze(deadline)
+            yield
 
-    def thaw(self) -> None:
-        """Let frozen accesses go on; does nothing if none are. For whoever froze them."""
+    def _thaw(self, freezer: object) -> None:
+        if not self.accesses.is_shut_by(freezer):
+            return
         if self.peers is not None:
             self.peers.thaw()
         self.accesses.open()
@@ -101,14 +104,14 @@ class DemandPager(Revoker):
         Under a claim, so that the trap is neither disarmed nor the page revoked meanwhile. Returns whether there was
         something to mend.
         """
-        with self.mutex:
-            claim = self.ledger.begin_reassert(page) if self.enabled else None
-        if claim is None:
-            return False
-        try:
-            return self.trap.reassert(claim.first, claim.count)
-        finally:
+        with self.owning() as claim:
+            with self.mutex:
+                if not self.enabled or self.ledger.begin_reassert(page, claim) is None:
+                    return False
+            with Uninterrupted():
+                mended = self.trap.reassert(claim.first, claim.count)
             self._end(claim, State.PRESENT)
+            return mended
 
     def collapse(self, first: int, count: int) -> int:
         """Put present pages together into as large pieces as the trap can make of them: huge pages, memslots.
@@ -121,13 +124,12 @@ class DemandPager(Revoker):
         size = max(REGION, self.ledger.unit)
         done = 0
         for page in range(-(-first // size) * size, end // size * size if self.trap.collapses else 0, size):
-            with self.mutex:
-                claim = self.ledger.begin_present(page, size) if self.enabled else None
-            if claim is None:
-                continue
-            try:
-                done += size * self.trap.collapse(page, size)
-            finally:
+            with self.owning() as claim:
+                with self.mutex:
+                    if not self.enabled or self.ledger.begin_present(page, size, claim) is None:
+                        continue
+                with Uninterrupted():
+                    done += size * self.trap.collapse(page, size)
                 self._end(claim, State.PRESENT)
         return done
 
@@ -143,7 +145,7 @@ class DemandPager(Revoker):
         while (run := self.bitmap.next_absent_run(page, end)) is not None:
             outcome, page = self._make_present(run[0], min(run[1], _MAX_CLAIM))
             if outcome is Outcome.ADMITTED:
-                self._keep_house()
+                self.house.keep()
             elif outcome is not Outcome.PRESENT:
                 return outcome
         return Outcome.PRESENT
@@ -153,19 +155,20 @@ class DemandPager(Revoker):
 
         Returns ADMITTED, PRESENT if somebody else may have done it, or why not; and the page to go on at.
         """
-        with self.mutex:
-            step = self.ledger.obstacle(page)
-            if isinstance(step, Outcome):
-                return step, page
+        with self.owning() as claim:
+            with self.mutex:
+                step = self.ledger.obstacle(page)
+                if isinstance(step, Outcome):
+                    return step, page
+                if step is None:
+                    if self.error is not None:
+                        return Outcome.FAILED, page
+                    self.ledger.claim(page, page, count, claim)
+                else:
+                    wait = Wait()
+                    self.ledger.queue(step, wait)
             if step is None:
-                if self.error is not None:
-                    return Outcome.FAILED, page
-                claim = self.ledger.claim(page, page, count)
-            else:
-                wait = Wait()
-                self.ledger.queue(step, wait)
-        if step is None:
-            return self._carry_out(claim, PageFault(page)), min(claim.first + claim.count, page + count)
+                return self._carry_out(claim, PageFault(page)), min(claim.first + claim.count, page + count)
         return self._sleep(wait, None) or Outcome.PRESENT, page
 
     def shut_off(self, first: int, count: int) -> None:
@@ -184,15 +187,17 @@ class DemandPager(Revoker):
         page, end = self._checked(first, count)
         while (run := self.bitmap.next_absent_run(page, end)) is not None:
             page = run[0]
-            with self.mutex:
-                step = self.ledger.obstacle(page)
-                if step is None and self.error is not None:
-                    step = Outcome.FAILED
-                claim = self.ledger.claim(page, page, min(run[1], _MAX_CLAIM)) if step is None else None
-            if claim is not None:
-                step, page = self._carry_out(claim, PageFault(page)), claim.first + claim.count
-            else:
-                page += 1
+            with self.owning() as claim:
+                with self.mutex:
+                    step = self.ledger.obstacle(page)
+                    if step is None and self.error is not None:
+                        step = Outcome.FAILED
+                    if step is None:
+                        self.ledger.claim(page, page, min(run[1], _MAX_CLAIM), claim)
+                if step is None:
+                    step, page = self._carry_out(claim, PageFault(page)), claim.first + claim.count
+                else:
+                    page += 1
             if step is Outcome.FAILED or step is Outcome.CANCELLED:
                 return step
         return Outcome.PRESENT
@@ -233,7 +238,7 @@ class DemandPager(Revoker):
         with self._switching():
             if self.enabled:
                 return
-            with self.gate.quiesced():
+            with self.gate.quiesced(), Uninterrupted():
                 self.trap.arm(self)
                 with self.mutex:
                     self.enabled = True
@@ -249,27 +254,38 @@ class DemandPager(Revoker):
             if not self.enabled:
                 return
             with self.gate.quiesced():
-                self._let_nobody_begin()
-                self.trap.disarm()
+                is_begun = False
+                try:
+                    self._let_nobody_begin()
+                    with Uninterrupted():
+                        is_begun = True
+                        self.trap.disarm()
+                except BaseException:
+                    if not is_begun:  # an interruption came between the two
+                        self.enabled = True
+                    raise
 
     @contextlib.contextmanager
     def _switching(self) -> Iterator[None]:
         """Be the only one to arm or disarm the trap; who comes second waits and finds it done."""
-        with self.mutex:
-            while self._is_switching:
-                self._switched.wait()
-            self._is_switching = True
-        try:
-            yield
-        finally:
+        switcher = object()
+        with undone(lambda: self._let_switch(switcher)):
             with self.mutex:
-                self._is_switching = False
-                self._switched.notify()
+                while self._switcher is not None:
+                    self._switched.wait()
+                self._switcher = switcher
+            yield
+
+    def _let_switch(self, switcher: object) -> None:
+        with self.mutex:
+            if self._switcher is switcher:
+                self._switcher = None
+            self._switched.notify()
 
     def _let_nobody_begin(self) -> None:
         """Switch off once nobody is at a page or keeps house; raises PagingError if a page is absent.
 
-        All pages are present is when the last regions of memslots are merged, with no claim held (`_keep_house`): to
+        All pages are present is when the last regions of memslots are merged, with no claim held (`Housekeeping`): to
         disarm meanwhile would delete the same memslots. So who is at that is waited for as well, and nobody begins once
         `enabled` is False, which is set in the step that finds no page absent and no claim.
 
@@ -289,8 +305,7 @@ class DemandPager(Revoker):
                     )
                 if not self.ledger.claims:
                     self.enabled = False
-                    while self._housekeepers:
-                        self._nobody_keeps_house.wait()
+                    self.house.await_nobody()
                     return
                 wait = Wait()
                 self.ledger.queue(self.ledger.claims[0], wait)
@@ -314,8 +329,7 @@ class DemandPager(Revoker):
         with self.mutex:
             woken = self.ledger.cancel()
             self._unpinned.notify_all()
-        for waiter in woken:
-            waiter.notify()
+        notify(woken)
         remote = ram_source(self._source)
         if remote is not None:
             remote.cancel()
@@ -330,7 +344,21 @@ class DemandPager(Revoker):
         with self.mutex:
             self.ledger.cancelled = False
         if self.enabled:
-            self.trap.hold_sleepers()
+            with contextlib.closing(self._absent_runs()) as runs:
+                self.trap.hold_sleepers(runs)
+
+    def _absent_runs(self) -> Generator[tuple[int, int]]:
+        """Yield the runs of pages that are absent, each claimed until the next is asked for.
+
+        Somebody else's are passed over: what comes of those is admitted as ever, over whatever the trap has there.
+        """
+        page, pages = 0, self.layout.pages
+        while page < pages:
+            with self.owning() as claim:
+                with self.mutex:
+                    _, _, page = self.ledger.begin_take(page, pages, pages, _ABSENT, claim)
+                if claim.count:
+                    yield claim.first, claim.count
 
     def close(self) -> None:
         """Give bitmap and sink back; nobody may use the pager any more."""

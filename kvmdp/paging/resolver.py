@@ -4,6 +4,10 @@ A page is claimed before its bytes or its trap change, and a claim has one owner
 claim, never a mutex: the mutex below is held for a few statements, to change the ledger (`kvmdp.paging.ledger`, which
 knows states, claims and waiters). Order of a commit: bytes in RAM, then state and bit, then `trap.admit`, then wake.
 
+A claim ends whatever exception its owner meets, and where: its owner makes the `Claim`, has the ledger list it, and on
+any exception ends it as far as it had got (`owning`, and `resolve`, where a `with` would be too dear). An interruption
+between two steps of that end is one more exception, and comes once (`kvmdp.interruption`): it is met a second time.
+
 Units: RAM pages, seconds.
 """
 
@@ -14,12 +18,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from kvmdp.interruption import Uninterrupted, undone
 from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.access_gate import AccessGate
-from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake
+from kvmdp.paging.cancellation import Cancellation
+from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake, notify
 from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
+from kvmdp.paging.housekeeping import Housekeeping
 from kvmdp.paging.ledger import Ledger
+from kvmdp.paging.pins import Pin
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.sink import Sink
 from kvmdp.paging.trap.base import Trap
@@ -29,32 +37,6 @@ _RETRY_SECONDS = (0.001, 0.004, 0.016, 0.064, 0.256)
 
 _SOURCE_BYTE = int(State.SOURCE)
 _ONE_AT_SOURCE = bytes((State.SOURCE,))
-
-
-class Cancellation:
-    """Calls off, from another thread, what a thread waits for in `Resolver.resolve`; for good."""
-
-    def __init__(self, pager: Resolver) -> None:
-        self._pager = pager
-        self._mutex = threading.Lock()  # guards what follows
-        self.cancelled = False
-        self._wait: Wait | None = None
-
-    def cancel(self) -> None:
-        """Wake the thread if it waits, and let it wait no more."""
-        with self._mutex:
-            self.cancelled = True
-            wait = self._wait
-        if wait is not None:
-            self._pager.withdraw(wait)
-
-    def attend(self, wait: Wait) -> None:
-        """Take note of what the thread is about to wait for."""
-        with self._mutex:
-            self._wait = wait
-            cancelled = self.cancelled
-        if cancelled:  # `cancel` came before it could see this one
-            self._pager.withdraw(wait)
 
 
 class Resolver:
@@ -88,19 +70,21 @@ class Resolver:
         self.observer: Callable[[PageFault, Claim, int], None] | None = None
         self.mutex = threading.Lock()
         self._unpinned = threading.Condition(self.mutex)
-        self.accesses = AccessGate(self.ledger, self._unpinned)
-        self.vcpu_accesses = AccessGate(self.ledger, self._unpinned)
+        self.accesses = AccessGate(self.ledger, self.mutex, self._unpinned)
+        self.vcpu_accesses = AccessGate(self.ledger, self.mutex, self._unpinned)
         self._source = source
         self._policy = policy
         self._fill_view = trap.fill_view
         self.sink: Sink | None = None
-        self.housekeeping: list[Callable[[], None]] = []
         self.reminders: list[Callable[[], None]] = []
         self.room: Callable[[int], bool] = lambda _since: True
         self.most_at_once: int | None = None
-        self._this_thread = threading.local()
-        self._housekeepers = 0  # threads in `_keep_house`
-        self._nobody_keeps_house = threading.Condition(self.mutex)
+        self.house = Housekeeping(self.mutex, lambda: self.enabled)
+
+    @property
+    def housekeeping(self) -> list[Callable[[], None]]:
+        """What is called after a commit by threads that may sleep."""
+        return self.house.works
 
     @property
     def is_limited(self) -> bool:
@@ -119,10 +103,16 @@ class Resolver:
         """
         deadline = None
         while True:
-            step = self.begin(fault)
-            if isinstance(step, Claim):
-                done = self._carry_out(step, fault)
-                self._keep_house()
+            claim = Claim()
+            try:
+                step = self.begin(fault, claim=claim)
+                if step is claim:
+                    done = self._carry_out(claim, fault)
+            except BaseException:
+                self._settle(claim)
+                raise
+            if step is claim:
+                self.house.keep()
                 return done
             if isinstance(step, Outcome):
                 return step
@@ -132,29 +122,6 @@ class Resolver:
             outcome = self._sleep(step, deadline, cancellation)
             if outcome is not None:
                 return outcome
-
-    def _keep_house(self) -> None:
-        """Do what is left to be done with no claim held; not again where that takes pages away itself.
-
-        It may change what the trap has set up, and nothing in the ledger says so: it is counted instead, and who
-        switches demand paging off waits until nobody is at it (`DemandPager.disable`). Nobody begins after that.
-        """
-        if getattr(self._this_thread, "keeps_house", False) or not self.housekeeping:
-            return
-        with self.mutex:
-            if not self.enabled:
-                return
-            self._housekeepers += 1
-        self._this_thread.keeps_house = True
-        try:
-            for work in self.housekeeping:
-                work()
-        finally:
-            self._this_thread.keeps_house = False
-            with self.mutex:
-                self._housekeepers -= 1
-                if not self._housekeepers:
-                    self._nobody_keeps_house.notify_all()
 
     def _sleep(
         self, wait: Wait, deadline: float | None, cancellation: Cancellation | None = None
@@ -176,20 +143,28 @@ class Resolver:
         For userfaultfd readers and servers of other processes, who ask `room` first. Returns None if the page is
         claimed: then `waiter` is notified when that claim has ended in whatever way, or when it is withdrawn.
         """
-        step = self.begin(fault, waiter)
-        if isinstance(step, Claim):
-            done = self._carry_out(step, fault)
+        claim = Claim()
+        try:
+            step = self.begin(fault, waiter, claim)
+            if step is claim:
+                done = self._carry_out(claim, fault)
+        except BaseException:
+            self._settle(claim)
+            raise
+        if step is claim:
             for remind in self.reminders:
                 remind()
             return done
-        return None if isinstance(step, Waiter) else step
+        return step if isinstance(step, Outcome) else None
 
-    def begin(self, fault: PageFault, waiter: Waiter | None = None) -> Claim | Waiter | Outcome:
+    def begin(
+        self, fault: PageFault, waiter: Waiter | None = None, claim: Claim | None = None
+    ) -> Claim | Waiter | Outcome:
         """Claim the pages that a fault is to fetch, or say why not.
 
-        Never sleeps. Whoever gets a Claim fills it and commits, or fails it. If somebody else has the page, `waiter`
-        is queued and returned, or else a new Wait; but to a vCPU's fault with a `waiter` a page that is being healed is
-        POISONED still.
+        Never sleeps. Whoever gets a Claim, which is `claim` if that is given, fills it and commits, or fails it. If
+        somebody else has the page, `waiter` is queued and returned, or else a new Wait; but to a vCPU's fault with a
+        `waiter` a page that is being healed is POISONED still.
         """
         page, ledger = fault.page, self.ledger
         with self.mutex:
@@ -199,7 +174,7 @@ class Resolver:
                     return Outcome.FAILED
                 ledger.counters.claims += 1
                 first, count = self._policy.window(page)
-                return ledger.claim(page, first, count)
+                return ledger.claim(page, first, count, claim)
             if isinstance(step, Outcome):
                 return step
             # A vCPU that sleeps in userfaultfd is told what the page is until it is healed, for it may have to get on
@@ -231,7 +206,7 @@ class Resolver:
                 return Outcome.CANCELLED
             self.fail(claim, self._source_failed(error))
             return Outcome.FAILED
-        except BaseException as error:
+        except Exception as error:
             self.fail(claim, PagingError(f"filling page {claim.first} broke: {error!r}"))
             raise
         finally:
@@ -286,19 +261,50 @@ class Resolver:
         return PagingError(f"paused: the page at gpa {gpa:#x} cannot be fetched: {error}")
 
     def commit(self, claim: Claim) -> None:
-        """Admit a filled claim: state and bit, then the trap, then whoever waits."""
-        with self.mutex:
-            self.ledger.admit(claim)
-        try:
-            self.trap.admit(claim.first, claim.count)
-        except BaseException as error:
-            # The bytes are in RAM; what is broken is the trap.
-            self._end(claim, State.BACKED, PagingError(f"pages could not be admitted: {error}"))
-            raise
-        with self.mutex:
-            woken = self.ledger.commit(claim)
-        for waiter in woken:
-            waiter.notify()
+        """Admit a filled claim: state and bit, then the trap, then whoever waits. Can be made again.
+
+        What somebody discards until the bits are set is zeroed before that; later, but before the claim has ended, the
+        trap is told once more, for there may be nothing of the page left.
+        """
+        if not claim.is_admitted:
+            self._set_present(claim)
+            self._admit(claim)
+        while True:
+            with self.mutex:
+                discarded = claim.discarded[claim.zeroed :]
+                if not discarded:
+                    self.ledger.commit(claim)
+                    break
+            for first, count in discarded:
+                self.trap.reassert(first, count)
+                claim.zeroed += 1
+        notify(claim.woken)
+
+    def _set_present(self, claim: Claim) -> None:
+        while True:
+            with self.mutex:
+                discarded = () if claim.is_filled else claim.discarded[claim.zeroed :]
+                if not discarded:
+                    self.ledger.admit(claim)
+                    return
+            self._zero(claim, discarded)
+
+    def _zero(self, claim: Claim, runs: Sequence[tuple[int, int]]) -> None:
+        for first, count in runs:
+            length = count * PAGE_SIZE
+            self._fill_view[first * PAGE_SIZE : first * PAGE_SIZE + length] = bytes(length)
+            claim.zeroed += 1
+
+    def _admit(self, claim: Claim) -> None:
+        """Tell the trap of pages whose bits are set."""
+        with Uninterrupted():
+            try:
+                self.trap.admit(claim.first, claim.count)
+            except BaseException as error:
+                # The bytes are in RAM; what is broken is the trap.
+                self._end(claim, State.BACKED, PagingError(f"pages could not be admitted: {error}"))
+                raise
+            claim.is_admitted = True
 
     def fail(self, claim: Claim, error: PagingError) -> None:
         """Give a claim up: its pages are as absent as before, and the pager is paused with `error`."""
@@ -311,43 +317,46 @@ class Resolver:
         with self.mutex:
             if error is not None and self.error is None:
                 self.error = error
-            woken = self.ledger.end(claim, states, Wake.REVOKED if error is None else Wake.FAILED)
-        for waiter in woken:
-            waiter.notify()
+            self.ledger.end(claim, states, Wake.REVOKED if error is None else Wake.FAILED)
+        notify(claim.woken)
+
+    @contextlib.contextmanager
+    def owning(self) -> Iterator[Claim]:
+        """Yield a claim that is still to be had; what the block has not ended of it when it is left is ended then."""
+        claim = Claim()
+        with undone(lambda: self._settle(claim)):
+            yield claim
+
+    def _settle(self, claim: Claim) -> None:
+        """End a claim, if it is one, whose owner goes on otherwise: by how far it has got. Can be made again."""
+        with self.mutex:
+            is_to_be_committed = claim.is_filled and claim in self.ledger.claims
+        if is_to_be_committed:
+            self.commit(claim)  # peers may have been at its pages, and the guest too
+        else:
+            self._end(claim, claim.before if claim.after is None else claim.after)
 
     # Pins: a present page that is held stays present, a poisoned one poisoned
 
     def hold(self, page: int) -> bool:
         """Pin a page that is present and admitted; False if it is not. Undo with `release`."""
         with self.mutex:
-            return self.ledger.pin(page)
+            return self.ledger.pins.pin(page)
 
     def hold_settled(self, page: int) -> Outcome | None:
         """Pin a page if it is PRESENT or POISONED, and return which; None if it is neither. Undo with `release`."""
         with self.mutex:
-            return self.ledger.pin_settled(page)
+            return self.ledger.pins.pin_settled(page)
 
     def release(self, page: int) -> None:
         """Undo one `hold` or `hold_settled`."""
         with self.mutex:
-            if self.ledger.unpin(page):
+            if self.ledger.pins.unpin(page):
                 self._unpinned.notify_all()
 
     def is_poisoned(self, page: int) -> bool:
         """Whether a page is poisoned at this moment."""
         return self.ledger.states[page] == State.POISON
-
-    @contextlib.contextmanager
-    def all_held(self, pages: Sequence[int]) -> Iterator[bool]:
-        """Keep pages present for the time of the block, if all of them are; yields whether they are."""
-        runs = [(page, 1) for page in pages]
-        if self.vcpu_accesses.enter(runs) is not None:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            self.vcpu_accesses.leave(runs)
 
     @contextlib.contextmanager
     def held(self, fault: PageFault) -> Iterator[Outcome]:
@@ -356,24 +365,29 @@ class Resolver:
         Yields PRESENT or POISONED, or another outcome that kept it from becoming present; then nothing is pinned.
         Whoever holds a poisoned page waits for no page: two who did, and two heals, could wait for each other.
         """
-        while True:
-            settled = self.hold_settled(fault.page)
-            if settled is not None:
-                try:
-                    yield settled
-                finally:
-                    self.release(fault.page)
+        pin = Pin(((fault.page, 1),))
+        with undone(lambda: self._unpin(pin)):
+            while True:
+                with self.mutex:
+                    settled = self.ledger.pins.add_settled(pin)
+                if settled is None:
+                    outcome = self.resolve(fault)
+                    if outcome in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.POISONED):
+                        continue
+                    settled = outcome
+                yield settled
                 return
-            outcome = self.resolve(fault)
-            if outcome not in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.POISONED):
-                yield outcome
-                return
+
+    def _unpin(self, pin: Pin) -> None:
+        with self.mutex:
+            self.ledger.pins.remove(pin)
+            self._unpinned.notify_all()
 
     def discarded(self, first: int, count: int) -> None:
-        """Take note that the bytes of these pages are gone, or going: those nobody has claimed read as zeros now.
+        """Take note that the bytes of these pages are gone, or going: they read as zeros from now on.
 
-        Somebody discarded them behind the pager's back (a balloon). Pages that are claimed are left to whoever
-        has them: a revocation drops pages too, and is announced in the same way.
+        Somebody discards them behind the pager's back (a balloon). Pages that are claimed are left to whoever has them,
+        which is told so.
         """
         with self.mutex:
             self.ledger.discarded(first, count)

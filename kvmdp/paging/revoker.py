@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from kvmdp.interruption import Uninterrupted
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.claim import Claim, State, Wait
 from kvmdp.paging.fault import BusyError, CancelledError, PageFault, PagingError, SwitchedOffError
 from kvmdp.paging.gate import VcpuGate
-from kvmdp.paging.ledger import takeable
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.resolver import Resolver
 from kvmdp.paging.sink import FileSink
+from kvmdp.paging.takeable import takeable
 from kvmdp.paging.trap.base import Trap
 from kvmdp.source.base import PageSource, SourceError, WritableSource
 
@@ -152,14 +153,22 @@ class Revoker(Resolver):
         whoever keeps the vCPUs out of KVM_RUN (`quiesced`). A stop of the machine does not end it: the page is healed.
         """
         self._checked(page, 1)
-        with self.mutex:
-            claim = self.ledger.begin_heal(page)
+        with self.owning() as claim:
+            began = self._heal(page, content, claim)
+        # As when any other page becomes present: it may be the last of a region.
+        if self.observer is not None:
+            self.observer(PageFault(page), claim, began)
+        self.house.keep()
+
+    def _heal(self, page: int, content: bytes, claim: Claim) -> int:
+        """Carry out `unpoison`; returns when the page had its bytes (time.perf_counter_ns)."""
         gpa = self.layout.gpa_of_page(page)
-        if claim is None:
+        with self.mutex:
+            was_poisoned = self.ledger.begin_heal(page, claim) is not None
+        if not was_poisoned:
             raise PagingError(f"the page at gpa {gpa:#x} is not poisoned: there is nothing to heal")
         offset, length = claim.first * PAGE_SIZE, claim.count * PAGE_SIZE
         if len(content) != length:
-            self._end(claim, claim.before)
             raise ValueError(
                 f"{len(content)} bytes for gpa {gpa:#x}, where {length} are poisoned: give all of them"
             )
@@ -172,15 +181,12 @@ class Revoker(Resolver):
         # no claim. Should it sleep on this page in that KVM_RUN (userfaultfd), the reader tells it at once that it is
         # poisoned (`begin`), and does not wait for this claim.
         with self.mutex:
-            while self.ledger.pinned(claim):
+            while self.ledger.pins.hold(claim):
                 self._unpinned.wait()
         self._fill_view[offset : offset + length] = content
         began = time.perf_counter_ns()
         self.commit(claim)
-        # As when any other page becomes present: it may be the last of a region.
-        if self.observer is not None:
-            self.observer(PageFault(page), claim, began)
-        self._keep_house()
+        return began
 
     def _have_sink(self) -> None:
         with self.mutex:
@@ -213,34 +219,39 @@ class Revoker(Resolver):
         deadline = None if timeout is None else time.monotonic() + timeout
         taken = 0
         while page < end:
-            claim, wait, page = self._begin_take(page, end, kinds)
-            if wait is not None:
-                if self._sleep(wait, deadline) is not None:
-                    gpa = self.layout.gpa_of_page(page)
-                    raise BusyError(
-                        f"the page at gpa {gpa:#x} is being fetched or taken away by somebody else"
-                    )
-            elif claim is not None:
+            with self.owning() as claim:
+                wait, page = self._begin_take(page, end, kinds, claim)
+                if wait is not None:
+                    self._await(wait, deadline, page)
+                    continue
+                if not claim.count:
+                    continue
                 try:
                     taken += self._take(claim, deadline, kinds, finish)
                 except CancelledError:
                     break  # as before a claim was had: the pages are as they were
-                self._keep_house()
+            self.house.keep()
         return taken
 
-    def _begin_take(self, page: int, end: int, kinds: bytes) -> tuple[Claim | None, Wait | None, int]:
-        """Claim the next run of [page, end) that `kinds` names; returns it, or what is in the way."""
+    def _await(self, wait: Wait, deadline: float | None, page: int) -> None:
+        """Wait for whoever is at a page. Raises BusyError."""
+        if self._sleep(wait, deadline) is not None:
+            gpa = self.layout.gpa_of_page(page)
+            raise BusyError(f"the page at gpa {gpa:#x} is being fetched or taken away by somebody else")
+
+    def _begin_take(self, page: int, end: int, kinds: bytes, claim: Claim) -> tuple[Wait | None, int]:
+        """Claim the next run of [page, end) that `kinds` names, if nothing is in its way; returns what is."""
         with self.mutex:
             if not self.enabled:
                 raise SwitchedOffError(
                     "pages cannot be marked while demand paging is switched off: enable it first"
                 )
-            claim, in_the_way, page = self.ledger.begin_take(page, end, _REVOKE_BATCH, kinds)
+            _, in_the_way, page = self.ledger.begin_take(page, end, _REVOKE_BATCH, kinds, claim)
             wait = None
             if in_the_way is not None:
                 wait = Wait()
                 self.ledger.queue(in_the_way, wait)
-            return claim, wait, page
+            return wait, page
 
     def _take(
         self,
@@ -249,10 +260,9 @@ class Revoker(Resolver):
         kinds: bytes,
         finish: Callable[[int, int], State],
     ) -> int:
-        states = bytearray(claim.before)
         if claim.before[0] == _PRESENT:
             self._revoke(claim, deadline)
-            states = bytearray((State.BACKED,)) * claim.count  # what they are until they are finished
+        states = bytearray(claim.before if claim.after is None else claim.after)
         taken = 0
         gone: list[tuple[int, int]] = []  # whose bytes need not be in RAM any more
         try:
@@ -261,6 +271,7 @@ class Revoker(Resolver):
                 if states[start] == State.BACKED and done is not State.BACKED:
                     gone.append((claim.first + start, count))
                 states[start : start + count] = bytes((done,)) * count
+                claim.after = bytes(states)
                 taken += count
         except (OSError, SourceError) as error:
             gpa = self.layout.gpa_of_page(claim.first)
@@ -282,21 +293,18 @@ class Revoker(Resolver):
         return None
 
     def _revoke(self, claim: Claim, deadline: float | None) -> None:
-        """Shut everybody out of present pages. If that fails the claim has ended."""
-        try:
-            self._drain(claim, deadline)
-        except BaseException:
-            self._end(claim, State.PRESENT)  # as before: neither bytes nor trap have been touched
-            raise
+        """Shut everybody out of present pages. Raises with the pages as before, unless it is the trap that fails."""
+        self._drain(claim, deadline)
         quiesced = self.gate.quiesced() if self.trap.needs_quiesce else contextlib.nullcontext()
-        try:
-            with quiesced:
+        with quiesced, Uninterrupted():
+            try:
                 self.trap.revoke(claim.first, claim.count)
-        except BaseException as error:
-            self._end(claim, State.BACKED, PagingError(f"pages could not be revoked: {error}"))
-            raise
-        with self.mutex:
-            self.counters.pages_revoked += claim.count
+            except BaseException as error:
+                self._end(claim, State.BACKED, PagingError(f"pages could not be revoked: {error}"))
+                raise
+            claim.after = bytes((State.BACKED,)) * claim.count  # what they are until they are finished
+            with self.mutex:
+                self.counters.pages_revoked += claim.count
 
     def _drain(self, claim: Claim, deadline: float | None) -> None:
         """Wait until nobody in user space is at the pages; nobody can begin to be any more.
@@ -306,7 +314,7 @@ class Revoker(Resolver):
         if self.peers is not None:
             self.peers.invalidate(claim.first, claim.count, deadline)
         with self.mutex:
-            while self.ledger.pinned(claim):
+            while self.ledger.pins.hold(claim):
                 if self.ledger.cancelled:
                     raise CancelledError("the machine is stopping: pages in use are not taken away any more")
                 left = None if deadline is None else deadline - time.monotonic()

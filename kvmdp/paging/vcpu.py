@@ -231,7 +231,7 @@ class VcpuPaging:
                     self._machine_check(page)
                     return None
                 self._check(outcome, page)
-            with self._pager.all_held(pages) as held:
+            with self._pager.vcpu_accesses.all_held(pages) as held:
                 if held:
                     device()
                     following = self._inside(self._emulation.finish)

@@ -268,13 +268,12 @@ def test_frozen_under_fire_devices_stand_still_and_lose_nothing(trap):
             return np.frombuffer(machine.backing.vmm.view, dtype=np.uint64)[theirs]
 
         def freeze(number):
-            machine.pager.freeze(TIMEOUT)
-            before = words()
-            time.sleep(0.002)
-            frozen.append((words() == before).all())
-            with pytest.raises(FrozenError):
-                machine.memory.load64(0)
-            machine.pager.thaw()
+            with machine.pager.frozen(TIMEOUT):
+                before = words()
+                time.sleep(0.002)
+                frozen.append((words() == before).all())
+                with pytest.raises(FrozenError):
+                    machine.memory.load64(0)
             time.sleep(0.002)
 
         with meanwhile(*devices.actions, freeze, revoking(machine, 60)):
@@ -289,12 +288,11 @@ def test_the_guest_goes_on_while_devices_are_frozen(trap):
     workload = plan("atomic", vcpus=2, pages=64, iterations=4)
     source = SyntheticSource(MEMORY, SEED)
     with make_machine(trap, workload=workload, source=source) as machine:
-        machine.pager.freeze(TIMEOUT)
-        with meanwhile(revoking(machine, 60)):
-            machine.run(TIMEOUT)
-        with pytest.raises(FrozenError, match="frozen: try again when they are thawed"):
-            machine.memory.read(0, 8)
-        machine.pager.thaw()
+        with machine.pager.frozen(TIMEOUT):
+            with meanwhile(revoking(machine, 60)):
+                machine.run(TIMEOUT)
+            with pytest.raises(FrozenError, match="frozen: try again when they are thawed"):
+                machine.memory.read(0, 8)
         pages = workload.touched
         assert (all_of_ram(machine)[pages] == workload.expected_pages(source.pages, pages)).all()
 

@@ -108,11 +108,14 @@ class FakeTrap:
         self.calls.append(("collapse", first, count))
         return True
 
+    def forget(self, first, count):
+        assert set(self.entered[first : first + count]) == {0}
+
     def settle(self, timeout):
         return True
 
-    def hold_sleepers(self):
-        pass
+    def hold_sleepers(self, absent):
+        assert all(set(self.entered[first : first + count]) == {0} for first, count in absent)
 
     def release_sleepers(self):
         pass

@@ -13,7 +13,9 @@ import random
 from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.paging.claim import State, Waiter, Wake
 from kvmdp.paging.fault import Outcome
-from kvmdp.paging.ledger import Ledger, takeable
+from kvmdp.paging.ledger import Ledger
+from kvmdp.paging.pins import Pin
+from kvmdp.paging.takeable import takeable
 
 SOURCE, INFLIGHT, PRESENT, BACKED, ZERO, EVICTING, ADMITTING, SINK, POISON = State
 CLAIMABLE = (SOURCE, BACKED, ZERO, SINK)
@@ -98,6 +100,7 @@ class Schedule:
         self.ledger.states[:] = self.states
         self.ledger.resident = sum(map(self.states.count, IN_RAM))
         self.queues = {}  # who waits, by claim
+        self.discarded = {}  # pages of which the bytes have been thrown away, by claim
         self.admitting = set()  # claims on pages that are present
         self.sleepers = []
         self.error = self.cancelled = False
@@ -117,6 +120,7 @@ class Schedule:
         assert (first < BORDER) == (end <= BORDER), "over the border"
         assert claim.before == self.states[first:end]
         self.queues[claim] = []
+        self.discarded[claim] = set()
         self.set(claim, state)
 
     def woken(self, claim, waiters, reason):
@@ -130,11 +134,14 @@ class Schedule:
     def end(self, claim, states, reason):
         if reason is Wake.FAILED:
             self.error = True
+        was_evicted = self.states[claim.first] == EVICTING
         waiters = self.ledger.end(claim, states, reason)
         self.woken(claim, waiters, reason)
         del self.queues[claim]
         self.admitting.discard(claim)
         self.states[claim.first : claim.first + claim.count] = states
+        for page in self.discarded[claim]:
+            self.throw_away(page, (BACKED, SOURCE, SINK, *[PRESENT] * was_evicted))
         yield from self.notify(waiters)
 
     def notify(self, waiters):
@@ -310,7 +317,7 @@ class Schedule:
 
     def pinned(self, claim):
         pinned = any(self.pinned_pages[page] for page in range(claim.first, claim.first + claim.count))
-        assert self.ledger.pinned(claim) == pinned
+        assert self.ledger.pins.hold(claim) == pinned
         return pinned
 
     def is_retained(self, page):
@@ -327,10 +334,26 @@ class Schedule:
             yield
             yield from self.end(claim, claim.before, Wake.REVOKED)
 
+    def view(self, runs):
+        """`AccessGate.enter`: all of the runs, or none."""
+        pages = [page for first, count in runs for page in range(first, first + count)]
+        pin = Pin(runs, self)
+        absent = next((page for page in pages if self.states[page] != PRESENT), None)
+        assert self.ledger.pins.add(pin) == absent
+        if absent is not None:
+            return
+        assert pin in self.ledger.pins.of(self)
+        self.pinned_pages.update(pages)
+        for _ in range(self.chance.randrange(1, 4)):
+            yield
+        self.pinned_pages.subtract(pages)
+        self.ledger.pins.remove(pin)
+        self.ledger.pins.remove(pin)  # as an interruption may have it done twice
+
     def hold(self, first, count):
-        """A view, or whoever else pins."""
+        """Whoever else pins."""
         pages, run = range(first, first + count), (first, count)
-        assert self.ledger.pin(first, count) == all(self.states[page] == PRESENT for page in pages)
+        assert self.ledger.pins.pin(first, count) == all(self.states[page] == PRESENT for page in pages)
         if self.states[first : first + count] != bytes([PRESENT]) * count:
             return
         yield from self.hold_for_a_while(run)
@@ -338,7 +361,7 @@ class Schedule:
     def hold_settled(self, page):
         """A vCPU that gets an access out of the way."""
         outcome = {PRESENT: Outcome.PRESENT, POISON: Outcome.POISONED}.get(self.states[page])
-        assert self.ledger.pin_settled(page) is outcome
+        assert self.ledger.pins.pin_settled(page) is outcome
         if outcome is not None:
             yield from self.hold_for_a_while((page, 1))
 
@@ -351,7 +374,7 @@ class Schedule:
             yield
         self.pins[run] -= 1
         self.pinned_pages.subtract(pages)
-        assert self.ledger.unpin(first, count) == (self.pins[run] == 0)
+        assert self.ledger.pins.unpin(first, count) == (self.pins[run] == 0)
 
     def retain(self, first, end):
         unit = self.unit
@@ -393,10 +416,16 @@ class Schedule:
     def discard(self, first, count):
         self.ledger.discarded(first, count)
         for page in range(first, min(first + count, END)):
-            if self.states[page] in (PRESENT, BACKED):
-                self.states[page] = ZERO
+            self.throw_away(page, (PRESENT, BACKED, SOURCE, SINK))
+            for claim in self.queues:
+                if claim.first <= page < claim.first + claim.count:
+                    self.discarded[claim].add(page)
         return
         yield
+
+    def throw_away(self, page, states):
+        if self.states[page] in states:
+            self.states[page] = ZERO
 
     def switch_off(self):
         """`DemandPager._let_nobody_begin`."""
@@ -426,6 +455,8 @@ class Schedule:
             yield "hold", self.hold(*run)
         for _ in range(draw(3)):
             yield "hold settled", self.hold_settled(page)
+        if real() < 0.4:
+            yield "view", self.view([(page, 1), run][: draw(1, 3)])
         if real() < 0.6:
             yield "call off", self.call_off()
         if real() < 0.5:
@@ -435,8 +466,9 @@ class Schedule:
         if real() < 0.3:
             at = draw(FIRST, END)
             yield "retain", self.retain(at, min(at + draw(1, 4), END))
-        if real() < 0.2:
-            yield "discard", self.discard(draw(FIRST, END) // unit * unit, unit)
+        if real() < 0.4:
+            at = page if real() < 0.7 else draw(FIRST, END)
+            yield "discard", self.discard(at // unit * unit, unit)
         if real() < 0.2:
             yield "switch off", self.switch_off()
 
@@ -491,7 +523,7 @@ class Schedule:
         ledger, counters = self.ledger, self.ledger.counters
         assert ledger.claims == []
         assert [each.notified for each in self.sleepers] == [1] * len(self.sleepers)
-        assert not any(ledger.pin(page) and not ledger.unpin(page) for page in range(FIRST, END))
+        assert not any(ledger.pins.pin(page) and not ledger.pins.unpin(page) for page in range(FIRST, END))
         assert counters.waits == self.waits
         assert counters.pages_admitted == self.admitted
         found = (

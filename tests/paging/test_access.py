@@ -11,11 +11,12 @@ from fakes import PAGES, content, in_threads, page_of, pager_of, source_error, s
 
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.access import GuestMemory
+from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.fault import Access, BusyError, CancelledError, FrozenError, Origin, PagingError
-from kvmdp.paging.resolver import Cancellation
 
 RAM = PAGES * PAGE_SIZE
 SOON = 0.02  # seconds until a wait in vain is over
+TIMEOUT = 60
 LONG = 30  # seconds: only a broken test waits so long
 
 
@@ -403,21 +404,19 @@ def test_frozen_accesses_fail_and_touch_nothing_until_they_are_thawed(origin):
     with pager_of() as pager:
         ram = memory_of(pager, origin)
         pager.mark_present(0, 2)
-        pager.freeze(SOON)
-        for access in accesses(ram):
-            with pytest.raises(FrozenError, match="frozen"):
-                access()
-        assert page_of(pager, 0) == content(0)
-        assert pager.counters.pages_fetched == 2
-        pager.thaw()
+        with pager.frozen(SOON):
+            for access in accesses(ram):
+                with pytest.raises(FrozenError, match="frozen"):
+                    access()
+            assert page_of(pager, 0) == content(0)
+            assert pager.counters.pages_fetched == 2
         for access in accesses(ram):
             access()
         assert ram.load64(0) == ord("x")
 
 
 def test_vcpus_go_on_while_accesses_are_frozen():
-    with pager_of() as pager:
-        pager.freeze()
+    with pager_of() as pager, pager.frozen():
         assert memory_of(pager, Origin.VCPU).read(0, 8) == content(0)[:8]
         assert pager.mark_nonpresent(0, 1) == 1
         assert memory_of(pager, Origin.VCPU).read(0, 8) == content(0)[:8]
@@ -426,20 +425,28 @@ def test_vcpus_go_on_while_accesses_are_frozen():
 def test_freezing_waits_for_a_view_or_gives_up_and_is_as_before():
     with memory() as (pager, ram):
         with ram.view(0, 8) as view:
-            with pytest.raises(BusyError, match="cannot be frozen: 1 accesses"):
-                pager.freeze(SOON)
+            with pytest.raises(BusyError, match="cannot be frozen: 1 accesses"), pager.frozen(SOON):
+                pass
             ram.write(PAGE_SIZE, b"not frozen")
-            frozen = threading.Event()
-            freezer = started(lambda: (pager.freeze(), frozen.set()))
+            frozen, thaw = threading.Event(), threading.Event()
+
+            def freeze():
+                with pager.frozen():
+                    frozen.set()
+                    thaw.wait()
+
+            freezer = started(freeze)
             while not pager.accesses.frozen:
                 time.sleep(0.001)
             assert not frozen.is_set()
             with pytest.raises(FrozenError):
                 ram.read(0, 8)
             view[:] = b"in time!"
+        assert frozen.wait(TIMEOUT)
+        with pytest.raises(FrozenError):
+            ram.read(0, 8)
+        thaw.set()
         freezer.join()
-        assert frozen.is_set()
-        pager.thaw()
         assert ram.read(0, 8) == b"in time!"
 
 
@@ -447,10 +454,8 @@ def test_pages_that_others_pin_for_ever_hold_up_a_revocation_but_no_freeze():
     with memory() as (pager, ram):
         pager.mark_present(0, 2)
         assert pager.hold(0)
-        pager.freeze(SOON)
-        with pytest.raises(BusyError):
+        with pager.frozen(SOON), pytest.raises(BusyError):
             pager.mark_nonpresent(0, 2, SOON)
-        pager.thaw()
         assert ram.read(0, 2 * PAGE_SIZE) == content(0) + content(1)
         pager.release(0)
         assert pager.mark_nonpresent(0, 2, SOON) == 2
@@ -466,22 +471,23 @@ def test_an_access_that_waits_for_its_page_does_not_hold_up_a_freeze_and_then_fi
             except FrozenError as error:
                 errors.append(error)
 
-        with fetching(pager, 7):
-            reader = started(read)
-            await_waiters(pager)
-            pager.freeze(SOON)
-        reader.join()
-        assert len(errors) == 1
+        with contextlib.ExitStack() as frozen:
+            with fetching(pager, 7):
+                reader = started(read)
+                await_waiters(pager)
+                frozen.enter_context(pager.frozen(SOON))
+            reader.join()
+            assert len(errors) == 1
 
 
-def test_freezing_twice_is_refused_and_thawing_twice_is_not():
+def test_freezing_twice_is_refused_and_changes_nothing():
     with memory() as (pager, ram):
-        pager.freeze()
-        with pytest.raises(PagingError, match="frozen already"):
-            pager.freeze()
-        assert pager.accesses.frozen
-        pager.thaw()
-        pager.thaw()
+        pager.peers = FakePeers()
+        with pager.frozen():
+            with pytest.raises(PagingError, match="frozen already"), pager.frozen():
+                pass
+            assert pager.accesses.frozen
+            assert pager.peers.told == ["freeze"]
         assert ram.read(0, 1)
 
 
@@ -505,17 +511,16 @@ class FakePeers:
 def test_peers_are_frozen_and_thawed_with_the_rest():
     with memory() as (pager, _):
         pager.peers = FakePeers()
-        pager.freeze(SOON)
-        assert pager.peers.told == ["freeze"]
-        pager.thaw()
+        with pager.frozen(SOON):
+            assert pager.peers.told == ["freeze"]
         assert pager.peers.told == ["freeze", "thaw"]
 
 
 def test_a_peer_that_does_not_let_go_leaves_nothing_frozen():
     with memory() as (pager, ram):
         pager.peers = FakePeers(busy=True)
-        with pytest.raises(BusyError, match="does not let go"):
-            pager.freeze(SOON)
+        with pytest.raises(BusyError, match="does not let go"), pager.frozen(SOON):
+            pass
         assert pager.peers.told == ["freeze", "thaw"]
         assert ram.read(0, 8) == content(0)[:8]
 
@@ -577,9 +582,8 @@ def test_accesses_under_revocation_and_freezes_lose_nothing_and_are_never_torn(s
 
         def freezer():
             while not done.is_set():
-                pager.freeze()
-                assert_nobody_writes()
-                pager.thaw()
+                with pager.frozen():
+                    assert_nobody_writes()
                 time.sleep(0.001)
 
         pager.mark_present(0, 24)  # a fetch that began before a freeze goes on in it, and is no access

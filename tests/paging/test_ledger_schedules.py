@@ -6,6 +6,7 @@ from schedules import Schedule
 from kvmdp.paging.claim import State, Wake
 from kvmdp.paging.fault import Outcome
 from kvmdp.paging.ledger import Ledger
+from kvmdp.paging.pins import Pins
 
 SCHEDULES = 100_000
 BLOCK = 5_000
@@ -117,20 +118,40 @@ class TakesAwayWhatIsRetained(Ledger):
         pass
 
 
-class ForgetsASecondPin(Ledger):
+def with_pins(broken):
+    """A ledger whose pins are broken."""
+
+    class BrokenPins(Ledger):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.pins = broken(self.states)
+
+    BrokenPins.__name__ = broken.__name__
+    return BrokenPins
+
+
+class ForgetsASecondPin(Pins):
     def pin(self, first, count=1):
-        if (first, count) in self._pins:
+        if (first, count) in self._counted:
             return True
         return super().pin(first, count)
 
     def unpin(self, first, count=1):
-        self._pins.pop((first, count), None)
+        self._counted.pop((first, count), None)
         return True
 
 
-class SeesNoOverlappingPin(Ledger):
-    def pinned(self, claim):
-        return (claim.first, claim.count) in self._pins
+class SeesNoOverlappingPin(Pins):
+    def hold(self, claim):
+        return (claim.first, claim.count) in self._counted
+
+
+class ForgetsAPinOfSeveralRuns(Pins):
+    def add(self, pin):
+        absent = super().add(pin)
+        if absent is None and len(pin.runs) > 1:
+            self.remove(pin)
+        return absent
 
 
 class ClaimsHalfAUnit(Ledger):
@@ -220,7 +241,7 @@ class HealsHalfAUnit(Ledger):
             self.unit = unit
 
 
-class LetsGoOfWhatIsPoisoned(Ledger):
+class LetsGoOfWhatIsPoisoned(Pins):
     def pin_settled(self, page):
         found = super().pin_settled(page)
         if found is Outcome.POISONED:
@@ -228,7 +249,7 @@ class LetsGoOfWhatIsPoisoned(Ledger):
         return found
 
     def unpin(self, first, count=1):
-        return super().unpin(first, count) if (first, count) in self._pins else True
+        return super().unpin(first, count) if (first, count) in self._counted else True
 
 
 class CountsBackedPagesTwice(Ledger):
@@ -256,6 +277,21 @@ class CountsDiscardedPagesAsInRam(Ledger):
         self.resident = resident
 
 
+class ForgetsADiscardOfWhatIsClaimed(Ledger):
+    def discarded(self, first, count):
+        super().discarded(first, count)
+        for claim in self.claims:
+            claim.discarded = ()
+
+
+class LeavesADiscardedPagePresent(Ledger):
+    def end(self, claim, states, reason):
+        was_evicted = self.states[claim.first] == State.EVICTING
+        if was_evicted and states == bytes([State.PRESENT]) * claim.count:
+            claim.discarded = ()
+        return super().end(claim, states, reason)
+
+
 class ForgetsWhatCameFromTheSink(Ledger):
     def commit(self, claim):
         refetched = self.counters.pages_refetched
@@ -277,8 +313,9 @@ class ForgetsWhatCameFromTheSink(Ledger):
         EndsWithTheBitSet,
         LetsInBeforeTheTrapIsTold,
         TakesAwayWhatIsRetained,
-        ForgetsASecondPin,
-        SeesNoOverlappingPin,
+        with_pins(ForgetsASecondPin),
+        with_pins(SeesNoOverlappingPin),
+        with_pins(ForgetsAPinOfSeveralRuns),
         ClaimsHalfAUnit,
         ClaimsOverTheBorder,
         BeginsAfterCancel,
@@ -291,10 +328,12 @@ class ForgetsWhatCameFromTheSink(Ledger):
         FetchesPoison,
         HealsWhatIsWell,
         HealsHalfAUnit,
-        LetsGoOfWhatIsPoisoned,
+        with_pins(LetsGoOfWhatIsPoisoned),
         CountsBackedPagesTwice,
         CountsWhatIsTakenAsInRam,
         CountsDiscardedPagesAsInRam,
+        ForgetsADiscardOfWhatIsClaimed,
+        LeavesADiscardedPagePresent,
         ForgetsWhatCameFromTheSink,
     ],
     ids=lambda broken: broken.__name__,

@@ -18,10 +18,10 @@ import pytest
 from device_process import bench
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error
 
+from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.claim import Claim, Waiter, Wake
 from kvmdp.paging.fault import Access, BusyError, Outcome, PageFault
 from kvmdp.paging.requests import FaultRequests, PeerCounters
-from kvmdp.paging.resolver import Cancellation
 
 SECONDS = float(os.environ.get("KVMDP_WAKE_SECONDS", "1"))  # of hammering, for each test
 ROUNDS = 200
@@ -457,4 +457,4 @@ def check_end(hammer):
     assert sorted(id(waiter) for waiter, _ in hammer.notified) == sorted(map(id, hammer.parked))
     assert all(reason is waiter.reason for waiter, reason in hammer.notified)
     assert [pager.bitmap.test(page) for page in range(PAGES)] == [each == 1 for each in pager.trap.entered]
-    assert not pager.ledger.pinned(Claim(0, PAGES, b""))
+    assert not pager.ledger.pins.hold(Claim(0, PAGES, b""))

@@ -6,7 +6,7 @@ Units: RAM pages, unless a name says bytes.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -184,8 +184,11 @@ class Trap(Protocol):
         """
         ...
 
-    def hold_sleepers(self) -> None:
-        """Undo `release_sleepers`, with every vCPU out of KVM_RUN: the machine runs again."""
+    def hold_sleepers(self, absent: Iterable[tuple[int, int]]) -> None:
+        """Undo `release_sleepers`, with every vCPU out of KVM_RUN: the machine runs again.
+
+        `absent` has the runs of absent pages, (first, count), each of which is claimed until the next is asked for.
+        """
         ...
 
     def close(self) -> None:

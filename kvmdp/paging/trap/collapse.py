@@ -203,6 +203,11 @@ class Regions:
         """Return whether the page's region is plain memory, or is about to be or to have been."""
         return page // REGION in self._plain
 
+    def plain(self) -> frozenset[int]:
+        """Return the regions that are plain memory."""
+        with self._changed:
+            return frozenset(self._plain)
+
     def reopen(self, first: int, count: int) -> None:
         """Have accesses to the regions that hold these pages, which the caller has claimed, go to userfaultfd again.
 
@@ -219,6 +224,9 @@ class Regions:
                     continue
                 self._reopening.add(number)
             try:
+                if not self._shared:
+                    # What was discarded while it was plain memory is a hole, which reads as zeros.
+                    self._view.populate(number * REGION * PAGE_SIZE, REGION * PAGE_SIZE)
                 self._register(number * REGION, REGION)
                 if self._remap is not None:
                     self._remap(number * REGION, REGION)

@@ -10,7 +10,7 @@ Shared memory only: a device view is a further mapping of the same pages.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvmdp.paging.trap.base import Presence, Trap
 from kvmdp.paging.trap.device import DeviceFaults, DeviceView
@@ -103,9 +103,9 @@ class HybridTrap:
         """Do what the exit trap does: a device may be at a page for as long as the source takes."""
         return self._vcpus.settle(timeout)
 
-    def hold_sleepers(self) -> None:
+    def hold_sleepers(self, absent: Iterable[tuple[int, int]]) -> None:
         """Do nothing but for the exit trap: a device view that has ended stays so."""
-        self._vcpus.hold_sleepers()
+        self._vcpus.hold_sleepers(absent)
 
     def close(self) -> None:
         """End the device view, wait until no device is in an access, give everything back."""

@@ -15,7 +15,7 @@ KVM_RUN (`needs_quiesce`); what the host takes out is put back after the EFAULT 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.backing import Backing
@@ -59,7 +59,12 @@ class MarkerTrap(UffdTrap):
         written after the drop that counted. Where the fault could not sleep no vCPU runs (`needs_quiesce`).
         """
         self._regions.reopen(first, count)
-        self._stage(first, count)
+        if self._staging is not None:
+            self._stage(first, count)
+            self._drop(first, count)  # all at once, for it is announced to a reader
+            for start, number, uffd in self._pieces(first, count):
+                uffd.poison(self._hva(start), number * PAGE_SIZE)
+            return
         for page in range(first, first + count, self._unit):
             self._shut_out(page)
 
@@ -82,7 +87,7 @@ class MarkerTrap(UffdTrap):
     def release_sleepers(self) -> None:
         """Do nothing: an access to an absent page is an exit, nobody sleeps."""
 
-    def hold_sleepers(self) -> None:
+    def hold_sleepers(self, absent: Iterable[tuple[int, int]]) -> None:
         """Do nothing, as `release_sleepers`."""
 
     def _reader(self) -> Callable[[int, int], None]:
@@ -102,10 +107,7 @@ class MarkerTrap(UffdTrap):
                 uffd.poison(hva, self._unit_bytes)
             return
         try:
-            if self._staging is None:
-                with self._regions.unless_plain(page, self._unit):
-                    uffd.continue_(hva, self._unit_bytes)
-            else:
-                uffd.wake(hva, self._unit_bytes)
+            with self._regions.unless_plain(page, self._unit):
+                self._map_again(uffd, page, self._unit)
         finally:
             self._presence.release(page)

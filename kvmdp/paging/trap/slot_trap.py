@@ -6,7 +6,7 @@ Units: RAM pages, unless a name says bytes.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -152,7 +152,7 @@ class SlotTrap:
         """Do nothing: the trap has no threads."""
         return True
 
-    def hold_sleepers(self) -> None:
+    def hold_sleepers(self, absent: Iterable[tuple[int, int]]) -> None:
         """Do nothing, as `release_sleepers`."""
 
     def close(self) -> None:

@@ -154,16 +154,21 @@ class Uffd:
         request = abi.uffdio_poison()
         return self._each(abi.UFFDIO_POISON, request, request.range, hva, length, "UFFDIO_POISON") == length
 
-    def copy(self, hva: int, source: int, length: int) -> None:
-        """Fill absent pages from `source` (hva): private ones, or holes of a memory file. Pages there already stay."""
-        done, told = 0, 0.0
+    def copy(self, hva: int, source: int, length: int) -> int:
+        """Fill absent pages from `source` (hva): private ones, or holes of a memory file. Pages there already stay.
+
+        Returns how many bytes were not there before.
+        """
+        done, skipped, told = 0, 0, 0.0
         while done < length:
             request = abi.uffdio_copy(hva + done, source + done, length - done)
             if self._ioctl(self.fd, abi.UFFDIO_COPY, byref(request)) == 0:
-                return
-            step, _ = self._progress(int(request.copy), hva + done, "UFFDIO_COPY")
+                break
+            step, was_there = self._progress(int(request.copy), hva + done, "UFFDIO_COPY")
             told = 0.0 if step else self._try_again(told, hva + done, "UFFDIO_COPY")
             done += step
+            skipped += step * was_there
+        return length - skipped
 
     def _each(
         self,

@@ -5,12 +5,22 @@ MINOR: with MISSING alone the kernel could map the page cache's page behind our 
 view, and shared memory registered MISSING alone must have no page in the page cache that is not present: both are
 filled in a staging area, from where UFFDIO_COPY moves pages into place.
 
+There the guest view is where the bytes are, and whoever discards some of it (a balloon, by MADV_DONTNEED) takes them
+from present pages. The kernel tells a reader first (UFFD_EVENT_REMOVE) and goes on when that is read, so that what it
+is told of may be there for a moment still. From the event on the pages are ZERO, or their claim has a note of it. Who
+makes one present in that very moment finds it there, and it goes all the same: then a present page has nothing mapped,
+and reads as zeros, which is what was asked for. Its next access comes to a reader, or fails KVM_RUN (EFAULT), and has
+zeros mapped (`reassert`). Only an access of this process itself must not meet it, which would sleep in user space: so
+no device of this process may be at pages at the moment when somebody discards them without asking the pager.
+
 Units: RAM pages, unless a name says bytes.
 """
 
 from __future__ import annotations
 
+import threading
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 
 from kvmdp.abi import userfaultfd as abi
@@ -57,6 +67,8 @@ class UffdTrap(UffdView):
             mode |= abi.UFFDIO_REGISTER_MODE_MINOR
         if supported_features() & features & abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM:
             mode |= abi.UFFDIO_REGISTER_MODE_WP
+        if not minor:
+            features |= abi.UFFD_FEATURE_EVENT_REMOVE
         super().__init__(
             backing.guest,
             backing.vmm,
@@ -79,6 +91,9 @@ class UffdTrap(UffdView):
             shared=backing.shared,
             thp=backing.thp,
         )
+        self._mutex = threading.Lock()  # guards what follows
+        # (start, end) hva of drops of our own that a reader has still to be told of
+        self._own_drops: Counter[tuple[int, int]] = Counter()
         self._staging: Mapping | None = None
         if not minor:
             try:
@@ -117,6 +132,10 @@ class UffdTrap(UffdView):
         """Give RAM its memslots, register the guest view, start the readers."""
         if not self._slots.count:
             self._slots.map_plain()
+        if not self._backing.shared:
+            # What was discarded while it was plain memory is a hole, which reads as zeros.
+            for first, count in presence.bitmap.present_runs().tolist():
+                self._view.populate(first * PAGE_SIZE, count * PAGE_SIZE)
         super().arm(presence)
         self._regions.registered()
         if self._staging is None and not self._hears_kernel:
@@ -197,12 +216,54 @@ class UffdTrap(UffdView):
         A marker trap's reader can: it sees a fault, finds the page not admitted yet, and sets the marker after the
         admit, if the page was taken out of the page table once more between the two.
         """
-        if self._staging is not None or self._regions.is_plain(first):
+        if self._regions.is_plain(first):
             return False
-        mapped = 0
-        for start, number, uffd in self._pieces(first, count):
-            mapped += uffd.continue_(self._hva(start), number * PAGE_SIZE)
-        return mapped > 0
+        mended = [self._map_again(uffd, start, number) for start, number, uffd in self._pieces(first, count)]
+        return any(mended)
+
+    def _map_again(self, uffd: Uffd, first: int, count: int) -> bool:
+        """Map present pages, claimed or pinned, of which something is not mapped any more; True if there was any such.
+
+        What was mapped from the staging area has gone with its bytes: it reads as zeros, as that area does now.
+        """
+        hva, length = self._hva(first), count * PAGE_SIZE
+        if self._staging is None:
+            return uffd.continue_(hva, length) > 0
+        if self._backing.shared:
+            # A page that the memory file holds is mapped without an event: this one was a hole.
+            for page in range(first, first + count, self._unit):
+                self._fill_hole(self._hva(page))
+            uffd.wake(hva, length)
+            return False
+        return uffd.copy(hva, self._staging.hva + first * PAGE_SIZE, length) > 0
+
+    def _drop(self, first: int, count: int) -> None:
+        """Unmap pages, leaving word for the reader that is told of it, if one is, that this loses nothing.
+
+        Such a drop sleeps until a reader has taken the event that announces it, and may be over before the reader looks
+        at it.
+        """
+        for start, number, _ in self._pieces(first, count):
+            self._announce(start, number)
+            self._view.drop(start * PAGE_SIZE, number * PAGE_SIZE)
+
+    def _announce(self, first: int, count: int) -> None:
+        with self._mutex:
+            self._own_drops[self._hva(first), self._hva(first + count)] += 1
+
+    def _removed(self, start: int, end: int) -> None:
+        """Take note that somebody discards a range of the guest view (a balloon): it reads as zeros from now on."""
+        assert self._presence is not None
+        with self._mutex:
+            announced = self._own_drops.get((start, end), 0)
+            if announced > 1:
+                self._own_drops[start, end] = announced - 1
+            elif announced:
+                del self._own_drops[start, end]
+            if announced:
+                return
+        first = (start - self._view.hva) // PAGE_SIZE
+        self._presence.discarded(first, (end - start) // PAGE_SIZE)
 
     def forget(self, first: int, count: int) -> None:
         """Give up the bytes of pages that were revoked, wherever they lie."""
@@ -219,7 +280,15 @@ class UffdTrap(UffdView):
 
     def picture(self) -> Picture:
         """All of RAM is in open memslots; what is absent is not mapped."""
-        return Picture(self._slots.blocks(), frozenset((Kind.OPEN,)), self._view)
+        staged = self._staging is not None
+        return Picture(
+            self._slots.blocks(),
+            frozenset((Kind.OPEN,)),
+            self._view,
+            is_only_copy=staged and not self._backing.shared,
+            plain=self._regions.plain(),
+            file=self._backing.vmm if staged and self._backing.shared else None,
+        )
 
     def poison_absent(self) -> None:
         """Put markers on all that is absent: an access there is an exit.

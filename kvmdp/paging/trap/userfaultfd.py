@@ -19,11 +19,9 @@ or UFFDIO_WAKE empties it, or its event is still to be read.
 
 from __future__ import annotations
 
-import threading
 import time
 from array import array
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -95,10 +93,6 @@ class UserfaultfdTrap(UffdTrap):
             shards=options.shards,
         )
         self.latencies: list[array[int]] = []
-        self._mutex = threading.Lock()  # guards what follows
-        self._own_drops: Counter[tuple[int, int]] = (
-            Counter()
-        )  # (start, end) hva of drops still to be announced
 
     def revoke(self, first: int, count: int) -> None:
         """Unmap present pages, whose bytes stay in the memory file or move to the staging area.
@@ -109,6 +103,9 @@ class UserfaultfdTrap(UffdTrap):
         """
         self._regions.reopen(first, count)
         self._stage(first, count)
+        self._unmap(first, count)
+
+    def _unmap(self, first: int, count: int) -> None:
         if self._staging is None or not self._backing.shared:
             self._drop(first, count)
             return
@@ -127,33 +124,22 @@ class UserfaultfdTrap(UffdTrap):
             # Sleepers go on with pages of zeros, until they leave KVM_RUN; nobody looks at what comes of it.
             self.unregister()
 
-    def hold_sleepers(self) -> None:
+    def hold_sleepers(self, absent: Iterable[tuple[int, int]]) -> None:
         """Take the markers from absent pages, so that an access sleeps again; or register again, where there are none.
 
         A reader may set one behind this, for a fault from before the stop: then the access is an exit, which is as
         good a fault. No bytes are lost: absent pages have none in the guest view.
         """
         assert self._presence is not None
-        if not supported_features() & abi.UFFD_FEATURE_POISON:
+        has_markers = bool(supported_features() & abi.UFFD_FEATURE_POISON)
+        if not has_markers:
             self.register()
             self._regions.registered()
-            return
-        for first, count in self._presence.bitmap.absent_runs().tolist():
-            self._drop(first, count)
-
-    def _drop(self, first: int, count: int) -> None:
-        """Unmap pages, leaving word for the reader that is told of it that this loses nothing.
-
-        A drop sleeps until a reader has taken the event that announces it, and may be over before the reader looks
-        at it.
-        """
-        for start, number, _ in self._pieces(first, count):
-            self._announce(start, number)
-            self._view.drop(start * PAGE_SIZE, number * PAGE_SIZE)
-
-    def _announce(self, first: int, count: int) -> None:
-        with self._mutex:
-            self._own_drops[self._hva(first), self._hva(first + count)] += 1
+        for first, count in absent:
+            if has_markers:
+                self._drop(first, count)
+            else:
+                self._unmap(first, count)
 
     def _release_sleeper(self, page: int) -> None:
         """Let go of who sleeps on a page that is not to be had any more, for the machine is stopping.
@@ -186,7 +172,7 @@ class UserfaultfdTrap(UffdTrap):
             PageFault(page, Origin.VCPU, _UNKNOWN), Waiter(lambda: uffd.wake(hva, self._unit_bytes))
         )
         if outcome is Outcome.PRESENT:
-            self._map_again(page)
+            self._serve_present(page)
             return True
         if outcome is Outcome.CANCELLED:
             self._release_sleeper(page)
@@ -208,7 +194,7 @@ class UserfaultfdTrap(UffdTrap):
         else:
             self._presence.abort(PagingError(NO_POISON))
 
-    def _map_again(self, page: int) -> None:
+    def _serve_present(self, page: int) -> None:
         """Map a present page that had gone from the page table, pinned so that no revocation ends meanwhile."""
         assert self._presence is not None
         uffd, hva = self._uffd_of(page), self._hva(page)
@@ -216,26 +202,7 @@ class UserfaultfdTrap(UffdTrap):
             uffd.wake(hva, self._unit_bytes)  # claimed since: it faults again, and finds the claim
             return
         try:
-            if self._staging is None:
-                with self._regions.unless_plain(page, self._unit):
-                    uffd.continue_(hva, self._unit_bytes)
-            elif self._backing.shared:
-                # It was a hole: a page that the memory file holds is mapped without an event.
-                self._fill_hole(hva)
-            uffd.wake(hva, self._unit_bytes)
+            with self._regions.unless_plain(page, self._unit):
+                self._map_again(uffd, page, self._unit)
         finally:
             self._presence.release(page)
-
-    def _removed(self, start: int, end: int) -> None:
-        """Take note that somebody discards a range of the guest view (a balloon): it reads as zeros from now on."""
-        assert self._presence is not None
-        with self._mutex:
-            announced = self._own_drops.get((start, end), 0)
-            if announced > 1:
-                self._own_drops[start, end] = announced - 1
-            elif announced:
-                del self._own_drops[start, end]
-            if announced:
-                return
-        first = (start - self._view.hva) // PAGE_SIZE
-        self._presence.discarded(first, (end - start) // PAGE_SIZE)

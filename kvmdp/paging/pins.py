@@ -1,0 +1,106 @@
+"""Pins: a present page that is pinned stays present, a poisoned one poisoned, until the pin is undone.
+
+Used under the pager's mutex, and part of the ledger.
+
+Units: RAM pages.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from kvmdp.paging.claim import Claim, State
+from kvmdp.paging.fault import Outcome
+
+_PRESENT = bytes((State.PRESENT,))
+_PRESENT_BYTE, _POISON_BYTE = int(State.PRESENT), int(State.POISON)
+
+
+class Pin:
+    """Runs of pages, (first, count) each, that stay as they are as long as the ledger lists it.
+
+    An object, so that its owner can undo it whether or not it has come to be listed. `accessor` is the gate that it
+    has come in by, None if by none.
+    """
+
+    __slots__ = ("accessor", "runs")
+
+    def __init__(self, runs: Sequence[tuple[int, int]], accessor: object = None) -> None:
+        self.runs = runs
+        self.accessor = accessor
+
+
+class Pins:
+    """The pins on pages whose `states`, a byte each, others change.
+
+    Who may be interrupted pins with a `Pin`. Threads that never are (readers, vCPUs) count: each pin is undone once.
+    """
+
+    def __init__(self, states: bytearray) -> None:
+        self._states = states
+        self._listed: list[Pin] = []
+        self._counted: dict[tuple[int, int], int] = {}  # how often each run is pinned without a `Pin`
+
+    def add(self, pin: Pin) -> int | None:
+        """List a pin if every page of its runs is present and admitted; returns None, or a page that is not."""
+        for first, count in pin.runs:
+            if self._states.count(_PRESENT, first, first + count) != count:
+                return next(
+                    page for page in range(first, first + count) if self._states[page] != _PRESENT_BYTE
+                )
+        self._listed.append(pin)
+        return None
+
+    def add_settled(self, pin: Pin) -> Outcome | None:
+        """List a pin of one page, as `pin_settled` pins it."""
+        outcome = self._settled(pin.runs[0][0])
+        if outcome is not None:
+            self._listed.append(pin)
+        return outcome
+
+    def remove(self, pin: Pin) -> None:
+        """Take a pin off the list, if it is there."""
+        if pin in self._listed:
+            self._listed.remove(pin)
+
+    def of(self, accessor: object) -> list[Pin]:
+        """Return the pins of an accessor."""
+        return [pin for pin in self._listed if pin.accessor is accessor]
+
+    def pin(self, first: int, count: int = 1) -> bool:
+        """Pin a run of pages if every one is present and admitted; False, and none is pinned, if not."""
+        if self._states.count(_PRESENT, first, first + count) != count:
+            return False
+        run = first, count
+        self._counted[run] = self._counted.get(run, 0) + 1
+        return True
+
+    def pin_settled(self, page: int) -> Outcome | None:
+        """Pin a page if it is PRESENT or POISONED; returns which of the two it stays, None if it is neither."""
+        outcome = self._settled(page)
+        if outcome is not None:
+            self._counted[page, 1] = self._counted.get((page, 1), 0) + 1
+        return outcome
+
+    def _settled(self, page: int) -> Outcome | None:
+        state = self._states[page]
+        if state == _PRESENT_BYTE:
+            return Outcome.PRESENT
+        return Outcome.POISONED if state == _POISON_BYTE else None
+
+    def unpin(self, first: int, count: int = 1) -> bool:
+        """Undo one `pin` of the same run; True if it was the run's last."""
+        run = first, count
+        left = self._counted[run] - 1
+        if left:
+            self._counted[run] = left
+            return False
+        del self._counted[run]
+        return True
+
+    def hold(self, claim: Claim) -> bool:
+        """Whether a page of the claim is pinned."""
+        first, end = claim.first, claim.first + claim.count
+        runs = itertools.chain(self._counted, *(pin.runs for pin in self._listed))
+        return any(page < end and first < page + count for page, count in runs)

@@ -1,0 +1,27 @@
+"""Which pages are taken away, by their states: the table that `Ledger.begin_take` goes by."""
+
+from __future__ import annotations
+
+from kvmdp.paging.claim import State
+
+PASS_OVER, TAKE, REVOKE, WAIT = b".APW"
+
+
+def takeable(*absent: State, present: bool = True) -> bytes:
+    """Return the table for `Ledger.begin_take`: which pages are taken, present ones and absent ones in these states.
+
+    It also says whose claims are waited for: only those that leave a page in a state that was asked for. A page that is
+    being fetched is none, unless pages are taken that were never fetched: else who only wants the guest shut out would
+    wait for the source.
+    """
+    table = bytearray((PASS_OVER,)) * 256
+    for state in absent:
+        table[state] = TAKE
+    if present:
+        table[State.PRESENT] = REVOKE
+        table[State.ADMITTING] = WAIT
+        if absent:
+            table[State.EVICTING] = WAIT
+        if State.SOURCE in absent:
+            table[State.INFLIGHT] = WAIT
+    return bytes(table)
