@@ -17,6 +17,7 @@ from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.wire import handover, offer
 from kvmdp.wire.endpoint import connect
 from kvmdp.wire.handover import Handover, Role
+from kvmdp.wire.records import Kind, Record, unpack
 
 PAGE = 4096
 TERMS = Handover(1, Role.HANDLER, 64, MEMORY // PAGE, ((0, MEMORY, 0),))
@@ -50,6 +51,16 @@ class Machine:
         with here, there:
             handover.send(here, terms, handover.Descriptors(0, 0, 0))
             return there.recv(4096)
+
+
+def fault(number, size=PAGE):
+    """A FAULT on a page, with its number and one as token."""
+    return Record(Kind.FAULT, number + 1, number * PAGE, size).pack(1)
+
+
+def answer(machine):
+    """The next record that the handler sends."""
+    return unpack(machine.ours.recv(65), 1)
 
 
 def memfd(size, *seals):

@@ -5,25 +5,17 @@ import ctypes
 import fcntl
 import mmap
 import os
-import resource
-import signal
 import socket
 import struct
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 
 import pytest
 from handlers import MEMORY, SEED, HandlerProcess
-from machines import PAGE, Machine, MachineProcess, check_served, memfd
+from machines import PAGE, Machine, MachineProcess, answer, check_served, fault, memfd
 
 from kvmdp.memory.hugepages import Reservation
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.wire.endpoint import EndpointError, connect
 from kvmdp.wire.handover import Handover, Role
-from kvmdp.wire.records import Kind, Outcome, Record, unpack
+from kvmdp.wire.records import Outcome
 
 IMPATIENT = "from kvmdp.source import serving\nserving._PATIENCE_SECONDS = 0.2"
 HUGE_PAGE = 2 << 20
@@ -50,14 +42,6 @@ def forgotten(handler):
 def machine(handler):
     with contextlib.ExitStack() as stack:
         yield Machine(handler.path, stack)
-
-
-def fault(number, size=PAGE):
-    return Record(Kind.FAULT, number + 1, number * PAGE, size).pack(1)
-
-
-def answer(machine):
-    return unpack(machine.ours.recv(65), 1)
 
 
 # What it hands over
@@ -290,151 +274,3 @@ def test_one_that_asks_for_all_of_a_large_ram_and_goes(tmp_path):
             machine.ours.send(fault(0, size))
             assert handler.says("has come")
         assert handler.says(f"machine {os.getpid()} has gone")
-
-
-# What the handler lacks
-
-
-# Root's processes are not limited: it becomes a user that has no other. SIGUSR1 allows it one thread more.
-WITHOUT_THREADS = """
-import os, resource, signal
-from kvmdp.cli import handler
-say = handler.say
-def allow(more):
-    threads = len(os.listdir("/proc/self/task")) + more
-    resource.setrlimit(resource.RLIMIT_NPROC, (threads, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
-def say_without_privilege(text):
-    if not os.getuid():
-        allow(0)
-        signal.signal(signal.SIGUSR1, lambda *_: allow(1))
-        os.setresuid({user}, {user}, {user})
-    say(text)
-handler.say = say_without_privilege
-"""
-
-
-@pytest.mark.root
-def test_without_threads_a_machine_is_given_up_and_the_next_is_served(tmp_path):
-    path = str(tmp_path / "s")
-    with HandlerProcess(path, prelude=WITHOUT_THREADS.format(user=1_000_000 + os.getpid())) as handler:
-        with contextlib.ExitStack() as stack:
-            Machine(path, stack).hand_over()
-            assert handler.says(
-                "was given up: can't start new thread: raise the limit on processes (ulimit -u,"
-            )
-        handler.process.send_signal(signal.SIGUSR1)
-        with contextlib.ExitStack() as stack:
-            machine = Machine(path, stack)
-            machine.hand_over()
-            for number in range(20):  # one worker answers them all
-                machine.ours.send(fault(number))
-            assert sorted(answer(machine).token for _ in range(20)) == list(range(1, 21))
-
-
-def test_without_descriptors_those_that_wait_make_room(tmp_path):
-    path = str(tmp_path / "s")
-    with HandlerProcess(path) as handler, contextlib.ExitStack() as stack:
-        used = len([*Path(f"/proc/{handler.pid}/fd").iterdir()])
-        resource.prlimit(handler.pid, resource.RLIMIT_NOFILE, (used + 3, 4096))
-        first = Machine(path, stack)  # takes two
-        second = Machine(path, stack)
-        assert handler.says(
-            f"machine {os.getpid()} was turned away after the longest wait: Too many open files"
-        )
-        assert first.connection.recv(1) == b""
-        resource.prlimit(handler.pid, resource.RLIMIT_NOFILE, (1024, 4096))
-        second.hand_over()
-        second.ours.send(fault(0))
-        assert answer(second).outcome is Outcome.PRESENT
-
-
-def test_without_any_descriptor_a_machine_waits(tmp_path):
-    path = str(tmp_path / "s")
-    with HandlerProcess(path) as handler:
-        used = len([*Path(f"/proc/{handler.pid}/fd").iterdir()])
-        resource.prlimit(handler.pid, resource.RLIMIT_NOFILE, (used, 4096))
-        waiting = threading.Thread(target=lambda: check_served(path))
-        waiting.start()
-        assert handler.says("no machine can be let in at the moment: Too many open files")
-        resource.prlimit(handler.pid, resource.RLIMIT_NOFILE, (1024, 4096))
-        waiting.join()
-
-
-def test_without_descriptors_for_a_hand_over(tmp_path):
-    path = str(tmp_path / "s")
-    with HandlerProcess(path) as handler, contextlib.ExitStack() as stack:
-        machine = Machine(path, stack)
-        used = len([*Path(f"/proc/{handler.pid}/fd").iterdir()])
-        resource.prlimit(handler.pid, resource.RLIMIT_NOFILE, (used + 2, 4096))
-        machine.hand_over()
-        assert handler.says("was given up: a hand-over with 2 descriptors, where 3 belong to it")
-        resource.prlimit(handler.pid, resource.RLIMIT_NOFILE, (1024, 4096))
-        check_served(path)
-
-
-# Its stderr
-
-
-@contextlib.contextmanager
-def _handler_that_says_to(descriptor, path):
-    """A handler whose stderr is `descriptor`."""
-    command = ("handler", "--listen", path, "--synthetic", f"{MEMORY},11")
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from kvmdp.cli.entry import entry; entry()", *command],
-        stderr=descriptor,
-        cwd=Path(__file__).resolve().parents[2],
-    )
-    try:
-        yield process
-        assert process.poll() is None
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _wait_for(path):
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            connect(path).close()
-            return
-        except EndpointError:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-
-def test_a_stderr_that_has_closed(tmp_path):
-    path = str(tmp_path / "s")
-    reader, writer = os.pipe()
-    with _handler_that_says_to(writer, path):
-        _wait_for(path)
-        os.close(writer)
-        os.close(reader)
-        for _ in range(3):
-            check_served(path)
-
-
-def test_a_stderr_that_is_full(tmp_path):
-    path = str(tmp_path / "s")
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, bytes(4096))
-    os.set_blocking(writer, True)
-    try:
-        with _handler_that_says_to(writer, path):
-            _wait_for(path)
-            for _ in range(3):
-                check_served(path)
-    finally:
-        os.close(writer)
-        os.close(reader)
-
-
-def test_a_stderr_on_a_full_disk(tmp_path):
-    path = str(tmp_path / "s")
-    with open("/dev/full", "w") as full, _handler_that_says_to(full.fileno(), path):
-        _wait_for(path)
-        for _ in range(3):
-            check_served(path)

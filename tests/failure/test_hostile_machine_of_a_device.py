@@ -4,9 +4,6 @@ import contextlib
 import fcntl
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from command import Running, kvmdp
@@ -140,61 +137,3 @@ def test_without_threads_it_says_so(socket_path, disk):
     ):
         hand_over(theirs)
         assert "can't start new thread: raise the limit on processes" in failed(device.finish())
-
-
-@pytest.mark.kvm
-@pytest.mark.parametrize("how", ["closed", "full", "on a full disk"])
-def test_its_stderr_is_none_of_the_disks_business(how, socket_path, disk):
-    with contextlib.ExitStack() as stack:
-        stderr = stack.enter_context(broken_stderr(how))
-        guest = stack.enter_context(
-            Running(
-                "run",
-                "--memory",
-                "2M",
-                "--workload",
-                "disk",
-                "--trap",
-                "mmio",
-                "--device-socket",
-                socket_path,
-            )
-        )
-        guest.wait_for_progress("waiting for a device")
-        device = subprocess.run(
-            [
-                *(sys.executable, "-c", "from kvmdp.cli.entry import entry; entry()"),
-                *("device", "--connect", str(socket_path), "--file", str(disk)),
-            ],
-            stderr=stderr,
-            stdout=subprocess.PIPE,
-            timeout=60,
-            cwd=Path(__file__).resolve().parents[2],
-        )
-        assert device.returncode == 0
-        assert b"requests" in device.stdout
-        assert guest.finish().status == 0
-
-
-@contextlib.contextmanager
-def broken_stderr(how):
-    """A descriptor for a stderr that takes nothing."""
-    if how == "on a full disk":
-        with open("/dev/full", "w") as full:
-            yield full.fileno()
-        return
-    reader, writer = os.pipe()
-    try:
-        if how == "closed":
-            os.close(reader)
-        else:
-            os.set_blocking(writer, False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(writer, bytes(4096))
-            os.set_blocking(writer, True)
-        yield writer
-    finally:
-        os.close(writer)
-        if how != "closed":
-            os.close(reader)
