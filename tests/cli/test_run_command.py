@@ -194,9 +194,7 @@ pathlib.Path.replace = replace
     target.write_text("older")
     done = kvmdp("run", "--memory", "2M", "--trap", "mmio", "--json", target, prelude=prelude)
     assert done.status == 1
-    assert done.error == (
-        f"--json {target} could not be written: No space left on device; name another place for it"
-    )
+    assert done.error.startswith(f"--json {target} could not be written: No space left on device; ")
     assert target.read_text() == "older"
     assert [*tmp_path.iterdir()] == [target]
 
