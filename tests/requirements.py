@@ -108,6 +108,10 @@ def _binutils() -> str | None:
     return _programs("binutils", "as", "ld", "objcopy")
 
 
+def _assembled() -> str | None:
+    return None if os.environ.get("KVMDP_PROGRAMS") else _binutils()
+
+
 def _compiler() -> str | None:
     if missing := _programs("gcc", "cc"):
         return missing
@@ -126,6 +130,7 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "hugepages": _hugepages,
     "qemu": _qemu,
     "binutils": _binutils,
+    "assembled": _assembled,
     "compiler": _compiler,
 }
 

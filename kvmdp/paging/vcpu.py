@@ -183,11 +183,11 @@ class VcpuPaging:
 
     def _go_on(self, access: Mmio, page: int) -> Exit | None:
         """Make the pages present that a settled access is about, and store what it has stored."""
-        if type(self._following) is not Interrupted:
-            return self._following
+        following = None if type(self._following) is Interrupted else self._following
         if not access.is_write:
-            self._retry(page)
-            return None
+            if following is None:
+                self._retry(page)
+            return following
         for gpa, data in self._stores:
             stored = self._layout.page_of_gpa(gpa)
             if stored is None:
@@ -199,7 +199,7 @@ class VcpuPaging:
                 self._machine_check(stored, PoisonedAccess.LOST_STORE if data else None)
                 break
             self._check(outcome, stored)
-        return None
+        return following
 
     def _transfer(self, offset: int, data: bytes) -> None:
         """Copy to RAM; an aligned access is one store."""

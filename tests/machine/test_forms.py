@@ -13,7 +13,7 @@ from forms.program import DRIVER
 from forms.survey import FORMS, chosen, reference, survey
 from harness import every_trap, require_trap
 
-pytestmark = [pytest.mark.kvm, pytest.mark.binutils]
+pytestmark = [pytest.mark.kvm, pytest.mark.assembled]
 
 _SHOWN = 40
 # quick: the forms that stand for the others; normal: those with two vCPUs, all with one; full: all, many times with two

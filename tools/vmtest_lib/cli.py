@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import initramfs, matrix, qemu
+from . import initramfs, matrix, programs, qemu
 from .apt import PrivateApt
 from .errors import ENVIRONMENT, FAILED, INTERRUPTED, VmtestError
 from .kernels import HERE, Kernel, Store, resolve, this_kernel
@@ -134,22 +134,23 @@ def _dispatch(options: argparse.Namespace) -> int:
         folder = store.folder(kernels[0])
         with initramfs.build(folder / "modules", None) as image:
             return qemu.shell(Machine(folder / "vmlinuz", image.descriptor, options.memory))
-    if options.matrix:
-        return _matrix(store, kernels, options)
-    statuses = [_run(store, kernel, options.command, options)[0] for kernel in kernels]
+    with programs.assembled(needed=options.matrix) as guests:
+        if options.matrix:
+            return _matrix(store, kernels, options, guests)
+        statuses = [_run(store, kernel, options.command, options, guests)[0] for kernel in kernels]
     if len(kernels) == 1:
         return statuses[0]
     problems = [f"failed, status {status}" if status else "" for status in statuses]
     return _summarize(kernels, problems)
 
 
-def _matrix(store: Store, kernels: Sequence[Kernel], options: argparse.Namespace) -> int:
+def _matrix(store: Store, kernels: Sequence[Kernel], options: argparse.Namespace, guests: Path | None) -> int:
     results, problems = [], []
     if options.here:
         kernels = [this_kernel(), *kernels]
     for kernel in kernels:
         here = kernel.suite == HERE
-        status, report = _run_here() if here else _run(store, kernel, matrix.JOB, options)
+        status, report = _run_here(guests) if here else _run(store, kernel, matrix.JOB, options, guests)
         if status or not report:
             problems.append(f"no report, status {status}")
             continue
@@ -166,12 +167,12 @@ def _matrix(store: Store, kernels: Sequence[Kernel], options: argparse.Namespace
     return _summarize(kernels, problems)
 
 
-def _run_here() -> tuple[int, bytes]:
-    """Run the matrix's checks on this machine; return their exit status and report."""
+def _run_here(guests: Path | None) -> tuple[int, bytes]:
+    """Run the matrix's checks on this machine, with these guest programs; return their exit status and report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         checkout = Path(__file__).resolve().parents[2]
-        environment = {**os.environ, "VMTEST_REPORT": str(report)}
+        environment = {**os.environ, "VMTEST_REPORT": str(report), programs.VARIABLE: str(guests)}
         done = subprocess.run([sys.executable, *matrix.JOB[1:]], cwd=checkout, env=environment)
         return done.returncode, report.read_bytes() if report.exists() else b""
 
@@ -194,13 +195,20 @@ def _list(store: Store) -> int:
 
 
 def _run(
-    store: Store, kernel: Kernel, command: Sequence[str], options: argparse.Namespace
+    store: Store,
+    kernel: Kernel,
+    command: Sequence[str],
+    options: argparse.Namespace,
+    guests: Path | None,
 ) -> tuple[int, bytes]:
-    """Run `command` on one kernel and say how it went; return its exit status and its report, if it wrote one."""
+    """Run `command` on one kernel and say how it went; return its exit status and its report, if it wrote one.
+
+    `guests` is a folder with guest programs for the tests.
+    """
     folder = store.folder(kernel)
     _say(f"{kernel.version}: booting {kernel.release}")
     try:
-        with initramfs.build(folder / "modules", command) as image:
+        with initramfs.build(folder / "modules", command, guests) as image:
             machine = Machine(folder / "vmlinuz", image.descriptor, options.memory)
             outcome = qemu.run(machine, image.end, options.timeout, options.log)
     except VmtestError as error:

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import python_tree
+from . import programs, python_tree
 from .errors import ENVIRONMENT, VmtestError
 from .kernels import MODULES
 from .newc import NewcWriter
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 REPORT = "/run/vmtest-report"
+_GUESTS = "/vmtest/guests"
 _ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
     "HOME": "/root",
@@ -41,10 +42,11 @@ class Initramfs(NamedTuple):
 
 
 @contextlib.contextmanager
-def build(modules: Path, command: Sequence[str] | None) -> Iterator[Initramfs]:
+def build(modules: Path, command: Sequence[str] | None, guests: Path | None = None) -> Iterator[Initramfs]:
     """Build an initramfs with the kernel modules in `modules` that runs `command`, None for a shell.
 
-    It exists as long as the context. Raises VmtestError (status 4) where the host lacks what is to be copied.
+    `guests` is a folder with guest programs for the tests. The image exists as long as the context. Raises VmtestError
+    (status 4) where the host lacks what is to be copied.
     """
     # A command may print whatever it likes: only a mark made for this run cannot be mistaken.
     end = b"\0vmtest-end-" + secrets.token_hex(8).encode() + b"\0"
@@ -60,6 +62,10 @@ def build(modules: Path, command: Sequence[str] | None) -> Iterator[Initramfs]:
             if (modules / f"{name}.ko").exists():
                 image.file(f"/vmtest/modules/{order:02}-{name}.ko", modules / f"{name}.ko")
         passed = {name: value for name, value in os.environ.items() if name.startswith("KVMDP_")}
+        if guests is not None:
+            for path in guests.iterdir():
+                image.file(Path(_GUESTS, path.name), path)
+            passed[programs.VARIABLE] = _GUESTS
         exports = [f"export {name}={shlex.quote(value)}\n" for name, value in (_ENVIRONMENT | passed).items()]
         image.data("/vmtest/environment", "".join(exports).encode())
         image.data("/vmtest/end", end)

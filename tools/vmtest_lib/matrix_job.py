@@ -1,8 +1,9 @@
 """The checks of the matrix, as one program: it runs on the kernel that is to be judged and judges nothing itself.
 
 On each trap every workload in ring 3 and ring 0, and contended faults (two vCPUs that add to the same 256 pages,
-three rounds), each as `kvmdp run` does it; besides, `kvmdp probe` and the tests of the kernel's ABI. A trap that
-refuses its first run is asked no more. The report goes to the file that $VMTEST_REPORT names:
+three rounds), each as `kvmdp run` does it; instruction forms in both rings, on one vCPU and on two, and guests with
+instructions that were once emulated wrongly (tests/machine/forms); besides, `kvmdp probe` and the tests of the kernel's
+ABI. A trap that refuses its first run is asked no more. The report goes to the file that $VMTEST_REPORT names:
 
     {"schema": "kvmdp.vmtest/1", "probe": {...} or null, "checks": [{"trap": str or null, "check": str,
      "status": exit status, "message": last line of its output}]}
@@ -20,11 +21,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvmdp.cli.main import main as kvmdp
-from kvmdp.machine.workloads import WORKLOADS
-from kvmdp.paging.trap.registry import SLOT_TRAPS, TRAPS
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/machine"))
 
-_REFUSED = 4
+from forms.named import NAMED, Named
+from forms.reference import cpu_flags
+from forms.survey import chosen, survey
+
+from kvmdp.cli.main import main as kvmdp
+from kvmdp.machine.runloop import GuestError
+from kvmdp.machine.workloads import WORKLOADS
+from kvmdp.paging.fault import PagingError
+from kvmdp.paging.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS
+
+_FAILED, _REFUSED = 1, 4
 _ROUNDS = 3
 _SECONDS = 120
 _RUN = ("run", "--memory", "2M", "--timeout", str(_SECONDS))
@@ -58,7 +67,31 @@ def _trap_checks(trap: str) -> list[dict[str, Any]]:
     for round_ in range(1, _ROUNDS + 1):
         contended = ("--trap", trap, "--vcpus", "2", "--workload", "atomic", "--pages", "256")
         checks.append(_check(trap, f"contended {round_}", *_RUN, *contended, "--seed", str(round_)))
+    # The baseline has nothing emulated: that two vCPUs get what is right shows above.
+    for vcpus in (1, 2) if trap in EXIT_TRAPS else (1,):
+        checks += [_forms(trap, ring, vcpus) for ring in (3, 0)]
+    checks += [_named(trap, guest) for guest in NAMED if guest.needs in cpu_flags()]
     return checks
+
+
+def _forms(trap: str, ring: int, vcpus: int) -> dict[str, Any]:
+    """Run the instruction forms that stand for the others."""
+    check = f"forms, ring {ring}, {vcpus} vCPU"
+    found = survey(trap, ring, vcpus, chosen(quick=True))
+    differ = [f"{name}: {words}" for name, words in found.different.items()]
+    if differ:
+        return _result(trap, check, _FAILED, f"{len(differ)} of {found.cases} cases differ; {differ[0]}")
+    return _result(trap, check, 0, f"{found.cases} cases")
+
+
+def _named(trap: str, guest: Named) -> dict[str, Any]:
+    """Run a guest with instructions that were once emulated wrongly."""
+    check, right = f"guest {guest.name}", guest.right()
+    try:
+        found = guest.run(trap)
+    except (GuestError, PagingError) as error:
+        return _result(trap, check, _FAILED, str(error))
+    return _result(trap, check, 0 if found == right else _FAILED, f"checksums {found}, right is {right}")
 
 
 def _check(trap: str | None, check: str, *arguments: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from .named import NAMED
 from .survey import chosen, program, survey
 
 
@@ -25,12 +26,12 @@ def main() -> int:
     option("--skipped", action="store_true", help="print the forms that cannot be run here, and why")
     option(
         "--assemble",
-        metavar="FILE",
-        help="only write the guest program, for KVMDP_FORMS where there is no binutils",
+        metavar="FOLDER",
+        help="only write the guest programs there, for KVMDP_PROGRAMS where there is no binutils",
     )
     options = parser.parse_args()
     if options.assemble:
-        Path(options.assemble).write_bytes(program())
+        _assemble(Path(options.assemble))
         return 0
     if not options.trap:
         parser.error("which trap? Give --trap")
@@ -56,6 +57,12 @@ def main() -> int:
     ]
     print(f"{options.trap}, ring {options.ring}, {options.vcpus} vCPU: {', '.join(numbers)}")
     return 1 if found.different else 0
+
+
+def _assemble(folder: Path) -> None:
+    (folder / "forms.bin").write_bytes(program())
+    for guest in NAMED:
+        (folder / f"{guest.name}.bin").write_bytes(guest.program())
 
 
 sys.exit(main())

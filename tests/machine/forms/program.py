@@ -1,9 +1,13 @@
-"""The guest program that holds all forms: the driver, and a slot for each form."""
+"""The guest program that holds all forms: the driver, and a slot for each form.
 
+Where there is no binutils, KVMDP_PROGRAMS names a folder with what was assembled elsewhere (tools/forms --assemble).
+"""
+
+import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvmdp.machine.guest_abi import PROGRAM_BASE, PROGRAM_SIZE
@@ -33,18 +37,24 @@ def _source(forms: Sequence[Form]) -> str:
     return "\n".join([*lines, ""])
 
 
+def prepared(name: str, assembled: Callable[[], bytes]) -> bytes:
+    """Return a program from the folder KVMDP_PROGRAMS if there is one, else `assembled()`."""
+    folder = os.environ.get("KVMDP_PROGRAMS")
+    return Path(folder, f"{name}.bin").read_bytes() if folder else assembled()
+
+
 def assemble(forms: Sequence[Form]) -> bytes:
     """Return the program with these forms. Needs binutils; raises CalledProcessError if a form is wrong."""
     return assemble_source(_source(forms), [DRIVER.parent, _GUEST])
 
 
-def assemble_source(source: str, includes: Sequence[Path] = (), symbols: Sequence[str] = ()) -> bytes:
-    """Return a flat binary for the program area; `symbols` are NAME=VALUE."""
+def assemble_source(source: str, includes: Sequence[Path] = ()) -> bytes:
+    """Return a flat binary for the program area."""
     prefix = "x86_64-linux-gnu-" if shutil.which("x86_64-linux-gnu-as") else ""
     with tempfile.TemporaryDirectory() as directory:
         assembly, linked, binary = (Path(directory, name) for name in ("forms.S", "forms.o", "forms.bin"))
         assembly.write_text(source)
-        options = [f"-I{each}" for each in includes] + [f"--defsym={each}" for each in symbols]
+        options = [f"-I{each}" for each in includes]
         subprocess.run([prefix + "as", "--64", *options, "-o", linked, assembly], check=True)
         command = [prefix + "ld", "-N", "-e", "0", "-Ttext", hex(PROGRAM_BASE), "--oformat", "binary"]
         subprocess.run([*command, "-o", binary, linked], check=True)

@@ -60,9 +60,9 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-def find_right(forms: Sequence[Form], program: bytes, ring: int) -> Reference:
-    """Run the forms with all memory present."""
-    return _Finder(forms, program, ring).find()
+def find_right(forms: Sequence[Form], numbers: Sequence[int], program: bytes, ring: int) -> Reference:
+    """Run the forms with these `numbers` with all memory present; `forms` are all of the program."""
+    return _Finder(forms, numbers, program, ring).find()
 
 
 def blocks_for(ring: int, vcpus: int) -> list[ParameterBlock]:
@@ -87,11 +87,11 @@ class _EmulatorError(Exception):
 
 
 class _Finder:
-    def __init__(self, forms: Sequence[Form], program: bytes, ring: int) -> None:
-        self._forms, self._program, self._ring = forms, program, ring
+    def __init__(self, forms: Sequence[Form], numbers: Sequence[int], program: bytes, ring: int) -> None:
+        self._forms, self._numbers, self._program, self._ring = forms, numbers, program, ring
         self._avx = has_avx(ring)
         self._right: dict[int, Right] = {}
-        self._skipped = {number: why for number, form in enumerate(forms) if (why := self._why_not(form))}
+        self._skipped = {number: why for number in numbers if (why := self._why_not(forms[number]))}
         self._selectors = Selectors(0, 0)
 
     def _why_not(self, form: Form) -> str | None:
@@ -103,7 +103,7 @@ class _Finder:
         return None
 
     def find(self) -> Reference:
-        todo = [number for number in range(len(self._forms)) if number not in self._skipped]
+        todo = [number for number in self._numbers if number not in self._skipped]
         while todo:
             with PlainGuest(MEMORY, blocks_for(self._ring, 1), self._program) as guest:
                 self._run(_Guest(guest), todo)

@@ -2,17 +2,15 @@
 
 import fnmatch
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvmdp.machine.hostinfo import emulates_ring_0
 
 from .form import Form, cases_of
 from .judge import difference, is_judged_contended
 from .known import known as known_here
-from .program import assemble
+from .program import assemble, prepared
 from .reference import Reference, find_right
 from .table import FORMS
 from .trapped import Numbered, run_cases
@@ -34,15 +32,14 @@ class Survey:
 
 @functools.cache
 def program() -> bytes:
-    """Return the guest program with the whole table; KVMDP_FORMS is a file of it, where there is no binutils."""
-    ready = os.environ.get("KVMDP_FORMS")
-    return Path(ready).read_bytes() if ready else assemble(FORMS)
+    """Return the guest program with the whole table."""
+    return prepared("forms", lambda: assemble(FORMS))
 
 
 @functools.cache
-def reference(ring: int) -> Reference:
-    """Return what is right in a ring of this host's guests."""
-    return find_right(FORMS, program(), ring)
+def reference(ring: int, numbers: Sequence[int] = range(len(FORMS))) -> Reference:
+    """Return what is right in a ring of this host's guests, of the forms with these numbers."""
+    return find_right(FORMS, numbers, program(), ring)
 
 
 def chosen(pattern: str = "*", *, quick: bool = False) -> list[Form]:
@@ -52,8 +49,8 @@ def chosen(pattern: str = "*", *, quick: bool = False) -> list[Form]:
 
 def survey(trap: str, ring: int, vcpus: int = 1, forms: Sequence[Form] = FORMS, rounds: int = 1) -> Survey:
     """Run forms under a trap and compare. With two vCPUs both run each at the same time, `rounds` times."""
-    right = reference(ring)
     numbers = {form.name: number for number, form in enumerate(FORMS)}
+    right = reference(ring, tuple(numbers[form.name] for form in forms))
     skipped = {
         form.name: right.skipped[numbers[form.name]] for form in forms if numbers[form.name] in right.skipped
     }

@@ -3,8 +3,8 @@
 .globl _start
 _start: mov rcx, rsp
     mov rsi, rbp
-    mov esp, 0x402000
-    mov ebp, 0x404000
+    mov esp, 0x102000
+    mov ebp, 0x104000
     enter 0x20, 2
     mov rax, [rbp]                      # the frame pointer as it was, the outer frame's, this frame's
     add rax, [rbp - 8]

@@ -2,8 +2,8 @@
 .intel_syntax noprefix
 .globl _start
 _start: mov edx, 1
-    lzcnt rax, qword ptr [0x401000]
-    lzcnt rcx, qword ptr [0x401000]
+    lzcnt rax, qword ptr [0x101000]
+    lzcnt rcx, qword ptr [0x101000]
     cmp rax, rcx
     je 1f
     shl rax, 32

@@ -6,7 +6,7 @@ _start: push rbx
     mov r8d, 0x1000               # first page... 0x1000 on
     xor r9d, r9d                  # round
     xor ebx, ebx                  # wrong ones
-    mov r10d, 3500
+    mov r10d, 500
 1:  inc r9d
     lock inc dword ptr [r11]
     lea ecx, [r9d*2]
@@ -23,6 +23,6 @@ _start: push rbx
     dec r10d
     jnz 1b
     mov rax, rbx
-    mov edx, 3500
+    mov edx, 500
     pop rbx
     ret

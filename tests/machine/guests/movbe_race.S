@@ -4,7 +4,7 @@
 _start: mov r11d, 0xD0180000
     mov r8d, 0x1000
     xor r9d, r9d
-    mov r10d, 3500
+    mov r10d, 500
 1:  inc r9d
     lock inc dword ptr [r11]
     lea ecx, [r9d*2]
@@ -16,5 +16,5 @@ _start: mov r11d, 0xD0180000
     add r8d, 4096
     dec r10d
     jnz 1b
-    mov edx, 3500
+    mov edx, 500
     ret
