@@ -31,6 +31,7 @@ from kvmdp.cli.output import (
     write_file,
     write_json,
 )
+from kvmdp.cli.paths import check_distinct, reads, writes
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.trap.registry import ALL_TRAPS, TRAPS
@@ -164,6 +165,9 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, hold against bounds, return the exit status."""
+    check_distinct(
+        reads("--check", options.check), writes("--trace", options.trace), writes("--json", options.json)
+    )
     check_json_target(options.json)
     check_trace_target(options.trace)
     try:

@@ -27,6 +27,7 @@ from kvmdp.cli.output import (
     write_file,
     write_json,
 )
+from kvmdp.cli.paths import check_distinct, fills, writes
 from kvmdp.machine.runloop import GuestError
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.fault import PagingError
@@ -116,6 +117,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Measure, write, print, return the exit status."""
+    check_distinct(
+        fills("--report", options.report), writes("--trace", options.trace), writes("--json", options.json)
+    )
     if options.coverage:
         return run_coverage(options)
     try:

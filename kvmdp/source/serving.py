@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NoReturn
 
-from kvmdp.source.base import PageSource, SourceError
+from kvmdp.source.base import PageSource, SourceError, fetch
 from kvmdp.thread import JoinableThread
 from kvmdp.wire import handover, offer
 from kvmdp.wire.endpoint import EndpointError, Listener, Peer
@@ -27,9 +27,12 @@ _WORKERS = 16  # faults in flight: as many as a machine has vCPUs
 _PATIENCE_SECONDS = 60.0  # from the offer to the hand-over: a large machine takes a while to make
 
 
-def serve(listener: Listener, source: PageSource, report: Callable[[str], None]) -> NoReturn:
+def serve(
+    listener: Listener, source: PageSource, report: Callable[[str], None], low_ram_end: int | None = None
+) -> NoReturn:
     """Serve machines from `source`, one at a time, for ever. Both stay the caller's.
 
+    `low_ram_end` is the gpa at which the hole begins of the machine that the source is of, None if it is of none.
     `report` is told in a sentence of each session's beginning and end, from any thread.
     """
     while True:
@@ -40,7 +43,7 @@ def serve(listener: Listener, source: PageSource, report: Callable[[str], None])
                 report(f"a machine was refused: {error}")
                 continue
             try:
-                serve_machine(connection, peer.pid, source, report)
+                serve_machine(connection, peer.pid, source, report, low_ram_end)
             except (HandoverError, OSError) as error:
                 report(f"machine {peer.pid} was given up: {error}")
             finally:
@@ -48,14 +51,18 @@ def serve(listener: Listener, source: PageSource, report: Callable[[str], None])
 
 
 def serve_machine(
-    connection: socket.socket, pid: int, source: PageSource, report: Callable[[str], None]
+    connection: socket.socket,
+    pid: int,
+    source: PageSource,
+    report: Callable[[str], None],
+    low_ram_end: int | None = None,
 ) -> None:
     """Serve the machine at the other end of a new connection to its end.
 
     Raises HandoverError if what comes is no hand-over that can be served, or nothing comes; OSError.
     """
     connection.settimeout(_PATIENCE_SECONDS)
-    offer.send(connection, source.size)
+    offer.send(connection, offer.Offer(source.size, low_ram_end))
     try:
         terms, descriptors = handover.receive(connection)
     except TimeoutError:
@@ -191,7 +198,7 @@ class _Serving:
         outcome = Outcome.PRESENT
         try:
             with self._memory[offset : offset + record.size] as destination:
-                self._source.fill(offset, destination)
+                fetch(self._source, offset, destination)
         except (SourceError, ValueError) as error:
             outcome = Outcome.FAILED
             self._report(f"the fault on gpa {record.gpa:#x} failed: {error}")

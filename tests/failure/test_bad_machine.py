@@ -75,7 +75,7 @@ class Machine:
 
     def __init__(self, path, stack):
         self.connection = stack.enter_context(connect(path))
-        assert offer.receive(self.connection) == MEMORY
+        assert offer.receive(self.connection) == offer.Offer(MEMORY, None)
         self.ram = stack.enter_context(MemfdBacking(MEMORY)).fd
         self.bitmap = stack.enter_context(PresentBitmap(MEMORY // PAGE)).fd
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
