@@ -11,6 +11,10 @@
 .set IST_DF, 1
 .set IST_MC, 2
 
+# Where RAM's hole begins is the same for every vCPU: workloads read it in vCPU 0's block.
+.globl low_ram_end
+.set low_ram_end, PARAMETERS_BASE + BLOCK_LOW_RAM_END
+
 .section .boot, "awx"
 .globl image
 image:

@@ -13,7 +13,7 @@ _start:                                 # rdi = parameter block, rsi = vCPU inde
     mov r8, rcx                         # accesses
     xor eax, eax
     xor edx, edx                        # gpa
-    mov r9, LOW_RAM_END
+    mov r9, [rdi + BLOCK_LOW_RAM_END]
 1:  cmp rdx, r9
     jne 2f
     movabs rdx, HIGH_RAM_BASE

@@ -33,7 +33,7 @@ workload_execute:
     inc qword ptr [rdi + BLOCK_PROGRESS]
     dec r13
     jz 2f
-    cmp r12, LOW_RAM_PAGES              # the next page is on the other side of the hole
+    compare_with_hole r12, rdx          # the next page is on the other side of the hole
     je 1b
     lea rdx, [rcx + EXECUTE_CROSSING]
     call_function rdx

@@ -75,9 +75,11 @@ port_strings:
     jnz 1f
     cmp r13, 1                          # the page after this one is not of this half
     je 1f
-    cmp r12, LOW_RAM_PAGES - 1          # the next page is on the other side of the hole
+    lea rdi, [r12 + 1]
+    compare_with_hole rdi, rsi          # the next page is on the other side of the hole
     je 1f
-    cmp r14, LOW_RAM_PAGES - 1
+    lea rdi, [r14 + 1]
+    compare_with_hole rdi, rsi
     je 1f
     lea rsi, [r8 + STRING_CROSSING]
     mov ecx, STRING_CROSSING_WORDS

@@ -66,7 +66,7 @@ boundary:
     inc qword ptr [rdi + BLOCK_PROGRESS]
     dec r13
     jz done
-    cmp r12, LOW_RAM_PAGES              # the next page is on the other side of the hole
+    compare_with_hole r12, r9           # the next page is on the other side of the hole
     je next_page
     test r14d, 1
     jz boundary_sse

@@ -171,7 +171,7 @@ def check(contender: Contender) -> None:
     check_backing_options(work.backing, work.memory_bytes, reserve=work.reserve_hugepages)
     granule = machine_options(contender).granule
     if granule is not None:
-        check_granule(granule)
+        check_granule(granule, GuestLayout(work.memory_bytes))
 
 
 def machine_options(contender: Contender) -> MachineOptions:

@@ -28,6 +28,7 @@ from kvmdp.cli.output import (
     check_trace_target,
     say,
 )
+from kvmdp.cli.paths import check_distinct, reads, writes
 from kvmdp.cli.result_files import ResultFiles
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.memory.size import format_size, parse_size
@@ -162,6 +163,9 @@ def _add_our_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, hold against bounds, return the exit status."""
+    check_distinct(
+        reads("--check", options.check), writes("--trace", options.trace), writes("--json", options.json)
+    )
     check_json_target(options.json)
     check_trace_target(options.trace)
     bounds = _bounds(options.check)

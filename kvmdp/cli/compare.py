@@ -26,6 +26,7 @@ from kvmdp.cli.output import (
     is_stream,
     say,
 )
+from kvmdp.cli.paths import check_distinct, fills, writes
 from kvmdp.cli.report import write_folder
 from kvmdp.cli.result_files import ResultFiles
 from kvmdp.cli.streams import terminal_columns
@@ -115,6 +116,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Measure, write, print, return the exit status."""
+    check_distinct(
+        fills("--report", options.report), writes("--trace", options.trace), writes("--json", options.json)
+    )
     if options.coverage:
         return run_coverage(options)
     try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
+from kvmdp.cli.disk_options import add_format_option
 from kvmdp.cli.output import EXIT_OK, UsageError, say
+from kvmdp.cli.paths import check_distinct, reads, writes
 from kvmdp.machine.disk import DiskError, DiskFile
 from kvmdp.machine.remote_disk import HANDOVER_SECONDS, serve_disk
 from kvmdp.memory.size import format_size
@@ -44,14 +46,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="S",
         help=f"seconds to wait for this device's turn: a machine has one at a time (default: {HANDOVER_SECONDS:g})",
     )
+    add_format_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Serve, print what was done, return the exit status."""
     if not options.timeout > 0:
         raise UsageError(f"--timeout {options.timeout:g}: give more than 0 seconds")
+    check_distinct(reads("--connect", options.connect), writes("--file", options.file))
     try:
-        file = DiskFile.open(options.file)
+        file = DiskFile.open(options.file, any_format=options.disk_format is not None)
     except DiskError as error:
         raise UsageError(f"--file: {error}") from None
     with file:

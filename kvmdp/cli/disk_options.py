@@ -15,13 +15,14 @@ from kvmdp.machine.remote_disk import RemoteDisk
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.wire.endpoint import EndpointError
 
-__all__ = ["add_disk_options", "disk_device"]
+__all__ = ["add_disk_options", "add_format_option", "disk_device"]
 
 
 def add_disk_options(group: argparse._ArgumentGroup) -> None:
     """Add them."""
     option = group.add_argument
     option("--disk", metavar="FILE", help="disk: the file it is (default: a temporary one)")
+    add_format_option(group)
     option(
         "--device-socket",
         metavar="PATH",
@@ -37,6 +38,15 @@ def add_disk_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_format_option(group: argparse._ActionsContainer) -> None:
+    """Add that which says what kind of file a disk is."""
+    group.add_argument(
+        "--disk-format",
+        choices=("raw",),
+        help="raw: take the disk's file for sectors whatever it looks like (default: refuse other formats)",
+    )
+
+
 @contextlib.contextmanager
 def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[DeviceFactory | None]:
     """Give what attaches the disk that the options ask for, None if that is none. Raises UsageError.
@@ -48,6 +58,8 @@ def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[Device
         raise UsageError(
             "--disk is for a disk served here: with --device-socket give kvmdp device --file instead"
         )
+    if options.disk_format is not None and options.disk is None:
+        raise UsageError("--disk-format is for --disk: name a file, or leave it out")
     if asked and not disk_bytes and options.guest is None:
         raise UsageError(f"the workload {options.workload} uses no disk: give --workload disk, or --guest")
     if not options.device_timeout > 0:
@@ -57,11 +69,11 @@ def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[Device
             yield None
             return
         try:
-            with disk_file(options.disk, disk_bytes):
+            with disk_file(options.disk, disk_bytes, any_format=options.disk_format is not None):
                 pass  # what is wrong with it is said before anything is set up
         except DiskError as error:
             raise UsageError(str(error)) from None
-        yield in_process_disk(disk_bytes, options.disk)
+        yield in_process_disk(disk_bytes, options.disk, any_format=options.disk_format is not None)
         return
     if not BACKINGS[options.backing].sealed:
         raise UsageError(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import NoReturn
 
+from kvmdp.cli.images import Image, add_image_options, open_image, parse_layout
 from kvmdp.cli.leftovers import listening
 from kvmdp.cli.output import UsageError, say
+from kvmdp.cli.paths import check_distinct, reads, writes
+from kvmdp.cli.sources import over_network
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.source.base import PageSource
-from kvmdp.source.image import ImageSource
-from kvmdp.source.network import NetworkSource, parse_bandwidth, parse_latency
 from kvmdp.source.serving import PageServer
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.wire.endpoint import EndpointError
@@ -38,6 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SIZE[,SEED]",
         help="serve so much synthetic memory, as kvmdp run has (default: none)",
     )
+    add_image_options(parser)
     option("--latency", default="0", metavar="T", help="delay each fetch by T, such as 30us (default: 0)")
     option(
         "--bandwidth",
@@ -49,29 +52,45 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> NoReturn:
     """Serve until interrupted."""
-    try:
-        source = _source(options)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    try:
-        with listening(options.listen) as listener, PageServer(listener, source, say) as server:
-            say(f"serving {format_size(source.size)} from {source.name} at {options.listen}")
-            server.run()
-    except EndpointError as error:
-        raise UsageError(str(error)) from None
-    finally:
-        source.close()
+    check_distinct(reads("--image", options.image), writes("--listen", options.listen))
+    with contextlib.ExitStack() as stack:
+        try:
+            image = _image(options, stack)
+            source = over_network(options, _synthetic(options) if image is None else image.source)
+            listener = stack.enter_context(listening(options.listen))
+        except (ValueError, EndpointError) as error:
+            raise UsageError(str(error)) from None
+        layout = "" if image is None else f" ({image.layout.kind})"
+        low_ram_end = None if image is None else image.low_ram_end
+        server = stack.enter_context(PageServer(listener, source, say, low_ram_end))
+        say(f"serving {format_size(source.size)} from {source.name}{layout} at {options.listen}")
+        server.run()
 
 
-def _source(options: argparse.Namespace) -> PageSource:
-    """Open what is to be served. Raises ValueError, ImageError among them."""
-    latency, bandwidth = parse_latency(options.latency), parse_bandwidth(options.bandwidth)
-    source: PageSource
-    if options.image is not None:
-        source = ImageSource(options.image)
-    else:
-        size, _, seed = options.synthetic.partition(",")
-        if seed and not seed.isdecimal():
-            raise ValueError(f"--synthetic {options.synthetic}: the seed is a number, such as in 64M,1")
-        source = SyntheticSource(parse_size(size), int(seed or 0))
-    return NetworkSource(source, latency, bandwidth) if latency or bandwidth else source
+def _image(options: argparse.Namespace, stack: contextlib.ExitStack) -> Image | None:
+    """Open the image that is to be served, if it is one; the stack closes it and says whether it has changed.
+
+    Raises ValueError, ImageError among them.
+    """
+    if options.image is None:
+        if options.image_layout is not None or options.image_format is not None:
+            raise ValueError("--image-layout and --image-format are for --image: leave them out")
+        return None
+    image = open_image(options.image, parse_layout(options.image_layout), options.image_format, None)
+    stack.callback(image.file.close)
+    stack.callback(_say_change, image)
+    return image
+
+
+def _say_change(image: Image) -> None:
+    change = image.change()
+    if change is not None:
+        say(change)
+
+
+def _synthetic(options: argparse.Namespace) -> PageSource:
+    """Return the synthetic memory that is to be served. Raises ValueError."""
+    size, _, seed = options.synthetic.partition(",")
+    if seed and not seed.isdecimal():
+        raise ValueError(f"--synthetic {options.synthetic}: the seed is a number, such as in 64M,1")
+    return SyntheticSource(parse_size(size), int(seed or 0))

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from kvmdp.cli.output import EXIT_LACKING, EXIT_OK, check_json_target
+from kvmdp.cli.paths import check_distinct, writes
 from kvmdp.cli.result_files import ResultFiles
 from kvmdp.kvm import Kvm, KvmError
 from kvmdp.machine.hostinfo import host_facts, huge_page_pools
@@ -36,6 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Probe, print, return the exit status."""
+    check_distinct(writes("--json", options.json))
     check_json_target(options.json)
     document = probe_document()
     if options.json != "-":

@@ -6,11 +6,12 @@ import argparse
 
 import numpy as np
 
-from kvmdp.bench.report.folder import ReportError, check_folder, write_report
+from kvmdp.bench.report.folder import DOCUMENT, ReportError, check_folder, write_report
 from kvmdp.bench.report.load import load
 from kvmdp.bench.report.results import Document, trace_name
 from kvmdp.bench.report.table import claim_lines, table
 from kvmdp.cli.output import EXIT_OK, UsageError, say
+from kvmdp.cli.paths import check_distinct, fills, reads
 from kvmdp.cli.result_files import OutputError, ResultFiles
 from kvmdp.memory.layout import PAGE_SIZE
 
@@ -33,6 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Read, print, write the folder, return the exit status."""
+    check_distinct(reads("FILE", options.file), fills("--report", options.report, DOCUMENT))
     try:
         if options.report:
             check_folder(options.report)

@@ -21,9 +21,11 @@ from kvmdp.cli.output import (
     check_trace_target,
     say,
 )
+from kvmdp.cli.paths import check_distinct, reads, writes
 from kvmdp.cli.progress import Progress
 from kvmdp.cli.result_files import ResultFiles
 from kvmdp.cli.run_options import add_options, machine_options, plan
+from kvmdp.cli.sources import Sources, open_sources
 from kvmdp.cli.summary import leak_records, print_leaks, print_summary, results
 from kvmdp.cli.supervise import TouchedError, is_supervised, supervise
 from kvmdp.machine.boot import GuestImageError
@@ -37,21 +39,16 @@ from kvmdp.machine.workloads import (
     program_blocks,
 )
 from kvmdp.machine.workloads.poison import choose_pages
-from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.backings import BACKINGS
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.memory.size import format_size, parse_size
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import PagingError, UnsupportedError
 from kvmdp.source.base import PageSource, SourceError
-from kvmdp.source.handler import HandlerSource
-from kvmdp.source.image import ImageError, ImageSource
-from kvmdp.source.network import NetworkSource, parse_bandwidth, parse_latency
-from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.source.image import ImageError
+from kvmdp.source.network import parse_bandwidth, parse_latency
 from kvmdp.wire.endpoint import EndpointError
 
 SCHEMA = "kvmdp.run/1"
-
-_DEFAULT_MEMORY = 64 << 20
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,6 +67,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Run the guest, print the summary, return the exit status."""
+    check_distinct(
+        reads("--image", options.image),
+        reads("--guest", options.guest),
+        reads("--handler", options.handler),
+        writes("--disk", options.disk),
+        writes("--device-socket", options.device_socket),
+        writes("--backing-file", options.backing_file),
+        writes("--trace", options.trace),
+        writes("--json", options.json),
+    )
     check_json_target(options.json)
     check_trace_target(options.trace)
     if options.detect_leaks and not is_supervised():
@@ -78,21 +85,24 @@ def run(options: argparse.Namespace) -> int:
     files = ResultFiles()
     with contextlib.ExitStack() as stack:
         try:
-            source, reference = _sources(options, stack)
-            memory, workload_options = plan(options, source)
+            sources = open_sources(options, stack)
+            memory, workload_options = plan(options, sources.source, sources.low_ram_end)
             machine = machine_options(options, memory, workload_options)
         except (ValueError, ImageError, GuestImageError, EndpointError) as error:
             raise UsageError(str(error)) from None
-        _announce(options, machine, source)
+        _announce(options, machine, sources.source)
         leftovers = Leftovers(options)
         stack.callback(leftovers.announce)
         stack.enter_context(last_act(leftovers.announce))
-        document = _document(options, machine)
+        document = _document(options, machine, sources)
         try:
             with _traced(options, document, files) as on_start:
-                result = _execute(options, machine, workload_options, source, reference, on_start, detector)
+                result = _execute(options, machine, workload_options, sources, on_start, detector)
         except (PagingError, GuestError, SourceError, UnsupportedError, OSError) as error:
             document["error"] = str(error)
+            document["image_changed"] = changed = sources.image_change()
+            if changed is not None:
+                say(changed)
             if detector is not None:
                 document["leaks"] = leak_records(detector.leaks)
                 if options.json != "-":
@@ -100,10 +110,12 @@ def run(options: argparse.Namespace) -> int:
             files.json(options.json, document)
             files.settle(EXIT_FAILED)
             raise
-    document |= results(result)
+        document |= results(result)
+        document["image_changed"] = sources.image_change()
+    document["ok"] = result.ok and document["image_changed"] is None
     if detector is not None:
         document["leaks"] = leak_records(detector.leaks)
-        document["ok"] = result.ok and not detector.leaks
+        document["ok"] = document["ok"] and not detector.leaks
     if options.json != "-":
         print_summary(document)
         if detector is not None:
@@ -122,54 +134,6 @@ def _supervise(options: argparse.Namespace) -> int:
         files.json(options.json, {"schema": SCHEMA, "ok": False, "error": str(error), "leaks": leaks})
         files.settle(EXIT_FAILED)
         raise PagingError(str(error)) from None
-
-
-def _sources(
-    options: argparse.Namespace, stack: contextlib.ExitStack
-) -> tuple[PageSource, PageSource | None]:
-    """Return where pages come from, and what they are compared with if that is something else."""
-    if options.handler is None:
-        return stack.enter_context(_source(options)), None
-    if not BACKINGS.get(options.backing, MemfdBacking).sealed:
-        raise ValueError(
-            f"--handler with --backing {options.backing}: such memory cannot be handed to a handler in another "
-            "process; use --backing memfd"
-        )
-    if (options.uffd_mode or "").lower() == "missing":
-        raise ValueError(
-            "--handler with --uffd-mode missing: a handler fills pages in the memory file, where in that mode no "
-            "absent page may be; leave --uffd-mode out"
-        )
-    reference = None if options.image is None else stack.enter_context(_source(options))
-    handler = HandlerSource(options.handler, options.handler_timeout, say)
-    stack.callback(handler.close)
-    if reference is not None and reference.size != handler.size:
-        raise ValueError(
-            f"the image has {format_size(reference.size)}, that of the handler {format_size(handler.size)}: --image "
-            "beside --handler names a copy of what the handler serves, to compare with"
-        )
-    return handler, reference
-
-
-@contextlib.contextmanager
-def _source(options: argparse.Namespace) -> Iterator[PageSource]:
-    """Open the image, or make the synthetic source as large as the memory asked for."""
-    source: PageSource
-    if options.image is None:
-        memory = parse_size(options.memory) if options.memory is not None else _DEFAULT_MEMORY
-        GuestLayout(memory)  # says what is wrong with the size, before anything takes so much memory
-        source = SyntheticSource(memory, options.seed)
-    else:
-        source = ImageSource(options.image)
-        if source.tail_bytes:
-            say(
-                f"the image's last page has {source.tail_bytes} of {PAGE_SIZE} bytes: the rest of it reads as zeros"
-            )
-    try:
-        latency, bandwidth = parse_latency(options.latency), parse_bandwidth(options.bandwidth)
-        yield NetworkSource(source, latency, bandwidth) if latency or bandwidth else source
-    finally:
-        source.close()
 
 
 def _announce(options: argparse.Namespace, machine: MachineOptions, source: PageSource) -> None:
@@ -217,8 +181,7 @@ def _execute(
     options: argparse.Namespace,
     machine: MachineOptions,
     work: WorkloadOptions,
-    source: PageSource,
-    reference: PageSource | None,
+    sources: Sources,
     on_start: Callable[[Machine], None] | None,
     detector: LeakDetector | None,
 ) -> RunResult:
@@ -231,7 +194,7 @@ def _execute(
                 return run_program(
                     machine,
                     blocks,
-                    source,
+                    sources.source,
                     timeout=options.timeout,
                     on_tick=progress,
                     on_start=on_start,
@@ -248,8 +211,8 @@ def _execute(
             return run_workload(
                 machine,
                 workload,
-                source,
-                reference=reference,
+                sources.source,
+                reference=sources.reference,
                 timeout=options.timeout,
                 on_tick=progress,
                 on_start=on_start,
@@ -261,7 +224,7 @@ def _execute(
         progress.close()
 
 
-def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str, Any]:
+def _document(options: argparse.Namespace, machine: MachineOptions, sources: Sources) -> dict[str, Any]:
     """Return the part of the JSON document that is known before the run."""
     return {
         "schema": SCHEMA,
@@ -281,6 +244,8 @@ def _document(options: argparse.Namespace, machine: MachineOptions) -> dict[str,
         "bandwidth_bytes_per_s": parse_bandwidth(options.bandwidth),
         "workload": options.workload if options.guest is None else "program",
         "image": options.image,
+        "image_layout": None if sources.image is None else sources.image.layout.kind,
+        "low_ram_end": sources.low_ram_end,
         "handler": options.handler,
         "seed": options.seed,
         "leaks": None,  # not looked for

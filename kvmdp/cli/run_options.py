@@ -6,6 +6,7 @@ import argparse
 from typing import get_args
 
 from kvmdp.cli.disk_options import add_disk_options
+from kvmdp.cli.images import add_image_options
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import read_program, vector_flags
 from kvmdp.machine.experiment import usable_memory
@@ -16,7 +17,7 @@ from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions, make_workload
 from kvmdp.machine.workloads.poison import Poison
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
-from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import HIGH_RAM_BASE, MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
 from kvmdp.paging.collapse import POLICIES
 from kvmdp.paging.fault import UnsupportedError
@@ -54,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _add_page_options(group: argparse._ArgumentGroup) -> None:
     option = group.add_argument
     option("--image", metavar="FILE", help="raw memory image to fetch pages from (default: synthetic pages)")
+    add_image_options(group)
     option("--handler", metavar="PATH", help="socket of a kvmdp handler to fetch pages from (default: none)")
     option(
         "--handler-timeout",
@@ -240,18 +242,24 @@ def _add_work_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def plan(options: argparse.Namespace, source: PageSource) -> tuple[int, WorkloadOptions]:
-    """Return the size of RAM and the workload's options. Raises ValueError."""
+def plan(options: argparse.Namespace, source: PageSource, low_ram_end: int) -> tuple[int, WorkloadOptions]:
+    """Return the size of RAM and the workload's options, for RAM whose hole begins at `low_ram_end`.
+
+    Raises ValueError.
+    """
     if options.memory is not None:
         memory = parse_size(options.memory)
         if source.size > memory:
+            hint = ""
+            if source.size - memory == HIGH_RAM_BASE - low_ram_end:
+                hint = ", or --image-layout physical if RAM's hole is in the file"
             raise ValueError(
                 f"the image has {format_size(source.size)}, more than --memory {options.memory}: "
-                "give at least as much"
+                f"give at least as much{hint}"
             )
     else:
         memory = max(source.size, MIN_MEMORY)
-    GuestLayout(memory)
+    GuestLayout(memory, low_ram_end)
     if options.timeout is not None and not options.timeout > 0:
         raise ValueError(f"--timeout {options.timeout:g}: give more than 0 seconds")
     with Kvm() as kvm:
@@ -262,7 +270,8 @@ def plan(options: argparse.Namespace, source: PageSource) -> tuple[int, Workload
             "KVM_CAP_X86_USER_SPACE_MSR), which this kernel's KVM lacks: use Linux 5.10 or later"
         )
     return memory, WorkloadOptions(
-        memory_bytes=usable_memory(memory, options.page_tables),
+        memory_bytes=usable_memory(memory, options.page_tables, low_ram_end),
+        low_ram_end=low_ram_end,
         vcpus=options.vcpus,
         ring=options.ring,
         seed=options.seed,
@@ -300,7 +309,13 @@ def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOpti
     if not options.reserve_hugepages:
         check_huge_pages(options.backing, memory)
     trap = choose_trap(options.backing, memory) if options.trap == "auto" else options.trap
-    granule = _granule(options, trap, memory)
+    layout = GuestLayout(memory, work.low_ram_end)
+    if layout.cuts(BACKINGS[options.backing].page_size):
+        raise ValueError(
+            f"RAM's hole at {format_size(layout.low_ram_end)} is in the middle of a huge page of {options.backing} "
+            "memory: use hugetlb-2m"
+        )
+    granule = _granule(options, trap, layout)
     # What the trap flips as one, in bytes.
     unit = granule if trap in SLOT_TRAPS and granule else BACKINGS[options.backing].page_size
     if options.poison and options.guest is None:
@@ -308,12 +323,13 @@ def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOpti
         check_poison(workload.poisoned, workload.touched, unit // PAGE_SIZE)
     limit = None if options.resident_limit is None else parse_size(options.resident_limit)
     if limit is not None:
-        retained = memory - usable_memory(memory, options.page_tables)
+        retained = memory - usable_memory(memory, options.page_tables, work.low_ram_end)
         check_limit(
             limit // PAGE_SIZE, options.vcpus, options.fault_around, unit // PAGE_SIZE, retained // PAGE_SIZE
         )
     return MachineOptions(
         memory_bytes=memory,
+        low_ram_end=work.low_ram_end,
         resident_limit=limit,
         trap=trap,
         backing=options.backing,
@@ -346,16 +362,15 @@ def _check_names(options: argparse.Namespace) -> None:
         )
 
 
-def _granule(options: argparse.Namespace, trap: str, memory: int) -> int | None:
+def _granule(options: argparse.Namespace, trap: str, layout: GuestLayout) -> int | None:
     """Return the granule in bytes, None for a trap that has none of its own to choose. Raises ValueError."""
     granule = None if options.granule is None else parse_size(options.granule)
     if trap in SLOT_TRAPS:
-        layout = GuestLayout(memory)
         # What is fetched together is one memslot: the fewer flips the better.
         granule = granule or max(
             least_granule(layout, BACKINGS[options.backing].page_size), options.fault_around * PAGE_SIZE
         )
-        check_granule(granule)
+        check_granule(granule, layout)
     elif granule not in (None, PAGE_SIZE):
         raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by the host's pages")
     return granule

@@ -10,7 +10,7 @@ from kvmdp.machine.collapse import CollapseResult
 from kvmdp.machine.experiment import RunResult
 from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.leaks import Leak
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size
 from kvmdp.paging.emulated import Form
 
@@ -109,6 +109,8 @@ def print_summary(document: dict[str, Any]) -> None:
     fetched = f"{document['pages_fetched']} fetched"
     if document["pages_zeroed"]:
         fetched += f", {document['pages_zeroed']} zero (holes)"
+    if document["image_layout"] is not None:
+        print(f"image      {document['image_layout']}; RAM at {_places(document)}")
     print(f"pages      {document['pages_present']} of {pages} present: {fetched}")
     if document["resident_limit_bytes"] is not None:
         again = f"{document['pages_refetched']} fetched again ({document['pages_refetched'] / seconds:.0f} a second)"
@@ -143,6 +145,12 @@ def print_summary(document: dict[str, Any]) -> None:
         )
     if document["poison"]["pages"] or document["poison"]["machine_checks"]:
         _print_poison(document["poison"])
+    _print_comparison(document)
+    if document["image_changed"] is not None:
+        print(f"CHANGED    {document['image_changed']}: it may hold other bytes than the guest was given")
+
+
+def _print_comparison(document: dict[str, Any]) -> None:
     if document["expected_checksum"] is None:
         why = "of a program" if document["workload"] == "program" else "without --image to compare with"
         print(f"checksum   guest {document['guest_checksum']} (nothing is expected {why})")
@@ -152,6 +160,12 @@ def print_summary(document: dict[str, Any]) -> None:
     wrong = f"WRONG at gpa {', '.join(document['wrong_pages'])}" if document["wrong_pages"] else "all exact"
     which = "present pages" if document["resident_limit_bytes"] is None else "pages, present or evicted,"
     print(f"bytes      {document['pages_checked']} {which} compared with the source: {wrong}")
+
+
+def _places(document: dict[str, Any]) -> str:
+    """Return where RAM lies in guest-physical space."""
+    regions = GuestLayout(document["memory_bytes"], document["low_ram_end"]).regions
+    return ", ".join(f"{each.gpa:#x} to {each.gpa + each.size:#x}" for each in regions)
 
 
 def _print_poison(poison: dict[str, Any]) -> None:

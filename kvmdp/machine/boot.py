@@ -9,6 +9,7 @@ Sources: Intel SDM volume 3, chapters 2 (control registers), 13 (XCR0).
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kvmdp.machine.page_tables import PageTables
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.size import format_size
+from kvmdp.source.formats import HEAD_BYTES, TAIL_BYTES, recognise
 
 BOOT_MEMSLOT, EMPTY_TABLE_MEMSLOT = 0, 7
 # The gpa of a page of zeros, which the guest does not map: a page table with nothing in it
@@ -63,6 +65,13 @@ def read_program(path: str) -> bytes:
         raise GuestImageError(
             f"the guest program {path} is too large: the program area takes {format_size(guest.PROGRAM_SIZE)}"
         )
+    found = recognise(program[:HEAD_BYTES], program[-TAIL_BYTES:])
+    if found is not None:
+        name = shlex.quote(path)
+        remedy = (
+            f"objcopy -O binary {name} {name}.bin makes one" if found.name == "elf" else found.remedy(path)
+        )
+        raise GuestImageError(f"the guest program {path} is {found.title}, not a flat binary: {remedy}")
     return program
 
 

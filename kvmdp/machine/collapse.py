@@ -103,7 +103,11 @@ def _touch(
 ) -> None:
     # In ring 3, as some hosts emulate the other; reads only.
     options = WorkloadOptions(
-        memory_bytes=count * PAGE_SIZE, vcpus=len(machine.threads), order=order, touches=touches
+        low_ram_end=machine.layout.low_ram_end,
+        memory_bytes=count * PAGE_SIZE,
+        vcpus=len(machine.threads),
+        order=order,
+        touches=touches,
     )
     blocks = make_workload("touch", options).blocks
     for block in blocks:

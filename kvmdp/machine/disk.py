@@ -35,6 +35,7 @@ from kvmdp.machine.guest_abi import DiskStatus
 from kvmdp.memory.size import format_size
 from kvmdp.paging.access import MemoryAccess
 from kvmdp.paging.fault import PoisonedError
+from kvmdp.source.formats import recognise_file
 
 _RING = struct.Struct("<QIIIIQ")
 _REQUEST = struct.Struct("<QIIQ")
@@ -58,8 +59,12 @@ class DiskFile:
         self.size = os.fstat(descriptor).st_size // guest.DISK_SECTOR * guest.DISK_SECTOR
 
     @classmethod
-    def open(cls, path: str) -> Self:
-        """Open an existing file for reading and writing. Raises DiskError."""
+    def open(cls, path: str, *, any_format: bool = False) -> Self:
+        """Open an existing file for reading and writing. Raises DiskError.
+
+        `any_format` takes also a file that seems to be no raw sectors, but an image in some format, or compressed: what
+        is written would destroy that.
+        """
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -70,6 +75,12 @@ class DiskFile:
                 raise DiskError(
                     f"the disk {path} is no file of at least one sector ({guest.DISK_SECTOR} bytes): make one with "
                     f"truncate -s 64M {path}"
+                )
+            found = None if any_format else recognise_file(descriptor)
+            if found is not None:
+                raise DiskError(
+                    f"the disk {path} is {found.title}, not raw sectors: {found.remedy(path)}; or have it taken as it "
+                    "is with --disk-format raw"
                 )
             return cls(descriptor)
         except BaseException:
@@ -241,8 +252,15 @@ class DiskDevice:
 
 
 @contextlib.contextmanager
-def disk_file(path: str | None, size: int) -> Iterator[DiskFile]:
-    """Open the disk at `path`, or make a temporary one, of at least `size` bytes. Raises DiskError, OSError."""
-    with DiskFile.temporary(max(size, guest.DISK_SECTOR)) if path is None else DiskFile.open(path) as file:
+def disk_file(path: str | None, size: int, *, any_format: bool = False) -> Iterator[DiskFile]:
+    """Open the disk at `path`, or make a temporary one, of at least `size` bytes; `any_format` is as for a DiskFile.
+
+    Raises DiskError, OSError.
+    """
+    if path is None:
+        opened = DiskFile.temporary(max(size, guest.DISK_SECTOR))
+    else:
+        opened = DiskFile.open(path, any_format=any_format)
+    with opened as file:
         file.require(size, str(path))
         yield file

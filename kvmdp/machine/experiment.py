@@ -27,7 +27,7 @@ from kvmdp.machine.poison import PoisonResult, poison_pages, poison_result
 from kvmdp.machine.runloop import EXIT_NAMES
 from kvmdp.machine.workloads import Workload, combined_checksum
 from kvmdp.machine.workloads.arithmetic import Pages
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import LOW_RAM_END, PAGE_SIZE, GuestLayout
 from kvmdp.paging.claim import Counters, State
 from kvmdp.paging.collapse import CollapsePolicy, Collapser
 from kvmdp.source.base import PageSource, ram_source, read_pages
@@ -86,12 +86,12 @@ class RunResult:
         return exact and self.poison.ok
 
 
-def usable_memory(memory_bytes: int, page_tables: PageTablePlace) -> int:
+def usable_memory(memory_bytes: int, page_tables: PageTablePlace, low_ram_end: int = LOW_RAM_END) -> int:
     """Return how much of RAM, from its beginning, is left to the guest's work (`MachineOptions.page_tables`).
 
-    Raises ValueError for a size that RAM cannot have.
+    Raises ValueError for a size that RAM cannot have, or a hole that it cannot have at `low_ram_end`.
     """
-    layout = GuestLayout(memory_bytes)
+    layout = GuestLayout(memory_bytes, low_ram_end)
     return memory_bytes if page_tables == "boot" else memory_bytes - page_table_bytes(layout)
 
 
@@ -120,8 +120,8 @@ def run_workload(
     `collapse` is when present pages are put together; what came of it is measured once the guest is done.
     `on_start` is called with the machine before the guest runs, `on_tick` about ten times a second while it does.
     `detector`, if given, looks for leaks meanwhile and has them afterwards.
-    Raises what `Machine` and `Machine.run` raise, and ValueError if the workload would use pages that hold page
-    tables: `usable_memory` says how much memory to plan it for.
+    Raises what `Machine` and `Machine.run` raise, and ValueError if the workload is planned for RAM with another hole,
+    or would use pages that hold page tables: `usable_memory` says how much memory to plan it for.
     """
 
     def patched(unpatched: PageSource) -> PageSource:
@@ -131,7 +131,7 @@ def run_workload(
         reference = source
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(Machine(options, patched(source)))
-        _check_page_tables(machine, workload)
+        _check_plan(machine, workload)
         if device is None and workload.disk_bytes:
             device = in_process_disk(workload.disk_bytes)
         if device is not None:
@@ -158,7 +158,12 @@ def run_workload(
         return replace(measured, expected_checksum=expected, pages_checked=checked, wrong_pages=wrong)
 
 
-def _check_page_tables(machine: Machine, workload: Workload) -> None:
+def _check_plan(machine: Machine, workload: Workload) -> None:
+    planned, made = workload.options.low_ram_end, machine.layout.low_ram_end
+    if planned != made:
+        raise ValueError(
+            f"{workload.name} is planned for a hole at {planned:#x}, and RAM has one at {made:#x}"
+        )
     tables = machine.page_tables
     if tables.pages and len(workload.touched) and workload.touched[-1] >= tables.first_page:
         raise ValueError(
@@ -186,12 +191,15 @@ def _compare(machine: Machine, workload: Workload, source: PageSource) -> tuple[
     return combined_checksum(workload.expected_checksums(image)), checked, wrong[:_MAX_NAMED]
 
 
-def in_process_disk(size: int, path: str | None = None) -> DeviceFactory:
-    """Return what gives a machine a disk of at least `size` bytes, in a thread; `path` None is a temporary file."""
+def in_process_disk(size: int, path: str | None = None, *, any_format: bool = False) -> DeviceFactory:
+    """Return what gives a machine a disk of at least `size` bytes, in a thread; `path` None is a temporary file.
+
+    `any_format` takes also a file that seems to be no raw sectors.
+    """
 
     @contextlib.contextmanager
     def attach(machine: Machine) -> Iterator[DiskThread]:
-        with disk_file(path, size) as file, DiskThread(machine, file) as thread:
+        with disk_file(path, size, any_format=any_format) as file, DiskThread(machine, file) as thread:
             yield thread
 
     return attach

@@ -30,7 +30,7 @@ from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.machine.pv import PvMsrs
 from kvmdp.machine.runloop import GuestError, VcpuThread
 from kvmdp.memory.backings import create_backing
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import LOW_RAM_END, PAGE_SIZE, GuestLayout
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import BusyError, Origin, Outcome, PagingError
 from kvmdp.paging.gate import VcpuGate
@@ -45,7 +45,7 @@ from kvmdp.paging.trap.registry import SLOT_TRAPS, create_trap, exit_trap_of
 from kvmdp.paging.trap.slot_trap import SlotOptions
 from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
 from kvmdp.paging.vcpu import VcpuPaging
-from kvmdp.source.base import PageSource, ram_source
+from kvmdp.source.base import PageSource, fetch, ram_source
 from kvmdp.source.patched import PatchedSource
 
 _TICK_SECONDS = 0.1
@@ -64,13 +64,13 @@ class GuestTimeoutError(GuestError):
 class MachineOptions:
     """What the machine is to be.
 
-    `memory_bytes` of RAM; `trap` and `backing` by name; `granule` in bytes or None for the trap's choice;
-    `fault_around` in pages; `program`, a flat binary for the guest's program area. `uffd` is for the trap
-    userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none. `page_tables` is
-    where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present before the guest
-    is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see what comes of it.
-    So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`). `resident_limit`
-    is how many bytes of RAM may be in memory at once. `slots` is for the traps that work by memslot.
+    `memory_bytes` of RAM, with a hole from gpa `low_ram_end` on; `trap` and `backing` by name; `granule` in bytes or
+    None for the trap's choice; `fault_around` in pages; `program`, a flat binary for the guest's program area. `uffd`
+    is for the trap userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none.
+    `page_tables` is where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present
+    before the guest is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see
+    what comes of it. So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`).
+    `resident_limit` is how many bytes of RAM may be in memory at once. `slots` is for the traps that work by memslot.
     With `demand_paging` False the guest never has it: RAM is filled before it runs. That is something to compare with,
     for a trap that works by memslot, and a source in this process.
     `thp`, `backing_file` and `reserve_hugepages` are the options of backings (`kvmdp.memory.backings`).
@@ -93,6 +93,7 @@ class MachineOptions:
     thp: bool = False
     backing_file: str | None = None
     reserve_hugepages: bool = False
+    low_ram_end: int = LOW_RAM_END
 
 
 def catches_page_walks(trap: str) -> bool:
@@ -133,7 +134,7 @@ class Machine:
 
     def _build(self, options: MachineOptions, source: PageSource, stack: contextlib.ExitStack) -> None:
         with self._phase("memory"):
-            self.layout = GuestLayout(options.memory_bytes)
+            self.layout = GuestLayout(options.memory_bytes, options.low_ram_end)
             self.page_tables = PageTables(self.layout, paged=options.page_tables != "boot")
             patches = self.page_tables.patches
             self.source = PatchedSource(source, patches) if patches else source
@@ -220,7 +221,7 @@ class Machine:
         for offset, length in self.source.extents():
             end = offset + length
             for start in range(offset, end, _FILLED_AT_ONCE):
-                self.source.fill(start, view[start : min(start + _FILLED_AT_ONCE, end)])
+                fetch(self.source, start, view[start : min(start + _FILLED_AT_ONCE, end)])
         self.pager.start_plain()
 
     def _secure_page_tables(self) -> None:

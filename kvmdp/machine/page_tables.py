@@ -26,16 +26,13 @@ _BOOT_DIRECTORY = BOOT_BASE >> 30
 
 def page_table_bytes(layout: GuestLayout) -> int:
     """Return how much of RAM's end paged page tables take."""
-    return (2 + len(_ram_directories(layout))) * PAGE_SIZE
+    return len(_numbers(layout) - {_BOOT_DIRECTORY}) * PAGE_SIZE
 
 
-def _ram_directories(layout: GuestLayout) -> list[int]:
-    """Return the GiBs of guest-physical space that have RAM."""
-    return [
-        number
-        for region in layout.regions
-        for number in range(region.gpa >> 30, -(-(region.gpa + region.size) >> 30))
-    ]
+def _numbers(layout: GuestLayout) -> set[int]:
+    """Return the tables there are: the PML4 is number -2, the PDPT -1, a directory has that of its GiB."""
+    directories = (range(each.gpa >> 30, -(-(each.gpa + each.size) >> 30)) for each in layout.regions)
+    return {-2, -1, _BOOT_DIRECTORY}.union(*directories)
 
 
 class PageTables:
@@ -47,9 +44,7 @@ class PageTables:
     """
 
     def __init__(self, layout: GuestLayout, *, paged: bool) -> None:
-        directories = sorted({*_ram_directories(layout), _BOOT_DIRECTORY})
-        # The PML4 is table -2, the PDPT -1, a directory the number of its GiB.
-        numbers = [-2, -1, *directories]
+        numbers = sorted(_numbers(layout))
         in_boot = [_BOOT_DIRECTORY] if paged else numbers
         in_ram = [number for number in numbers if number not in in_boot]
         self.first_page = layout.pages - len(in_ram)

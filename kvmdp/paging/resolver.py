@@ -31,9 +31,7 @@ from kvmdp.paging.pins import Pin
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.sink import Sink
 from kvmdp.paging.trap.base import Trap
-from kvmdp.source.base import PageSource, SourceError, asking
-
-_RETRY_SECONDS = (0.001, 0.004, 0.016, 0.064, 0.256)
+from kvmdp.source.base import PageSource, SourceError, asking, fetch
 
 _SOURCE_BYTE = int(State.SOURCE)
 _ONE_AT_SOURCE = bytes((State.SOURCE,))
@@ -224,7 +222,7 @@ class Resolver:
         first, before = claim.first, claim.before
         if before == _ONE_AT_SOURCE:  # the usual fault
             offset = first * PAGE_SIZE
-            self._fetch(offset, self._fill_view[offset : offset + PAGE_SIZE])
+            fetch(self._source, offset, self._fill_view[offset : offset + PAGE_SIZE], self._may_retry)
             return
         start, count = 0, claim.count
         while start < count:
@@ -235,7 +233,7 @@ class Resolver:
             offset, length = (first + start) * PAGE_SIZE, (end - start) * PAGE_SIZE
             destination = self._fill_view[offset : offset + length]
             if state == _SOURCE_BYTE:
-                self._fetch(offset, destination)
+                fetch(self._source, offset, destination, self._may_retry)
             elif state == State.ZERO:
                 destination[:] = bytes(length)
             elif state == State.SINK:
@@ -243,18 +241,13 @@ class Resolver:
                 self.sink.fill(offset, destination)
             start = end
 
-    def _fetch(self, offset: int, destination: memoryview) -> None:
-        """Read from the source, again if it says that this may help."""
-        for pause in _RETRY_SECONDS:
-            try:
-                return self._source.fill(offset, destination)
-            except SourceError as error:
-                if not error.transient or self.ledger.cancelled:
-                    raise
-            with self.mutex:
-                self.counters.retries += 1
-            time.sleep(pause)
-        return self._source.fill(offset, destination)
+    def _may_retry(self) -> bool:
+        """Count one more attempt to read from the source; False if the machine is stopping."""
+        if self.ledger.cancelled:
+            return False
+        with self.mutex:
+            self.counters.retries += 1
+        return True
 
     def _source_failed(self, error: SourceError) -> PagingError:
         gpa = self.layout.gpa_of_page(error.offset // PAGE_SIZE)

@@ -10,7 +10,8 @@ Units: bytes. Offsets and lengths are multiples of `PAGE_SIZE`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +21,8 @@ from kvmdp.wire.records import PageFault
 
 PAGE_SIZE = 4096
 WORDS_PER_PAGE = PAGE_SIZE // 8
+
+_RETRY_SECONDS = (0.001, 0.004, 0.016, 0.064, 0.256)
 
 
 class _Asking(threading.local):
@@ -151,6 +154,28 @@ def page_extents(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(first, last - first) for first, last in merged]
 
 
+def _always() -> bool:
+    return True
+
+
+def fetch(
+    source: PageSource, offset: int, destination: memoryview, may_retry: Callable[[], bool] = _always
+) -> None:
+    """Fill from a source as everything does that reads one: again if it says that this may help.
+
+    `may_retry` is asked before each further attempt, the first a millisecond after the failure; there are five, a third
+    of a second in all. Raises what `source.fill` raises.
+    """
+    for pause in _RETRY_SECONDS:
+        try:
+            return source.fill(offset, destination)
+        except SourceError as error:
+            if not error.transient or not may_retry():
+                raise
+        time.sleep(pause)
+    return source.fill(offset, destination)
+
+
 def read_pages(source: PageSource, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """Return the content of RAM pages as uint64[n, 512], one row a page, in the order asked for.
 
@@ -169,5 +194,5 @@ def read_pages(source: PageSource, pages: npt.NDArray[np.int64]) -> npt.NDArray[
     breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(pages[rows]) != 1)) + 1
     for run in np.split(rows, breaks) if len(rows) else ():
         destination = content[run[0] : run[-1] + 1].data.cast("B")
-        source.fill(int(pages[run[0]]) * PAGE_SIZE, destination)
+        fetch(source, int(pages[run[0]]) * PAGE_SIZE, destination)
     return content

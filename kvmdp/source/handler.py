@@ -30,6 +30,7 @@ from kvmdp.source.base import SourceError, asking, check_range
 from kvmdp.source.session import Session, SessionEndedError
 from kvmdp.thread import JoinableThread
 from kvmdp.wire.endpoint import EndpointError
+from kvmdp.wire.offer import Offer
 from kvmdp.wire.records import (
     PAGE_SIZE,
     UNKNOWN_NUMBER,
@@ -73,7 +74,8 @@ class HandlerSource:
     `timeout` bounds, in seconds, the wait for an answer, for a handler's end and for its successor. `report` is told
     in a sentence, from another thread, what the machine waits for and when it goes on.
 
-    Attributes: `name`; `size`. Raises EndpointError if there is no handler that can be used, ValueError for a time-out
+    Attributes: `name`; `size`; `low_ram_end`, where the hole begins of the machine that the image is of (gpa), or None.
+    Raises EndpointError if there is no handler that can be used, ValueError for a time-out
     that is not positive.
     """
 
@@ -103,7 +105,7 @@ class HandlerSource:
         except BaseException:
             os.close(self._wake)
             raise
-        self.size = self._first.image_bytes
+        self.size, self.low_ram_end = self._first.offer
 
     def bind(
         self, memory: memoryview, ram: int, bitmap: int, regions: Sequence[tuple[int, int, int]]
@@ -365,15 +367,21 @@ class HandlerSource:
 
     def _accept(self, session: Session, count: int) -> Session:
         """Take a new handler, if its image can be the same."""
-        if session.image_bytes != self.size:
+        offer = session.offer
+        if offer != self._first.offer:
             session.close()
             raise _BrokenError(
-                f"process {session.peer.pid} has taken the handler's place with an image of "
-                f"{session.image_bytes} bytes, where the machine began with {self.size}"
+                f"process {session.peer.pid} has taken the handler's place with {_memory(offer)}, where the machine "
+                f"began with {_memory(self._first.offer)}"
             )
         faults = f"{count} fault{'' if count == 1 else 's'}"
         self._report(f"going on: handler {session.peer.pid} has taken over, {faults} sent again")
         return session
+
+
+def _memory(offer: Offer) -> str:
+    hole = "" if offer.low_ram_end is None else f" and a hole at {offer.low_ram_end:#x}"
+    return f"an image of {offer.image_bytes} bytes{hole}"
 
 
 def _address_of(memory: memoryview) -> int:

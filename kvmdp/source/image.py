@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 
 from kvmdp.source.base import PAGE_SIZE, SourceError, check_range, page_extents
+from kvmdp.source.formats import recognise_file
 
 # The read did not take place. EIO is not among them: by the time the kernel says so, it has made its own
 # retries.
@@ -29,11 +31,12 @@ class ImageSource:
     """The image at `path`; a `PageSource`.
 
     Attributes: `name`, the path; `size`, the file's size rounded up to whole pages; `tail_bytes`, how many
-    bytes of the last page the file has if that is not all of them (the rest is zeros), else 0.
+    bytes of the last page the file has if that is not all of them (the rest is zeros), else 0; `format`, what the file
+    seems to be if that is not raw memory, else None: its bytes are taken as they are all the same.
 
     Size and holes are those of the moment of opening: what is appended later is never read, and a file that
     has become shorter is a `SourceError`. The content is read when it is asked for, so the file must stay as
-    it is.
+    it is: `change` says whether it did.
 
     Raises `ImageError` if there is no such file, or it is empty, unreadable or of a kind that cannot be read
     at any offset.
@@ -45,9 +48,11 @@ class ImageSource:
         self.name = os.fspath(path)
         self._fd = _open(self.name, self._flags)
         try:
+            self._opened = os.fstat(self._fd)
             self._file_size = os.lseek(self._fd, 0, os.SEEK_END)
             if not self._file_size:
                 raise ImageError(f"image {self.name!r} is empty: there is nothing to page in")
+            self.format = recognise_file(self._fd)
             self._extents = page_extents(_data_ranges(self._fd, self._file_size))
         except BaseException as error:
             os.close(self._fd)
@@ -77,8 +82,8 @@ class ImageSource:
                 raise SourceError(self.name, offset, length, str(error), transient=transient) from error
             if count == 0:
                 reason = (
-                    f"the file ends at {offset + done:#x} and had {self._file_size} bytes when it was "
-                    "opened; restore it and start again"
+                    f"the file ends at {offset + done:#x} and had {self._file_size} bytes when it was opened: it "
+                    "changed while running; restore it and start again"
                 )
                 raise SourceError(self.name, offset, length, reason)
             done += count
@@ -88,6 +93,25 @@ class ImageSource:
     def extents(self) -> list[tuple[int, int]]:
         """Return the sorted (offset, length) ranges of whole pages that the file has data in."""
         return list(self._extents)
+
+    def change(self) -> str | None:
+        """Return how the file has changed since it was opened, None if nothing shows that it has.
+
+        A change shows by the file's size, its time of modification, or another file in its place. A store through a
+        mapping of the file may not move that time (tmpfs), and two changes within one tick of the kernel's clock, some
+        milliseconds, may bear the same.
+        """
+        before, now = self._opened, os.fstat(self._fd)
+        if now.st_size != before.st_size:
+            return f"it had {before.st_size} bytes and has {now.st_size}"
+        if now.st_mtime_ns != before.st_mtime_ns:
+            return "it was written to"
+        try:
+            there = Path(self.name).stat()
+        except OSError:
+            return None  # its name is gone; the file that was opened is as it was
+        is_same = (there.st_dev, there.st_ino) == (before.st_dev, before.st_ino)
+        return None if is_same else "another file has taken its place"
 
     def close(self) -> None:
         """Close the file; closing again does nothing."""

@@ -21,7 +21,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
-from kvmdp.source.base import PageSource, SourceError
+from kvmdp.source.base import PageSource, SourceError, fetch
 from kvmdp.thread import JoinableThread, NoThreadError
 from kvmdp.wire.endpoint import Peer
 from kvmdp.wire.handover import Descriptors, Handover, HandoverError, Role
@@ -209,7 +209,7 @@ class MachineSession:
             if self._copies:
                 _fill_by_copy(self._source, offset, destination)
             else:
-                self._source.fill(offset, destination)
+                fetch(self._source, offset, destination)
 
     def _offset_of(self, fault: Record) -> int:
         for gpa, size, offset in self._terms.regions:
@@ -237,7 +237,7 @@ def _fill_by_copy(source: PageSource, offset: int, destination: memoryview) -> N
         try:
             os.ftruncate(file, length)
             with mmap.mmap(file, length) as mapping, memoryview(mapping) as content:
-                source.fill(offset, content)
+                fetch(source, offset, content)
             done = 0
             while done < length:
                 done += os.preadv(file, [destination[done:]], done)

@@ -41,11 +41,19 @@ _PAUSE_SECONDS = 0.1  # before it is tried again to let in what could not be let
 class PageServer:
     """Serves machines that connect to `listener` from `source`; both stay the caller's. A context manager.
 
-    `report` is told in a sentence of each session's beginning and end, from any thread; it must not block. Raises
-    OSError.
+    `report` is told in a sentence of each session's beginning and end, from any thread; it must not block.
+    `low_ram_end` is the gpa at which the hole begins of the machine that the source is of, None if it is of none.
+    Raises OSError.
     """
 
-    def __init__(self, listener: Listener, source: PageSource, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        source: PageSource,
+        report: Callable[[str], None],
+        low_ram_end: int | None = None,
+    ) -> None:
+        self._offered = offer.Offer(source.size, low_ram_end)
         self._listener = listener
         self._source = source
         self._report = report
@@ -127,7 +135,7 @@ class PageServer:
         self._report(f"machine {arrival.peer.pid} was given up: {why}")
 
     def _offer(self, arrival: Arrival) -> None:
-        offer.send(arrival.connection, self._source.size)
+        offer.send(arrival.connection, self._offered)
 
     def _begin(self, arrival: Arrival) -> None:
         """Make a session of an arrival that has handed over, or died. Raises what `_attempt` deals with."""

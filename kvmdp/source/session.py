@@ -23,7 +23,7 @@ class SessionEndedError(Exception):
 
 
 class Session:
-    """A handler that has made its offer. `image_bytes` is what it offers, `peer` the process; `credits` is how many
+    """A handler that has made its offer. `offer` is what it offers, `peer` the process; `credits` is how many
     faults it may have outstanding.
 
     Arguments: the path it listens at; a descriptor that becomes readable when nothing is to be waited for any more;
@@ -51,12 +51,12 @@ class Session:
             raise
         self._notifier.setblocking(False)
         try:
-            self.image_bytes = self._receive_offer(path, timeout)
+            self.offer = self._receive_offer(path, timeout)
         except BaseException:
             self.close()
             raise
 
-    def _receive_offer(self, path: str, timeout: float) -> int:
+    def _receive_offer(self, path: str, timeout: float) -> offer.Offer:
         ready = self._wait(timeout, self._connection.fileno(), self.peer.pidfd)
         if self._connection.fileno() not in ready:
             raise EndpointError(

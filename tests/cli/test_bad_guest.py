@@ -114,8 +114,8 @@ def test_an_image_truncated_while_the_guest_runs(image, program, trap):
     assert done.status == 1
     match = re.fullmatch(
         r"paused: the page at gpa (0x[0-9a-f]+) cannot be fetched: cannot read 4096 bytes at offset (0x[0-9a-f]+) "
-        rf"of {path}: the file ends at (0x[0-9a-f]+) and had 16777216 bytes when it was opened; "
-        "restore it and start again",
+        rf"of {path}: the file ends at (0x[0-9a-f]+) and had 16777216 bytes when it was opened: "
+        "it changed while running; restore it and start again",
         done.error,
     )
     assert match

@@ -78,7 +78,7 @@ def scripted(path, session, *, image_bytes=MEMORY):
     def body():
         try:
             with listener.accept(60) as connection:
-                offer.send(connection, image_bytes)
+                offer.send(connection, offer.Offer(image_bytes, None))
                 terms, descriptors = handover.receive(connection)
                 with socket.socket(fileno=descriptors.notifier) as notifier:
                     descriptors.notifier = -1

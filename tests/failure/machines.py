@@ -28,7 +28,7 @@ class Machine:
 
     def __init__(self, path, stack, offered=MEMORY):
         self.connection = stack.enter_context(connect(path))
-        assert offer.receive(self.connection) == offered
+        assert offer.receive(self.connection) == offer.Offer(offered, None)
         self.ram = stack.enter_context(MemfdBacking(MEMORY)).fd
         self.bitmap = stack.enter_context(PresentBitmap(MEMORY // PAGE)).fd
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

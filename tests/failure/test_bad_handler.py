@@ -243,7 +243,7 @@ def test_pages_of_a_handler_cannot_be_read_apart(socket_path):
 def test_private_ram_is_refused_with_the_reason(socket_path):
     def body():
         with listener.accept(60) as connection:
-            offer.send(connection, MEMORY)
+            offer.send(connection, offer.Offer(MEMORY, None))
             connection.recv(1)
 
     with Listener(str(socket_path)) as listener:
@@ -276,7 +276,7 @@ def test_a_handler_can_change_neither_the_bitmap_nor_the_size_of_ram_nor_their_s
 
     def body():
         with listener.accept(60) as connection:
-            offer.send(connection, MEMORY)
+            offer.send(connection, offer.Offer(MEMORY, None))
             terms, descriptors = handover.receive(connection)
             ram, bitmap = descriptors.ram, descriptors.bitmap
             attempt("map the bitmap", lambda: mmap.mmap(bitmap, 64))

@@ -1,81 +1,26 @@
 """Memory of a machine that kvmdp knows nothing of: taken from QEMU, restored by `kvmdp run --image`."""
 
-import contextlib
-import json
 import os
-import socket
-import subprocess
 import time
 
 import numpy as np
 import pytest
 from command import kvmdp, require_trap
+from qemu import SECONDS, pc
 
 pytestmark = pytest.mark.kvm
 
 PAGE = 4096
 MEMORY = 128 << 20
 TRAPS = ("marker", "memory-fault", "mmio")
-BOOT_SECONDS = 120  # how long the firmware may take, on the slowest emulation
-
-
-class Monitor:
-    """QEMU's machine protocol (QMP) over a socket."""
-
-    def __init__(self, connection):
-        self._stream = connection.makefile("rw", encoding="utf-8")
-        self._answer("QMP")
-        self("qmp_capabilities")
-
-    def __call__(self, command, **arguments):
-        self._stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._stream.flush()
-        return self._answer("return")
-
-    def _answer(self, kind):
-        for line in self._stream:
-            message = json.loads(line)
-            assert "error" not in message, message
-            if kind in message:
-                return message[kind]
-        raise AssertionError(f"QEMU ended without an answer of kind {kind}")
-
-    def close(self):
-        self._stream.close()
-
-
-@contextlib.contextmanager
-def pc():
-    """Run a PC with firmware and nothing to boot, in software; yields its monitor."""
-    here, there = socket.socketpair()
-    with here:
-        here.settimeout(BOOT_SECONDS)
-        with there:
-            machine = subprocess.Popen(
-                [
-                    *("qemu-system-x86_64", "-machine", "pc,accel=tcg", "-m", "128M", "-display", "none"),
-                    *("-nodefaults", "-no-user-config", "-vga", "std"),
-                    *("-chardev", f"socket,id=monitor,fd={there.fileno()}", "-mon", "monitor,mode=control"),
-                ],
-                pass_fds=[there.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        try:
-            with contextlib.closing(Monitor(here)) as monitor:
-                yield monitor
-                monitor("quit")
-            assert machine.wait(BOOT_SECONDS) == 0
-        finally:
-            machine.kill()
-            machine.wait()
 
 
 @pytest.fixture(scope="session")
 def memory_image(tmp_path_factory):
     """The physical memory of a PC whose firmware has found nothing to boot and has gone to sleep."""
     path = tmp_path_factory.mktemp("machine") / "memory.img"
-    with pc() as monitor:
-        deadline = time.monotonic() + BOOT_SECONDS
+    with pc("-m", "128M", "-vga", "std") as monitor:
+        deadline = time.monotonic() + SECONDS
         while "HLT=1" not in monitor("human-monitor-command", **{"command-line": "info registers"}):
             assert time.monotonic() < deadline, "the firmware does not come to rest"
             time.sleep(0.1)

@@ -174,6 +174,15 @@ def test_a_source_that_fails_after_the_run_is_an_error_too():
         run_workload(MachineOptions(MEMORY, "mmio"), plan("checksum"), source, timeout=TIMEOUT)
 
 
+def test_a_transient_error_is_retried_in_the_comparison_as_in_a_fault():
+    # The first read of a page is the fault's, those after it are the comparison's and the expectation's.
+    source = FailingSource(lambda page, call: True if call and call % 3 and page % 64 == 7 else None)
+    result = run_workload(MachineOptions(MEMORY, "mmio"), plan("checksum"), source, timeout=TIMEOUT)
+    assert result.ok
+    assert result.pages_checked == PAGES
+    assert result.counters.retries == 0
+
+
 @pytest.mark.parametrize("trap", TRAPS)
 def test_a_source_with_holes_is_not_asked_for_them(trap, tmp_path):
     require_trap(trap)

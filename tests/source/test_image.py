@@ -149,7 +149,7 @@ def test_a_truncated_file_is_a_permanent_error(tmp_path, open_image, left):
     assert (caught.value.source, caught.value.offset, caught.value.length) == (str(path), 0, 4 * PAGE)
     assert str(caught.value) == (
         f"cannot read 16384 bytes at offset 0x0 of {path}: the file ends at {left:#x} and had 16384 bytes "
-        "when it was opened; restore it and start again"
+        "when it was opened: it changed while running; restore it and start again"
     )
 
 

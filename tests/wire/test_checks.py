@@ -183,7 +183,7 @@ def test_descriptors_that_are_not_what_they_should_be(name):
 def an_offer(offset=0, value=b"", size=PAGE):
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with here, there:
-        offer.send(here, size)
+        offer.send(here, offer.Offer(size, None))
         message = bytearray(there.recv(100))
     message[offset : offset + len(value)] = value
     return bytes(message)
@@ -200,18 +200,19 @@ def take_offer(message):
 
 OFFERS = {
     "nothing": (b"", "the connection was closed before the offer"),
-    "short": (an_offer()[:-1], "a message of 23 bytes, which is no offer"),
-    "long": (an_offer() + b"x", "a message of 25 bytes, which is no offer"),
+    "short": (an_offer()[:-1], "a message of 31 bytes, which is no offer"),
+    "long": (an_offer() + b"x", "a message of 33 bytes, which is no offer"),
     "magic": (an_offer(0, b"X"), "does not begin as an offer does"),
     "version": (an_offer(8, u32(2)), "an offer of version 2, where version 1 is spoken"),
     "reserved": (an_offer(12, u32(1)), "an offer with 0x1 in a field that is reserved"),
     "no image": (an_offer(size=0), "an offer of 0 bytes, which are not whole pages"),
     "half a page": (an_offer(size=2048), "an offer of 2048 bytes"),
+    "hole": (an_offer(24, (2048).to_bytes(8, "little")), "a hole at 0x800, which is not where a page begins"),
 }
 
 
 def test_what_is_an_offer():
-    assert take_offer(an_offer(size=5 * PAGE)) == 5 * PAGE
+    assert take_offer(an_offer(size=5 * PAGE)) == offer.Offer(5 * PAGE, None)
 
 
 @pytest.mark.parametrize("name", OFFERS)

@@ -21,10 +21,9 @@ from kvmdp.machine.guest_abi import (
     VectorFlag,
 )
 from kvmdp.machine.workloads.arithmetic import Bools, Pages, Words
-from kvmdp.memory.layout import LOW_RAM_END, PAGE_SHIFT
+from kvmdp.memory.layout import LOW_RAM_END, PAGE_SHIFT, check_low_ram_end
 
 __all__ = [
-    "LOW_RAM_PAGES",
     "PageReader",
     "Share",
     "Workload",
@@ -36,7 +35,6 @@ __all__ = [
 # Returns the content of RAM pages before the run, patches applied: uint64[n, 512] for n page numbers.
 PageReader = Callable[[Pages], Words]
 
-LOW_RAM_PAGES = LOW_RAM_END >> PAGE_SHIFT
 _CHUNK_PAGES = 1024
 _PROGRAM = 0  # the place of a user's program in the guest's table of workloads
 
@@ -45,6 +43,7 @@ _PROGRAM = 0  # the place of a user's program in the guest's table of workloads
 class WorkloadOptions:
     """What the user may choose; each workload uses what concerns it.
 
+    `low_ram_end`: where RAM's hole begins, as the machine has it.
     `pages`: use only that many, from the first on; None is all of RAM.
     `order` (sequential, strided, random), `stride` (pages), `write`, `overlap` (all vCPUs on all pages, instead of
     a share each), `touches` (for each vCPU; None is one for each of its pages): touch.
@@ -55,6 +54,7 @@ class WorkloadOptions:
     """
 
     memory_bytes: int
+    low_ram_end: int = LOW_RAM_END
     vcpus: int = 1
     ring: int = 3
     seed: int = 0
@@ -72,6 +72,7 @@ class WorkloadOptions:
 
     def __post_init__(self) -> None:
         """Raise ValueError for what no workload can do."""
+        check_low_ram_end(self.low_ram_end)
         if not 1 <= self.vcpus <= MAX_VCPUS:
             raise ValueError(f"{self.vcpus} vCPUs: the guest runs with 1 to {MAX_VCPUS}")
         if self.ring not in (0, 3):
@@ -83,6 +84,10 @@ class WorkloadOptions:
             raise ValueError(
                 f"{self.poison} pages to poison: give 0 to {most}, what the guest has and can tell of"
             )
+
+    def ends_at_hole(self, pages: Pages) -> Bools:
+        """Tell of each of `pages` whether the next page lies on the other side of RAM's hole."""
+        return np.asarray(pages == (self.low_ram_end >> PAGE_SHIFT) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,4 +181,5 @@ def _block(options: WorkloadOptions, number: int, share: Share) -> ParameterBloc
         seed=options.seed,
         first_page=share.first,
         page_count=share.count,
+        low_ram_end=options.low_ram_end,
     )

@@ -10,21 +10,8 @@ import struct
 import numpy as np
 
 from kvmdp.machine.guest_abi import EXECUTE_CROSSING, EXECUTE_OFFSET
-from kvmdp.machine.workloads.arithmetic import (
-    Bools,
-    Pages,
-    SequenceChecksum,
-    Words,
-    place_in_page,
-    random_words,
-)
-from kvmdp.machine.workloads.base import (
-    LOW_RAM_PAGES,
-    PageReader,
-    Share,
-    Workload,
-    WorkloadOptions,
-)
+from kvmdp.machine.workloads.arithmetic import Pages, SequenceChecksum, Words, place_in_page, random_words
+from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOptions
 from kvmdp.source.base import PAGE_SIZE
 
 _MOST_PAGES = 16384  # two patches a page: beyond this the list of them outweighs what it tests
@@ -45,7 +32,7 @@ class Execute(Workload):
             pages = share.pages
             inside = pages * PAGE_SIZE + EXECUTE_OFFSET + 8 * place_in_page(pages, 8)
             self._add_functions(inside, self._results(2 * pages))
-            lower = pages[:-1][_has_boundary(pages)]
+            lower = pages[:-1][~options.ends_at_hole(pages[:-1])]
             self._add_functions(lower * PAGE_SIZE + EXECUTE_CROSSING, self._results(2 * lower + 1))
 
     def expected_checksums(self, image: PageReader) -> list[int]:
@@ -64,7 +51,7 @@ class Execute(Workload):
         pages = share.pages
         index = np.stack([2 * pages, 2 * pages + 1], axis=1)
         called = np.ones(index.shape, dtype=np.bool_)
-        called[:-1, 1] = _has_boundary(pages)
+        called[:, 1] = ~self.options.ends_at_hole(pages)
         called[-1, 1] = False
         checksum = SequenceChecksum()
         checksum.add(self._results(index[called]))
@@ -76,8 +63,3 @@ class Execute(Workload):
     def _add_functions(self, offsets: Pages, results: Words) -> None:
         code = [struct.pack("<2sQ1s", b"\x48\xb8", result, b"\xc3") for result in results.tolist()]
         self.patches += zip(offsets.tolist(), code, strict=True)
-
-
-def _has_boundary(pages: Pages) -> Bools:
-    """Tell of each page but the last whether it and the next are adjacent in guest-physical space."""
-    return np.asarray(pages[1:] != LOW_RAM_PAGES)

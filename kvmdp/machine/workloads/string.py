@@ -10,14 +10,7 @@ import numpy as np
 
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.workloads.arithmetic import GAMMA, Bools, Pages, SequenceChecksum, Words
-from kvmdp.machine.workloads.base import (
-    LOW_RAM_PAGES,
-    PageReader,
-    Share,
-    Workload,
-    WorkloadOptions,
-    in_chunks,
-)
+from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOptions, in_chunks
 from kvmdp.source.base import PAGE_SIZE
 
 _MOST_PAGES = 2048  # each byte that goes out is an exit: about twenty of them a pair of pages
@@ -47,7 +40,7 @@ class String(Workload):
             checksum = SequenceChecksum()
             half = share.count // 2
             for pages in in_chunks(share.pages[half : 2 * half]):
-                checksum.add(_written(image, share, pages))
+                checksum.add(self._written(image, share, pages))
             result.append(checksum.value())
         return result
 
@@ -58,7 +51,7 @@ class String(Workload):
             half = share.count // 2
             rows = np.flatnonzero(Share(share.first + half, half).holds(pages))
             if len(rows):
-                content[rows] = _written(image, share, pages[rows])
+                content[rows] = self._written(image, share, pages[rows])
         return content
 
     def _pages(self) -> int:
@@ -68,31 +61,29 @@ class String(Workload):
     def _make_shares(self, least: int = 2) -> list[Share]:
         return super()._make_shares(least)
 
+    def _written(self, image: PageReader, share: Share, pages: Pages) -> Words:
+        """Return what `pages`, all in the second half of `share`, hold afterwards."""
+        half = share.count // 2
+        source = image(pages - half).view(np.uint8)
+        content = image(pages).copy().view(np.uint8)
 
-def _written(image: PageReader, share: Share, pages: Pages) -> Words:
-    """Return what `pages`, all in the second half of `share`, hold afterwards."""
-    half = share.count // 2
-    source = image(pages - half).view(np.uint8)
-    content = image(pages).copy().view(np.uint8)
+        def put(at: int, data: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
+            content[:, at : at + data.shape[1]] = data
 
-    def put(at: int, data: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
-        content[:, at : at + data.shape[1]] = data
+        put(guest.STRING_IN_OFFSET, source[:, guest.STRING_OUT_OFFSET :][:, : guest.STRING_OUT_BYTES])
+        put(guest.STRING_MOVE_TARGET, source[:, guest.STRING_MOVE_SOURCE :][:, :_MOVED])
+        stored = pages.astype(np.uint64)[:, np.newaxis] * np.uint64(GAMMA)
+        put(guest.STRING_STORE_OFFSET, np.repeat(stored, guest.STRING_STORE_WORDS, axis=1).view(np.uint8))
+        rows = np.flatnonzero(self._crosses(share, pages))
+        content[rows, guest.STRING_CROSSING :] = source[rows, guest.STRING_CROSSING :]
+        # The beginning of a page comes from the crossing that began in the page below it.
+        rows = np.flatnonzero((pages > share.first + half) & self._crosses(share, pages - 1))
+        content[rows, :_IN_SECOND] = source[rows, :_IN_SECOND]
+        return content.view(np.uint64)
 
-    put(guest.STRING_IN_OFFSET, source[:, guest.STRING_OUT_OFFSET :][:, : guest.STRING_OUT_BYTES])
-    put(guest.STRING_MOVE_TARGET, source[:, guest.STRING_MOVE_SOURCE :][:, :_MOVED])
-    stored = pages.astype(np.uint64)[:, np.newaxis] * np.uint64(GAMMA)
-    put(guest.STRING_STORE_OFFSET, np.repeat(stored, guest.STRING_STORE_WORDS, axis=1).view(np.uint8))
-    rows = np.flatnonzero(_crosses(share, pages))
-    content[rows, guest.STRING_CROSSING :] = source[rows, guest.STRING_CROSSING :]
-    # The beginning of a page comes from the crossing that began in the page below it.
-    rows = np.flatnonzero((pages > share.first + half) & _crosses(share, pages - 1))
-    content[rows, :_IN_SECOND] = source[rows, :_IN_SECOND]
-    return content.view(np.uint64)
-
-
-def _crosses(share: Share, pages: Pages) -> Bools:
-    """Tell of pages of the second half whether bytes cross into the next one, and out of that of its partner."""
-    half = share.count // 2
-    last_low = LOW_RAM_PAGES - 1
-    pair = pages - half - share.first
-    return np.asarray((pair % 2 == 0) & (pair != half - 1) & (pages != last_low) & (pages - half != last_low))
+    def _crosses(self, share: Share, pages: Pages) -> Bools:
+        """Tell of pages of the second half whether bytes cross into the next one, and out of that of its partner."""
+        half = share.count // 2
+        pair = pages - half - share.first
+        at_hole = self.options.ends_at_hole(pages) | self.options.ends_at_hole(pages - half)
+        return np.asarray((pair % 2 == 0) & (pair != half - 1) & ~at_hole)

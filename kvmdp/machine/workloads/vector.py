@@ -6,7 +6,7 @@ import numpy as np
 
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.workloads.arithmetic import Bytes, Pages, SequenceChecksum, Words, place_in_page
-from kvmdp.machine.workloads.base import LOW_RAM_PAGES, PageReader, Share, Workload, in_chunks
+from kvmdp.machine.workloads.base import PageReader, Share, Workload, in_chunks
 from kvmdp.source.base import PAGE_SIZE
 
 _ADDEND = np.array(
@@ -72,7 +72,7 @@ class Vector(Workload):
         """Return (rows of `pages`, offset in each, words, column of the first word among a page's words stored)."""
         everywhere = np.arange(len(pages))
         spread = 4 * place_in_page(pages, 8)
-        has_boundary = (pages + 1 < share.first + share.count) & (pages + 1 != LOW_RAM_PAGES)
+        has_boundary = (pages + 1 < share.first + share.count) & ~self.options.ends_at_hole(pages)
         wide = (pages % 2 == 1) & bool(self.options.vector)
         sse = np.flatnonzero(has_boundary & ~wide)
         avx = np.flatnonzero(has_boundary & wide)

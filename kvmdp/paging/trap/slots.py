@@ -48,7 +48,7 @@ from kvmdp.paging.trap.slot_map import Block, Kind, Piece, SlotMap, SlotsExhaust
 from kvmdp.secluded import SecludedThread
 
 MAX_GRANULE_SLOTS = 16384
-MAX_GRANULE = 1 << 30  # a granule must not reach over the hole at 3 GiB
+MAX_GRANULE = 1 << 30
 
 _FIRST_RAM_SLOT = 8  # below: the machine's own (boot slot)
 _GUEST_MEMFD_FLAGS = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
@@ -71,12 +71,18 @@ def least_granule(layout: GuestLayout, page_size: int = PAGE_SIZE) -> int:
     return granule
 
 
-def check_granule(granule: int) -> None:
-    """Raise ValueError if `granule` bytes are no granule."""
+def check_granule(granule: int, layout: GuestLayout) -> None:
+    """Raise ValueError if `granule` bytes are no granule, or if the hole of the map is in the middle of one."""
     if granule < PAGE_SIZE or granule > MAX_GRANULE or granule & (granule - 1):
         raise ValueError(
             f"a granule of {format_size(granule)}: give a power of two from {format_size(PAGE_SIZE)} "
             f"to {format_size(MAX_GRANULE)}"
+        )
+    if layout.cuts(granule):
+        hole = layout.low_ram_end
+        raise ValueError(
+            f"a granule of {format_size(granule)} reaches over RAM's hole at {format_size(hole)}: give at most "
+            f"{format_size(hole & -hole)}"
         )
 
 
@@ -90,7 +96,7 @@ class RamSlots:
     """
 
     def __init__(self, vm: Vm, layout: GuestLayout, backing: Backing, granule: int) -> None:
-        check_granule(granule)
+        check_granule(granule, layout)
         # Deleting a slot would otherwise throw away the page tables of the whole VM.
         vm.disable_quirks(KVM_X86_QUIRK_SLOT_ZAP_ALL)
         self.granule = granule
