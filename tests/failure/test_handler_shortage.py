@@ -1,4 +1,4 @@
-"""What a handler lacks, threads or descriptors, costs one machine or nothing: the next is served."""
+"""What a handler lacks, threads or descriptors or a stderr, costs one machine or nothing: the next is served."""
 
 import contextlib
 import os
@@ -7,8 +7,10 @@ import signal
 import threading
 from pathlib import Path
 
+import deaf
 import pytest
-from handlers import HandlerProcess
+from command import Running
+from handlers import MEMORY, SEED, HandlerProcess
 from machines import Machine, answer, check_served, fault
 
 from kvmdp.wire.records import Outcome
@@ -88,3 +90,15 @@ def test_without_descriptors_for_a_hand_over(tmp_path):
         assert handler.says("was given up: a hand-over with 2 descriptors, where 3 belong to it")
         resource.prlimit(handler.pid, resource.RLIMIT_NOFILE, (1024, 4096))
         check_served(path)
+
+
+def test_a_reader_of_its_stderr_that_goes(socket_path):
+    start = ("handler", "--listen", socket_path, "--synthetic", f"{MEMORY},{SEED}")
+    pipe = deaf.Pipe()
+    with contextlib.closing(pipe), Running(*start, stderr=pipe.writer) as handler:
+        handler.wait_until(lambda: "serving" in pipe.drain())
+        check_served(socket_path)
+        pipe.close_reader()
+        for _ in range(3):
+            check_served(socket_path)
+        assert handler.process.poll() is None
