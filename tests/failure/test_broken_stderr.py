@@ -8,25 +8,14 @@ import subprocess
 import deaf
 import pytest
 from command import Running, kvmdp
+from commands import EXACT, FEW_CELLS, MEASURING, RUN, SLOW
 from handlers import MEMORY, SEED, HandlerProcess
 from report_documents import comparison
 
 from kvmdp.cli.streams import Diagnostics
 
-RUN = ("run", "--memory", "2M", "--trap", "mmio")
-# Long enough for lines of progress to come.
-SLOW = (*RUN, "--latency", "2500us")
 STDERR = pytest.mark.parametrize("stderr", deaf.KINDS)
 TWO_KINDS = pytest.mark.parametrize("stderr", ["full", "stuck"])
-SMALL_COMPARISON = ("-b", "2M", "-v", "1", "--latencies", "0", "--rounds", "1", "--memory-sizes", "none")
-FAST = """
-from kvmdp.cli import probe
-from kvmdp.machine import coverage
-probe.TRAPS = probe.EXIT_TRAPS = ("mmio",)
-probe.BACKINGS = {"memfd": probe.BACKINGS["memfd"]}
-for access in {*coverage.ACCESSES} - {"read", "device thread"}:
-    del coverage.ACCESSES[access]
-"""
 IMPATIENT = """
 import kvmdp.cli.streams
 kvmdp.cli.streams._PATIENCE_SECONDS = 0.1
@@ -46,7 +35,7 @@ def end_of(*arguments, stderr, prelude=""):
 def test_a_run_with_progress(stderr):
     done = end_of(*SLOW, stderr=stderr)
     assert done.status == 0
-    assert done.out.endswith("512 present pages compared with the source: all exact\n")
+    assert done.out.endswith(EXACT)
 
 
 @needs_kvm
@@ -78,22 +67,10 @@ def test_a_run_that_fails_leaves_its_document(tmp_path, leaks):
 
 
 @needs_kvm
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (("probe",), "exact     exact     exact     exact"),
-        (
-            ("bench", "-b", "2M", "--rounds", "1", "--warm-up", "0", "present", "mmio"),
-            "without page tables",
-        ),
-        (("bench", "--memory-cost", "-b", "2M", "present", "mmio"), "full: all RAM touched"),
-        (("compare", *SMALL_COMPARISON, "present", "mmio"), "x uffd"),
-        (("compare", "--coverage"), "not missed: "),
-    ],
-    ids=["probe", "bench", "memory-cost", "compare", "coverage"],
-)
-def test_a_command_that_measures(arguments, expected):
-    done = end_of(*arguments, stderr="full", prelude=FAST)
+@pytest.mark.parametrize("name", MEASURING)
+def test_a_command_that_measures(name):
+    arguments, expected = MEASURING[name]
+    done = end_of(*arguments, stderr="full", prelude=FEW_CELLS)
     assert done.status == 0
     assert expected in done.out
 
@@ -195,4 +172,4 @@ def test_a_terminal_that_is_hung_up_on_a_run_that_ignores_it():
         os.close(main)
         done = command.finish()
     assert done.status == 0
-    assert done.out.endswith("all exact\n")
+    assert done.out.endswith(EXACT)

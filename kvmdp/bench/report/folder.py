@@ -22,6 +22,8 @@ DOCUMENT = "compare.json"
 # What a report consists of: a folder that holds anything else is not replaced.
 _SUFFIXES = (".html", ".svg", ".csv", ".json")
 
+_TEMPORARY = ".kvmdp-"  # and eight characters: fits beside any name
+
 
 class ReportError(ValueError):
     """A folder cannot become a report's folder; the message is one sentence with a remedy."""
@@ -30,8 +32,8 @@ class ReportError(ValueError):
 def check_folder(folder: str | Path) -> None:
     """Raise ReportError if no report could be written to `folder`: ask before a long run, not after it."""
     path = Path(folder)
-    parent = path.resolve().parent
     try:
+        parent = path.resolve().parent
         if path.exists() and not path.is_dir():
             raise ReportError(f"{folder}: that is a file; name a folder for the report")
         if path.is_dir():
@@ -77,7 +79,7 @@ def write_report(document: Document, folder: str | Path) -> None:
     target = Path(folder).resolve()
     contents = files(document)
     try:
-        new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        new = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY))
         try:
             for name, text in contents.items():
                 # JSON may name what UTF-8 cannot hold (half a surrogate pair).
@@ -99,7 +101,7 @@ def _replace(target: Path, new: Path) -> None:
         new.replace(target)
         return
     # A folder that is not empty cannot be replaced in one step: set it aside, and back if the second step fails.
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY))
     try:
         target.replace(aside)
         try:
