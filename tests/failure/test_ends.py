@@ -1,0 +1,350 @@
+"""Ends of commands: by SIGHUP, by signals that come again, by a kill; what has a name is gone then, or announced."""
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from command import Running, kvmdp
+from commands import RUN, SLOW
+
+HAMMERINGS = int(os.environ.get("KVMDP_KILLS", "3"))
+LONG = (*RUN, "--latency", "100ms")
+IGNORING = "import signal; signal.signal(signal.{}, signal.SIG_IGN)"
+# A further signal is another one from the first moment on.
+HASTY = """
+from kvmdp.cli import ending
+ending.SAME_SECONDS = 0
+"""
+
+needs_kvm = pytest.mark.kvm
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """The file of a disk."""
+    path = tmp_path / "disk"
+    path.touch()
+    os.truncate(path, 2 << 20)
+    return path
+
+
+def interrupted(command, number=signal.SIGHUP):
+    """Send a signal and return how the command ended."""
+    command.process.send_signal(number)
+    done = command.finish()
+    assert done.status == 130
+    return done
+
+
+# SIGHUP
+
+
+@needs_kvm
+@pytest.mark.parametrize("leaks", [(), ("--detect-leaks",)], ids=["plain", "supervised"])
+def test_a_run_ends_at_sighup(leaks):
+    with Running(*LONG, *leaks) as command:
+        command.wait_for_progress()
+        assert interrupted(command).error == "interrupted"
+
+
+def test_a_handler_ends_at_sighup(socket_path):
+    with Running("handler", "--listen", socket_path, "--synthetic", "2M") as command:
+        command.wait_for_progress("serving")
+        assert interrupted(command).error == "interrupted"
+    assert not socket_path.exists()
+
+
+@needs_kvm
+def test_a_device_and_its_machine_end_at_sighup(socket_path, disk):
+    run = (*LONG, "--workload", "disk", "--device-socket", socket_path)
+    with Running(*run) as machine:
+        machine.wait_until(socket_path.exists)
+        with Running("device", "--connect", socket_path, "--file", disk) as device:
+            machine.wait_for_progress("serves the disk")
+            assert interrupted(device).error == "interrupted"
+        assert interrupted(machine).error == "interrupted"
+    assert not socket_path.exists()
+
+
+@needs_kvm
+@pytest.mark.parametrize(
+    ("arguments", "progress"),
+    [
+        (("bench", "-b", "2M", "--rounds", "10000", "present", "mmio"), "round 2"),
+        (("bench", "--memory-cost", "-b", "256M", "present", "mmio", "marker"), "measured present"),
+        (("compare", "-b", "2M", "-v", "1", "--rounds", "10000", "present", "mmio"), "round 2 of 10000"),
+    ],
+    ids=["bench", "memory-cost", "compare"],
+)
+def test_what_was_measured_before_sighup_is_printed(arguments, progress):
+    with Running(*arguments) as command:
+        command.wait_for_progress(progress)
+        done = interrupted(command)
+    assert "interrupted; what follows is partial" in done.err
+    assert "present" in done.out
+
+
+@needs_kvm
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGTERM"])
+@pytest.mark.parametrize("leaks", [(), ("--detect-leaks",)], ids=["plain", "supervised"])
+def test_a_signal_that_is_ignored_stays_ignored(number, leaks):
+    with Running(*SLOW, *leaks, prelude=IGNORING.format(number)) as command:
+        command.wait_for_progress("RAM from")
+        os.killpg(command.process.pid, getattr(signal, number))
+        done = command.finish()
+    assert done.status == 0
+
+
+@needs_kvm
+def test_a_run_under_nohup_outlives_its_terminal():
+    with Running(*SLOW, wrapper=("nohup",)) as command:
+        command.wait_for_progress("RAM from")
+        command.process.send_signal(signal.SIGHUP)
+        assert command.finish().status == 0
+
+
+# Signals that come again
+
+
+@contextlib.contextmanager
+def storm(command, number):
+    """Send a signal again and again, to the whole group as a terminal does, from now on until the command has ended."""
+    over = threading.Event()
+
+    def send():
+        while not over.wait(0.002):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(command.process.pid, number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@needs_kvm
+@pytest.mark.parametrize(
+    ("number", "prelude"), [(signal.SIGINT, ""), (signal.SIGHUP, HASTY)], ids=["at once", "later"]
+)
+@pytest.mark.parametrize("leaks", [(), ("--detect-leaks",)], ids=["plain", "supervised"])
+def test_a_storm_of_signals(socket_path, number, prelude, leaks):
+    """From the first to the process's end: in cleaning up, in printing, in Python's own end."""
+    run = (*LONG, "--workload", "disk", "--device-socket", socket_path, *leaks)
+    if leaks and prelude:
+        prelude += "from kvmdp.cli import supervise; supervise.SAME_SECONDS = 0"
+    for _ in range(HAMMERINGS):
+        with Running(*run, prelude=prelude) as command:
+            command.wait_for_progress("waiting for a device")
+            with storm(command, number):
+                done = command.finish()
+        assert done.status == 130
+        assert done.err.endswith("kvmdp: interrupted\n")
+        assert not socket_path.exists()
+
+
+def test_a_storm_of_signals_on_a_handler(socket_path):
+    for _ in range(HAMMERINGS):
+        with Running("handler", "--listen", socket_path, "--synthetic", "2M") as command:
+            command.wait_for_progress("serving")
+            with storm(command, signal.SIGTERM):
+                assert command.finish().status == 130
+        assert not socket_path.exists()
+
+
+@needs_kvm
+def test_what_was_measured_is_printed_although_the_signal_comes_twice():
+    arguments = ("compare", "-b", "2M", "-v", "1", "--rounds", "10000", "present", "mmio")
+    with Running(*arguments, wrapper=("timeout", "--signal", "TERM", "60")) as command:
+        command.wait_for_progress("round 2 of 10000")
+        done = interrupted_twice(command)
+    assert done.out.startswith("PARTIAL")
+
+
+def interrupted_twice(command):
+    """Have timeout(1) end the command: by a signal to it, and one to its group."""
+    command.process.send_signal(signal.SIGTERM)
+    done = command.finish()
+    assert done.status in (124, 130)
+    return done
+
+
+@needs_kvm
+def test_a_second_signal_ends_a_run_that_does_not_come_to_its_end():
+    prelude = f"""
+{HASTY}
+import time
+from kvmdp.machine.machine import Machine
+def stop(machine):
+    print("stopping", file=__import__("sys").stderr, flush=True)
+    time.sleep(1000)
+Machine.stop = stop
+"""
+    with Running(*LONG, prelude=prelude) as command:
+        command.wait_for_progress()
+        command.process.send_signal(signal.SIGTERM)
+        command.wait_for_progress("stopping")
+        assert interrupted(command).error == "interrupted"
+
+
+def test_a_second_signal_while_python_waits_for_a_thread_keeps_the_first_ones_status():
+    prelude = """
+import sys, threading, time
+import kvmdp.cli.entry, kvmdp.cli.ending, kvmdp.cli.handler
+def serve(listener, source, report):
+    def wait():
+        time.sleep(1000)
+    threading.Thread(target=wait).start()
+    report("started")
+    time.sleep(1000)
+kvmdp.cli.handler.serve = serve
+"""
+    with Running("handler", "--listen", "x.sock", "--synthetic", "2M", prelude=prelude) as command:
+        command.wait_for_progress("started")
+        command.process.send_signal(signal.SIGTERM)
+        command.wait_for_progress("interrupted")
+        assert interrupted(command).error == "interrupted"
+
+
+# What has a name
+
+
+@needs_kvm
+@pytest.mark.parametrize(
+    ("end", "leaks"),
+    [
+        ("normal", ()),
+        ("error", ()),
+        ("SIGTERM", ()),
+        ("normal", ("--detect-leaks",)),
+        ("SIGHUP", ("--detect-leaks",)),
+    ],
+)
+def test_the_file_that_ram_is_in_is_announced(tmp_path, end, leaks):
+    path = tmp_path / "ram"
+    file = ("--backing", "file", "--backing-file", path)
+    arguments = {"normal": RUN, "error": (*SLOW, "--timeout", "0.2")}.get(end, LONG)
+    with Running(*arguments, *file, *leaks) as command:
+        if end.startswith("SIG"):
+            command.wait_for_progress()
+            command.process.send_signal(getattr(signal, end))
+        done = command.finish()
+    assert done.status == {"normal": 0, "error": 1}.get(end, 130)
+    assert done.err.count(f"{path} has the guest's RAM, 2M: remove it if that is not wanted\n") == 1
+    assert path.stat().st_size == 2 << 20
+
+
+@needs_kvm
+def test_the_file_that_ram_is_in_is_announced_at_a_hasty_end(tmp_path):
+    path = tmp_path / "ram"
+    with Running(*LONG, "--backing", "file", "--backing-file", path, prelude=HASTY) as command:
+        command.wait_for_progress()
+        with storm(command, signal.SIGTERM):
+            done = command.finish()
+    assert done.status == 130
+    assert f"{path} has the guest's RAM" in done.err
+
+
+@needs_kvm
+def test_nothing_with_a_name_is_left_unsaid_whenever_a_run_is_interrupted(tmp_path, socket_path):
+    ram = tmp_path / "ram"
+    names = (
+        ("--backing", "memfd", "--device-socket", socket_path),
+        ("--backing", "file", "--backing-file", ram),
+    )
+    chance = random.Random(11)
+    for turn in range(4 * HAMMERINGS):
+        workload = ("--workload", "disk") if turn % 2 == 0 else ()
+        with Running(*LONG, *workload, *names[turn % 2], prelude=STARTED) as command:
+            command.wait_for_progress("started")
+            time.sleep(chance.uniform(0, 0.3))
+            done = interrupted(command, chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
+        assert not socket_path.exists()
+        assert ram.exists() == (f"{ram} has the guest's RAM" in done.err)
+        ram.unlink(missing_ok=True)
+
+
+# Says when the work begins.
+STARTED = """
+import sys
+import kvmdp.cli.main as main
+parse = main.build_parser
+def build_parser(command):
+    parser = parse(command)
+    print("started", file=sys.stderr, flush=True)
+    return parser
+main.build_parser = build_parser
+"""
+
+
+def child_of(command):
+    """Return the process that does the work of a supervised run."""
+    pid = command.process.pid
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+@needs_kvm
+def test_the_supervisor_clears_up_after_a_run_that_was_killed(tmp_path, socket_path):
+    ram = tmp_path / "ram"
+    disk = ("--workload", "disk", "--device-socket", socket_path)
+    with Running(*LONG, *disk, "--detect-leaks") as command:
+        command.wait_for_progress("waiting for a device")
+        os.kill(child_of(command), signal.SIGKILL)
+        done = command.finish()
+    assert (done.status, done.error) == (1, "the run was ended by SIGKILL")
+    assert not socket_path.exists()
+    with Running(*LONG, "--backing", "file", "--backing-file", ram, "--detect-leaks") as command:
+        command.wait_for_progress()
+        os.kill(child_of(command), signal.SIGKILL)
+        done = command.finish()
+    assert done.status == 1
+    assert f"{ram} has the guest's RAM" in done.err
+
+
+@needs_kvm
+def test_the_next_run_copes_with_what_a_killed_one_has_left(tmp_path, socket_path, disk):
+    ram = tmp_path / "ram"
+    for names in (
+        ("--workload", "disk", "--device-socket", socket_path),
+        ("--backing", "file", "--backing-file", ram),
+    ):
+        with Running(*LONG, *names) as command:
+            command.wait_for_progress("waiting for a device" if "--device-socket" in names else "present")
+            command.process.kill()
+            command.process.wait()
+    assert socket_path.exists()
+    with Running(*RUN, "--workload", "disk", "--device-socket", socket_path) as machine:
+        machine.wait_for_progress("waiting for a device")
+        assert kvmdp("device", "--connect", socket_path, "--file", disk).status == 0
+        assert machine.finish().status == 0
+    assert not socket_path.exists()
+    again = kvmdp(*RUN, "--backing", "file", "--backing-file", ram)
+    assert again.status == 2
+    assert again.error.startswith(
+        f"--backing-file {ram}: there is something in it, which RAM would overwrite"
+    )
+
+
+@pytest.mark.parametrize("tenths", range(4))
+def test_there_is_no_traceback_when_modules_are_loaded(tenths):
+    with Running("bench", "--help", prelude=LOADING) as command:
+        command.wait_for_progress("loading")
+        time.sleep(tenths / 10)
+        command.process.send_signal(signal.SIGHUP)
+        done = command.finish()
+    assert done.error == "interrupted" or done.out.startswith("usage")
+
+
+LOADING = """
+import sys
+import kvmdp.cli.entry as entry
+entry.on_interruption(entry.leave)
+print("loading", file=sys.stderr, flush=True)
+"""
