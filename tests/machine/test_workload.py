@@ -15,8 +15,8 @@ from kvmdp.machine.workloads import (
     make_workload,
     program_blocks,
 )
-from kvmdp.machine.workloads.base import LOW_RAM_PAGES, Share
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.machine.workloads.base import Share
+from kvmdp.memory.layout import LOW_RAM_END, PAGE_SIZE
 
 MEMORY = 2 << 20
 PAGES = MEMORY // PAGE_SIZE
@@ -113,7 +113,7 @@ def test_sixteen_vcpus(name):
 @pytest.mark.kvm
 @pytest.mark.parametrize("name", sorted(set(WORKLOADS) - {"clock"}))  # clock is offered nothing here
 def test_pages_on_both_sides_of_the_hole(name):
-    share = Share(LOW_RAM_PAGES - 10, 24)
+    share = Share(LOW_RAM_END // PAGE_SIZE - 10, 24)
 
     class AcrossTheHole(WORKLOADS[name]):
         def _make_shares(self, least=1):
