@@ -12,6 +12,7 @@ import threading
 
 import numpy as np
 
+from kvmdp.abi import pagemap
 from kvmdp.abi.libc import mincore
 from kvmdp.kvm import Vcpu
 from kvmdp.machine.hostinfo import tmpfs_has_huge_pages
@@ -24,7 +25,6 @@ from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 
 _TICK_PAGES = 1 << 16  # looked at in one tick, and at once: 256 MiB
-_PAGEMAP_PRESENT = 1 << 63
 
 
 class LeakDetector:
@@ -119,7 +119,5 @@ def _in_memory_file(mapping: Mapping, first: int, end: int) -> Bools:
 
 def _mapped(mapping: Mapping, first: int, end: int) -> Bools:
     """Tell of pages whether our page table has them."""
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        pagemap.seek((mapping.hva // PAGE_SIZE + first) * 8)
-        entries = np.frombuffer(pagemap.read((end - first) * 8), dtype=np.uint64)
-    return np.asarray(entries & np.uint64(_PAGEMAP_PRESENT) != 0)
+    entries = pagemap.entries(mapping.hva + first * PAGE_SIZE, end - first)
+    return np.asarray(entries & pagemap.MAPPED != 0)

@@ -10,11 +10,10 @@ Units: RAM pages.
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.abi import pagemap
 from kvmdp.abi.libc import mincore
 from kvmdp.memory.layout import PAGE_SIZE, REGION, GuestLayout
 from kvmdp.memory.mapping import Mapping
@@ -25,7 +24,6 @@ from kvmdp.paging.trap.slot_map import Block, Kind
 
 _NO_SLOT, _OPEN, _CLOSED = 0, 1, 2
 _CODES = {None: _NO_SLOT, Kind.OPEN: _OPEN, Kind.CLOSED: _CLOSED}
-_MAPPED, _MARKER = np.uint64(1 << 63), np.uint64(1 << 62)
 _MOST = 8  # pages named in one sentence
 
 _Flags = npt.NDArray[np.bool_]
@@ -88,8 +86,8 @@ def _kinds(blocks: list[Block], pages: int) -> npt.NDArray[np.uint8]:
 
 
 def _page_table(picture: Picture, view: Mapping, present: _Flags, kinds: npt.NDArray[np.uint8]) -> list[str]:
-    entries = _pagemap(view)
-    mapped, marker = (entries & _MAPPED) != 0, (entries & _MARKER) != 0
+    entries = pagemap.entries(view.hva, len(present))
+    mapped, marker = (entries & pagemap.MAPPED) != 0, (entries & pagemap.SWAPPED) != 0
     found = _named("absent, and mapped in the guest view", ~present & mapped)
     if picture.markers:
         found += _named("absent, and without a marker", ~present & ~marker & (kinds == _OPEN))
@@ -103,19 +101,6 @@ def _page_table(picture: Picture, view: Mapping, present: _Flags, kinds: npt.NDA
         found += _named("absent, and no hole of the memory file", ~present & in_file)
         found += _named("present, and a hole of the memory file", present & ~in_file)
     return found
-
-
-def _pagemap(view: Mapping) -> npt.NDArray[np.uint64]:
-    """Return the entry of each page of a mapping in this process's page table."""
-    descriptor = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = bytearray(view.length // PAGE_SIZE * 8)
-        done = 0
-        while done < len(data):
-            done += os.preadv(descriptor, [memoryview(data)[done:]], view.hva // PAGE_SIZE * 8 + done)
-    finally:
-        os.close(descriptor)
-    return np.frombuffer(data, dtype=np.uint64)
 
 
 def _named(what: str, pages: _Flags) -> list[str]:

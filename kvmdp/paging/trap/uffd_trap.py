@@ -26,12 +26,12 @@ from collections.abc import Sequence
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.collapse import Regions, can_collapse
 from kvmdp.paging.trap.picture import Picture
 from kvmdp.paging.trap.slot_map import Kind
 from kvmdp.paging.trap.slots import RamSlots
+from kvmdp.paging.trap.staging import Staging
 from kvmdp.paging.trap.uffd import Uffd, supported_features
 from kvmdp.paging.trap.view import UffdView
 
@@ -94,11 +94,10 @@ class UffdTrap(UffdView):
         self._mutex = threading.Lock()  # guards what follows
         # (start, end) hva of drops of our own that a reader has still to be told of
         self._own_drops: Counter[tuple[int, int]] = Counter()
-        self._staging: Mapping | None = None
+        self._staging: Staging | None = None
         if not minor:
             try:
-                # Of RAM's size, of which only what is on its way, or shut out, takes memory.
-                self._staging = Mapping.anonymous(backing.size)
+                self._staging = Staging(backing)
             except BaseException:
                 self._close_descriptors()
                 raise
@@ -275,8 +274,7 @@ class UffdTrap(UffdView):
     def _stage(self, first: int, count: int) -> None:
         """Put aside the bytes of pages that are about to go, where there is a staging area: no vCPU is in KVM_RUN."""
         if self._staging is not None:
-            start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
-            self._staging.view[start:end] = self._backing.vmm.view[start:end]
+            self._staging.save(first * PAGE_SIZE, count * PAGE_SIZE)
 
     def picture(self) -> Picture:
         """All of RAM is in open memslots; what is absent is not mapped."""
