@@ -148,8 +148,8 @@ def test_an_interruption_while_the_source_sleeps_between_retries(program, image)
     # A source that is for ever "not now": the run is in one of its pauses nearly all the time.
     prelude = """
 import errno, os
-from kvmdp.paging import resolver
-resolver._RETRY_SECONDS = (0.05,) * 10_000
+from kvmdp.source import base
+base._RETRY_SECONDS = (0.05,) * 10_000
 def preadv(*arguments):
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 os.preadv = preadv
