@@ -124,7 +124,12 @@ def test_an_absent_file(file):
 
 def test_a_folder_that_is_not_ours(file, tmp_path):
     file.write_text(json.dumps(bench(1, 0.0, NAMES)))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "somebody's").touch()
     with pytest.raises(UsageError, match="holds no report of kvmdp"):
+        report(file, "--report", other)
+    with pytest.raises(UsageError, match="lies in the folder --report"):
         report(file, "--report", tmp_path)
 
 
