@@ -20,11 +20,12 @@ def disk(tmp_path):
     ("path", "message"),
     [
         ("none", "there is no socket"),
-        ("disk", "is not a socket"),
+        ("plain", "is not a socket"),
         ("x" * 108, "a socket path has 1 to 107 bytes"),
     ],
 )
 def test_a_path_where_no_machine_is(tmp_path, disk, path, message):
+    (tmp_path / "plain").touch()
     path = path if len(path) > 107 else tmp_path / path
     done = kvmdp("device", "--connect", path, "--file", disk)
     assert done.status == 2
