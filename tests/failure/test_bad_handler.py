@@ -201,9 +201,9 @@ def test_answers_come_in_any_order_and_no_more_is_asked_than_there_are_credits(s
     ("message", "sentence"),
     [
         (b"hello", "a message of 5 bytes, which is no offer"),
-        (bytes(24), "does not begin as an offer does"),
-        (b"KVMDPOFR" + b"\2\0\0\0" + bytes(12), "an offer of version 2"),
-        (b"KVMDPOFR" + b"\1\0\0\0" + bytes(4) + (5000).to_bytes(8, "little"), "not whole pages"),
+        (bytes(32), "does not begin as an offer does"),
+        (b"KVMDPOFR" + b"\2\0\0\0" + bytes(20), "an offer of version 2"),
+        (b"KVMDPOFR" + b"\1\0\0\0" + bytes(4) + (5000).to_bytes(8, "little") + bytes(8), "not whole pages"),
         (b"", "closed before the offer"),
     ],
 )
