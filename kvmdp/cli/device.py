@@ -51,9 +51,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Serve, print what was done, return the exit status."""
+    check_distinct(reads("--connect", options.connect), writes("--file", options.file))
     if not options.timeout > 0:
         raise UsageError(f"--timeout {options.timeout:g}: give more than 0 seconds")
-    check_distinct(reads("--connect", options.connect), writes("--file", options.file))
     try:
         file = DiskFile.open(options.file, any_format=options.disk_format is not None)
     except DiskError as error:

@@ -1,5 +1,7 @@
 """A file that is written is no other's: told before anything is opened, by what the file is and not by its name."""
 
+import argparse
+import importlib
 import os
 import socket
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 from command import kvmdp
 
+from kvmdp.cli.main import build_parser
 from kvmdp.cli.output import UsageError
 from kvmdp.cli.paths import check_distinct, fills, reads, writes
 
@@ -117,6 +120,33 @@ def test_a_folder_that_is_replaced_holds_nothing_that_is_read_or_written(tmp_pat
 
 
 # Every command, before it opens anything
+
+
+class Seen(Exception):  # noqa: N818 - it is no error
+    """What a command has checked."""
+
+
+def see(*named):
+    raise Seen({each.option for each in named})
+
+
+PARSERS = build_parser()._subparsers._group_actions[0].choices
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_every_option_that_names_a_file_is_looked_at(monkeypatch, command):
+    parser = PARSERS[command]
+    paths = {
+        action.option_strings[-1] if action.option_strings else action.metavar
+        for action in parser._actions
+        if action.metavar in ("FILE", "PATH", "DIR", "DISK")
+    }
+    monkeypatch.setattr(importlib.import_module(f"kvmdp.cli.{command}"), "check_distinct", see)
+    options = argparse.Namespace(**{action.dest: None for action in parser._actions})
+    with pytest.raises(Seen) as seen:
+        parser.get_default("run")(options)
+    assert seen.value.args[0] == paths
+
 
 PAIRS = [
     *(

@@ -169,7 +169,7 @@ def test_a_successor_with_another_image_is_not_taken(socket_path):
             thread.join()
             assert errors[0].endswith(
                 f"process {second.pid} has taken the handler's place with an image of {2 * MEMORY} bytes, where the "
-                f"machine began with {MEMORY}"
+                f"machine began with an image of {MEMORY} bytes"
             )
             assert second.says("was given up")
     assert said[0].startswith(f"paused: handler {first.pid} has died")
