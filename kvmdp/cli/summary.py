@@ -109,8 +109,8 @@ def print_summary(document: dict[str, Any]) -> None:
     fetched = f"{document['pages_fetched']} fetched"
     if document["pages_zeroed"]:
         fetched += f", {document['pages_zeroed']} zero (holes)"
-    if document["image_layout"] is not None:
-        print(f"image      {document['image_layout']}; RAM at {_places(document)}")
+    if document["image"] is not None or document["handler"] is not None:
+        print(f"image      {document['image_layout'] or 'of the handler'}; RAM at {_places(document)}")
     print(f"pages      {document['pages_present']} of {pages} present: {fetched}")
     if document["resident_limit_bytes"] is not None:
         again = f"{document['pages_refetched']} fetched again ({document['pages_refetched'] / seconds:.0f} a second)"

@@ -222,6 +222,8 @@ def test_a_machine_has_its_hole_where_the_handlers_image_has_it(tmp_path, progra
         document = kvmdp("run", "--handler", socket, "--guest", guest, "--json", "-").document
         assert int(document["guest_checksum"], 16) == sum(words.values())
         assert (document["memory_bytes"], document["low_ram_end"]) == (4 * MiB, 2 * MiB)
+        done = kvmdp("run", "--handler", socket, "--guest", guest)
+        assert "image      of the handler; RAM at 0x0 to 0x200000, 0x100000000 to 0x100200000\n" in done.out
         done = kvmdp("run", "--handler", socket, "--image", image, *layout, "--json", "-")
         assert done.status == 0
         assert (done.document["ok"], done.document["pages_checked"]) == (True, 1024)
