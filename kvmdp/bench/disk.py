@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvmdp.last_acts import last_act
 from kvmdp.machine.disk import DiskFile
 from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import DISK_SECTOR
@@ -61,8 +62,8 @@ def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
         with DiskFile.temporary(size) as file, DiskThread(machine, file):
             yield
         return
-    with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "socket")) as listener:
-        file_path = Path(folder) / "disk"
+    with _folder() as folder, Listener(str(folder / "socket")) as listener:
+        file_path = folder / "disk"
         file_path.touch()
         os.truncate(file_path, size)
         command = ("device", "--connect", listener.path, "--file", str(file_path))
@@ -80,3 +81,11 @@ def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
         finally:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """Make a folder for the time of the block."""
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with last_act(folder.cleanup):
+        yield Path(folder.name)

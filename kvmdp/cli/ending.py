@@ -4,8 +4,9 @@
     work             the first raises KeyboardInterrupt in the main thread: the command cleans up, and ends with 130.
                      More within a second are the same one: timeout(1) sends two, a terminal that is closed does, a
                      supervisor hands on what its child has had already. Later ones mean that it takes too long: the
-                     process ends at once, after its last acts
+                     process ends at once, after its last acts (`kvmdp.last_acts`)
     results          ends the process at once: all is cleaned up, and what is left of the results has no reader
+    the last word    does nothing: the status is certain, and is told in a moment
     Python's end     ends the process at once, with the status that the command has come to
 
 So from the start of the work there is one KeyboardInterrupt and no second, which would cut cleaning up short.
@@ -16,27 +17,57 @@ Units: seconds.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
 from kvmdp.cli.entry import leave, on_interruption
+from kvmdp.last_acts import do_last_acts
 
 SAME_SECONDS = 1.0  # in which a further signal is the same interruption
 
-_last_acts: list[Callable[[], None]] = []
+
+class Stages:
+    """Is told how far a command has got; this one takes no notice."""
+
+    def started(self) -> None:
+        """All is loaded, the work begins."""
+
+    def settled(self) -> None:
+        """The work is over, results are written out: no KeyboardInterrupt is expected any more."""
+
+    def ended(self) -> None:
+        """The exit status is certain; what is left is to say why the command failed, if it did."""
+
+
+NO_STAGES = Stages()
+
+
+class HandledStages(Stages):
+    """Has interruptions answered as it is right at each stage."""
+
+    def started(self) -> None:
+        """From now on there is something to clean up."""
+        on_interruption(Interruption())
+
+    def settled(self) -> None:
+        """From now on there is nothing to clean up."""
+        on_interruption(_leave)
+
+    def ended(self) -> None:
+        """From now on nothing changes the status any more."""
+        on_interruption(_ignore)
 
 
 def run_to_end() -> NoReturn:
     """Load the command, run it, and exit with its status. Until it begins its work `leave` answers interruptions."""
     from kvmdp.cli.main import main  # here, for this is what takes the time
 
-    status = main(started=lambda: on_interruption(Interruption()), settled=lambda: on_interruption(leave))
+    status = main(stages=HandledStages())
+    do_last_acts()
     # Python waits for threads now, which may take what it takes; what comes after that does not.
     on_interruption(lambda _number, _frame: os._exit(status))
     atexit.register(on_interruption, signal.SIG_IGN)
@@ -56,17 +87,13 @@ class Interruption:
             self._began = now
             raise KeyboardInterrupt
         if now - self._began >= SAME_SECONDS:
-            for act in reversed(_last_acts):
-                with contextlib.suppress(OSError):  # the next one is done all the same
-                    act()
-            leave(number, frame)
+            _leave(number, frame)
 
 
-@contextlib.contextmanager
-def last_act(act: Callable[[], None]) -> Iterator[None]:
-    """Have `act` done if an interruption ends the process at once during the block; it may raise OSError."""
-    _last_acts.append(act)
-    try:
-        yield
-    finally:
-        _last_acts.remove(act)
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing; a handler, for what has SIG_IGN counts as ignored from the start."""
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    do_last_acts()
+    leave(number, frame)

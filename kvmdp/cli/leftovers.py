@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvmdp.cli.ending import last_act
 from kvmdp.cli.output import say
 from kvmdp.interruption import Uninterrupted
+from kvmdp.last_acts import last_act
 from kvmdp.memory.size import format_size
 from kvmdp.wire.endpoint import EndpointError, Listener, remove_dead
 
@@ -56,6 +56,6 @@ def listening(path: str) -> Iterator[Listener]:
     """Listen at `path` for the time of the block; its end, whatever it is, removes the file. Raises EndpointError."""
     with contextlib.ExitStack() as stack:
         with Uninterrupted():
-            listener = stack.enter_context(Listener(path))
+            listener = Listener(path)
             stack.enter_context(last_act(listener.close))
         yield listener

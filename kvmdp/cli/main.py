@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from kvmdp import __version__
+from kvmdp.cli.ending import NO_STAGES, Stages
 from kvmdp.cli.output import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -58,22 +59,14 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(
-    arguments: Sequence[str] | None = None,
-    started: Callable[[], None] = lambda: None,
-    settled: Callable[[], None] = lambda: None,
-) -> int:
-    """Run one command and return its exit status (0, 1, 2, 4 or 130).
-
-    `started` is called when all is loaded and the command begins its work, `settled` when that is over, and nothing is
-    left to be done but to write out results: from then on no KeyboardInterrupt is expected.
-    """
+def main(arguments: Sequence[str] | None = None, stages: Stages = NO_STAGES) -> int:
+    """Run one command, which tells `stages` how far it is, and return its exit status (0, 1, 2, 4 or 130)."""
     try:
-        status, cause = _outcome(sys.argv[1:] if arguments is None else list(arguments), started)
-        settled()
+        status, cause = _outcome(sys.argv[1:] if arguments is None else list(arguments), stages)
+        stages.settled()
     except KeyboardInterrupt:
         status, cause = EXIT_INTERRUPTED, "interrupted"
-        settled()
+        stages.settled()
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -83,16 +76,17 @@ def main(
             status, cause = EXIT_FAILED, lost
         elif lost:
             say(lost)
+    stages.ended()
     if cause:
         say(f"kvmdp: {cause}")
     return status
 
 
-def _outcome(arguments: list[str], started: Callable[[], None]) -> tuple[int, str]:
+def _outcome(arguments: list[str], stages: Stages) -> tuple[int, str]:
     """Return the exit status, and the sentence that says why a command has failed. Raises KeyboardInterrupt."""
     try:
         options = build_parser(arguments[0] if arguments else None).parse_args(arguments)
-        started()
+        stages.started()
         return options.run(options), ""
     except SystemExit as end:  # argparse has printed what was asked for
         return EXIT_OK if end.code is None else int(end.code), ""

@@ -8,14 +8,16 @@ trace is a diagnostic: it costs nothing but itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from kvmdp.cli.ending import last_act
 from kvmdp.cli.output import EXIT_OK, is_stream, say
+from kvmdp.interruption import Uninterrupted
+from kvmdp.last_acts import last_act
 
 _TEMPORARY = ".kvmdp-"  # and eight characters: fits beside any name
 
@@ -86,17 +88,17 @@ def _write_file(path: Path, text: str) -> None:
     import tempfile  # here, as json above
 
     path = path.resolve()
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
-    with last_act(Path(temporary).unlink):
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            # mkstemp makes files for their owner alone; a result is a file like any other.
-            mask = os.umask(0)
-            os.umask(mask)
-            Path(temporary).chmod(0o666 & ~mask)
-            Path(temporary).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-            raise
+    with contextlib.ExitStack() as stack:
+        with Uninterrupted():  # or the file could be there, and nothing know of it
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
+            temporary = Path(name)
+            # It has become the result by then, as a rule.
+            stack.enter_context(last_act(functools.partial(temporary.unlink, missing_ok=True)))
+            file = stack.enter_context(open(descriptor, "w", encoding="utf-8"))
+        file.write(text)
+        file.close()
+        # mkstemp makes files for their owner alone; a result is a file like any other.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)

@@ -11,7 +11,6 @@ import numpy as np
 
 from kvmdp import __version__
 from kvmdp.cli.disk_options import disk_device
-from kvmdp.cli.ending import last_act
 from kvmdp.cli.leftovers import Leftovers
 from kvmdp.cli.output import (
     EXIT_FAILED,
@@ -28,6 +27,7 @@ from kvmdp.cli.run_options import add_options, machine_options, plan
 from kvmdp.cli.sources import Sources, open_sources
 from kvmdp.cli.summary import leak_records, print_leaks, print_summary, results
 from kvmdp.cli.supervise import TouchedError, is_supervised, supervise
+from kvmdp.last_acts import last_act
 from kvmdp.machine.boot import GuestImageError
 from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.experiment import RunResult, run_program, run_workload
@@ -92,7 +92,6 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError(str(error)) from None
         _announce(options, machine, sources.source)
         leftovers = Leftovers(options)
-        stack.callback(leftovers.announce)
         stack.enter_context(last_act(leftovers.announce))
         document = _document(options, machine, sources)
         try:

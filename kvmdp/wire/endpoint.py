@@ -157,10 +157,11 @@ class Listener:
         """Stop listening and remove the socket's file, if it is still this one; a second call does nothing."""
         if self.socket.fileno() < 0:
             return
-        self.socket.close()
+        # In this order, or a second call after one that was cut short would leave the file.
         with contextlib.suppress(FileNotFoundError):
             if Path(self.path).stat().st_ino == self._inode:
                 Path(self.path).unlink()
+        self.socket.close()
 
     def __enter__(self) -> Self:
         return self

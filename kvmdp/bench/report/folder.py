@@ -5,18 +5,23 @@ A folder is ours if its compare.json bears the schema. It is written whole or no
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import io
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvmdp.bench.report.figure import Figure, Table
 from kvmdp.bench.report.figures import figures
 from kvmdp.bench.report.html import page
 from kvmdp.bench.report.results import SCHEMA, Document, Results
+from kvmdp.interruption import Uninterrupted
+from kvmdp.last_acts import last_act
 
 DOCUMENT = "compare.json"
 # What a report consists of: a folder that holds anything else is not replaced.
@@ -79,20 +84,27 @@ def write_report(document: Document, folder: str | Path) -> None:
     target = Path(folder).resolve()
     contents = files(document)
     try:
-        new = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY))
-        try:
+        with _new_folder(target.parent) as new:
             for name, text in contents.items():
                 # JSON may name what UTF-8 cannot hold (half a surrogate pair).
                 (new / name).write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-            # mkdtemp makes folders for their owner alone; a report is a folder like any other.
+            # Temporary folders are for their owner alone; a report is a folder like any other.
             mask = os.umask(0)
             os.umask(mask)
             new.chmod(0o777 & ~mask)
             _replace(target, new)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise OSError(error.errno, f"the report was not written: {error.strerror}", str(folder)) from None
+
+
+@contextlib.contextmanager
+def _new_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder in `parent`; what is at its name at the end of the block goes, whatever end that is."""
+    with contextlib.ExitStack() as stack:
+        with Uninterrupted():  # or the folder could be there, and nothing know of it
+            made = Path(tempfile.mkdtemp(dir=parent, prefix=_TEMPORARY))
+            stack.enter_context(last_act(functools.partial(shutil.rmtree, made, ignore_errors=True)))
+        yield made
 
 
 def _replace(target: Path, new: Path) -> None:
@@ -100,17 +112,15 @@ def _replace(target: Path, new: Path) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         new.replace(target)
         return
-    # A folder that is not empty cannot be replaced in one step: set it aside, and back if the second step fails.
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=_TEMPORARY))
-    try:
+    # A folder that is not empty cannot be replaced in one step: set it aside, and back if the second step fails. No
+    # interruption comes between the steps, where there is no report.
+    with _new_folder(target.parent) as aside, Uninterrupted():
         target.replace(aside)
         try:
             new.replace(target)
         except BaseException:
             aside.replace(target)
             raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def files(document: Document) -> dict[str, str]:
