@@ -6,7 +6,7 @@
                      supervisor hands on what its child has had already. Later ones mean that it takes too long: the
                      process ends at once, after its last acts (`kvmdp.last_acts`)
     results          ends the process at once: all is cleaned up, and what is left of the results has no reader
-    the last word    does nothing: the status is certain, and is told in a moment
+    the last word    nothing until it is said, which is soon; then as below
     Python's end     ends the process at once, with the status that the command has come to
 
 So from the start of the work there is one KeyboardInterrupt and no second, which would cut cleaning up short.
@@ -47,7 +47,10 @@ NO_STAGES = Stages()
 
 
 class HandledStages(Stages):
-    """Has interruptions answered as it is right at each stage."""
+    """Has interruptions answered as it is right at each stage; `is_late` says whether one came after the last."""
+
+    def __init__(self) -> None:
+        self.is_late = False
 
     def started(self) -> None:
         """From now on there is something to clean up."""
@@ -59,17 +62,23 @@ class HandledStages(Stages):
 
     def ended(self) -> None:
         """From now on nothing changes the status any more."""
-        on_interruption(_ignore)
+        on_interruption(self._note)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.is_late = True
 
 
 def run_to_end() -> NoReturn:
     """Load the command, run it, and exit with its status. Until it begins its work `leave` answers interruptions."""
     from kvmdp.cli.main import main  # here, for this is what takes the time
 
-    status = main(stages=HandledStages())
+    stages = HandledStages()
+    status = main(stages=stages)
     do_last_acts()
     # Python waits for threads now, which may take what it takes; what comes after that does not.
     on_interruption(lambda _number, _frame: os._exit(status))
+    if stages.is_late:
+        os._exit(status)
     atexit.register(on_interruption, signal.SIG_IGN)
     sys.exit(status)
 
@@ -88,10 +97,6 @@ class Interruption:
             raise KeyboardInterrupt
         if now - self._began >= SAME_SECONDS:
             _leave(number, frame)
-
-
-def _ignore(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing; a handler, for what has SIG_IGN counts as ignored from the start."""
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
