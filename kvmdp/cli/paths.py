@@ -86,10 +86,10 @@ def _identity(path: str) -> Hashable:
     try:
         return _of_status(os.stat(path))  # noqa: PTH116 - a Path would lose what a path like "x/" says
     except FileNotFoundError:
-        place = Path(os.path.realpath(path))  # a link may lead to what is not there yet
         try:
+            place = Path(os.path.realpath(path))  # a link may lead to what is not there yet
             folder = place.parent.stat()
-        except OSError:
+        except OSError:  # also if the working directory has been deleted
             return None
         return folder.st_dev, folder.st_ino, place.name
     except (OSError, ValueError):
@@ -108,7 +108,10 @@ def _would_be_lost(named: Named, folder: Named) -> bool:
     """Whether the file that is named lies in a folder that is replaced, and is not what is put there again."""
     assert named.path is not None
     assert folder.path is not None
-    place = Path(os.path.realpath(named.path))
+    try:
+        place = Path(os.path.realpath(named.path))
+    except OSError:  # the working directory has been deleted, and nothing can lie in it
+        return False
     if named is folder or not _is_same(place.parent, Path(folder.path)):
         return False
     return named.written or place.name != folder.again

@@ -89,7 +89,7 @@ def _write_file(path: Path, text: str) -> None:
 
     path = path.resolve()
     with contextlib.ExitStack() as stack:
-        with Uninterrupted():  # or the file could be there, and nothing know of it
+        with Uninterrupted():  # or a file could be left that nothing knows of
             descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
             temporary = Path(name)
             # It has become the result by then, as a rule.

@@ -101,7 +101,7 @@ def write_report(document: Document, folder: str | Path) -> None:
 def _new_folder(parent: Path) -> Iterator[Path]:
     """Make a folder in `parent`; what is at its name at the end of the block goes, whatever end that is."""
     with contextlib.ExitStack() as stack:
-        with Uninterrupted():  # or the folder could be there, and nothing know of it
+        with Uninterrupted():  # or a folder could be left that nothing knows of
             made = Path(tempfile.mkdtemp(dir=parent, prefix=_TEMPORARY))
             stack.enter_context(last_act(functools.partial(shutil.rmtree, made, ignore_errors=True)))
         yield made
