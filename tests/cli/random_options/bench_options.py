@@ -7,8 +7,9 @@ from kvmdp.bench.contender import MISSING, OFF, PRESENT, SHARDED
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.paging.trap.registry import ALL_TRAPS, TRAPS
 from random_options import files
+from random_options.machine_options import HUGE, PAGE_OPTIONS
 from random_options.options import NO_NUMBER, NO_SIZE, Option, choices_of, flag
-from random_options.run_options import HUGE, NO_OUTPUT, PAGE_OPTIONS, output
+from random_options.work_options import NO_OUTPUT, document, output
 
 _CONTENDERS = (
     *ALL_TRAPS,
@@ -48,19 +49,13 @@ def _reads(draw):
     return "--uffd" in draw.given
 
 
-def _json(draw):
-    where = "-" if draw.often(0.2) else output("result.json", draw)
-    draw.may_fail |= where == "/dev/full"
-    return where
-
-
 def _report(draw):
     return draw.file("report", files.folder()) if draw.often(0.2) else "report"
 
 
 _RESULTS = {
     "--trace": Option(lambda draw: output("trace.jsonl", draw), ("-", *NO_OUTPUT), 0.2),
-    "--json": Option(_json, NO_OUTPUT, 0.8),
+    "--json": Option(document, NO_OUTPUT, 0.8),
 }
 
 BENCH_OPTIONS = {
@@ -149,4 +144,4 @@ REPORT_OPTIONS = {
     "--report": COMPARE_OPTIONS["--report"],
 }
 
-PROBE_OPTIONS = {"--json": Option(_json, NO_OUTPUT, 0.7)}
+PROBE_OPTIONS = {"--json": Option(document, NO_OUTPUT, 0.7)}

@@ -94,6 +94,16 @@ class Draw:
         return [f"{name}{value}"] if joined and value else [name, value]
 
 
+def has(name):
+    """Return what says whether an option is given."""
+    return lambda draw: name in draw.given
+
+
+def is_one_of(name, *values):
+    """Return what says whether an option is given as one of `values`; None is not given."""
+    return lambda draw: draw.given.get(name) in values
+
+
 def flag(share=0.2, when=lambda _draw: True):
     """Return an option that takes no value."""
     return Option(lambda _draw: FLAG, (), share, when)

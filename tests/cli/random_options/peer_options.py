@@ -2,8 +2,9 @@
 
 from kvmdp.memory.size import parse_size
 from random_options import files
+from random_options.machine_options import PAGE_OPTIONS
 from random_options.options import NO_SECONDS, Option
-from random_options.run_options import NO_DISK, PAGE_OPTIONS, disk
+from random_options.work_options import NO_DISK, disk
 
 _NO_SOCKET = ("", ".", "absent/sock", "x" * 200, lambda draw: draw.file("no.sock", files.holds(b"")))
 
