@@ -109,7 +109,7 @@ def _named(name: str, text: str, work: Work) -> Contender:
 
 
 def _check(found: Contender) -> None:
-    """Raise ValueError if the contender's memory or device is not for its trap."""
+    """Raise ValueError if the contender's memory is not for its trap, or its work is not for its machine."""
     work = found.work
     if work.backing not in BACKINGS:
         raise ValueError(
@@ -118,6 +118,11 @@ def _check(found: Contender) -> None:
     if trap := found.trap or found.off:
         check_backing(trap, BACKINGS[work.backing])
     check_mode(work.uffd_mode, BACKINGS[work.backing])
+    if work.pin and len(work.pin) != work.vcpus:
+        raise ValueError(
+            f"{found.name!r} has {work.vcpus} vCPUs, and -c names {len(work.pin)} of the host's CPUs: leave out -c or "
+            "vcpus="
+        )
     pages = work.memory_bytes // PAGE_SIZE
     if not 0 <= work.device_pages <= max(pages, 0):
         raise ValueError(f"{found.name!r}: a device cannot read {work.device_pages} of {pages} pages")

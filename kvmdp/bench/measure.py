@@ -166,7 +166,8 @@ def check(contender: Contender) -> None:
     work = contender.work
     if work.vcpus > 0:
         GuestLayout(work.memory_bytes)
-    plan(work)
+    if not len(plan(work).touched):
+        raise ValueError(f"the workload {work.workload} touches no page here to be measured: give another")
     FaultAround(work.fault_around)
     check_backing_options(work.backing, work.memory_bytes, reserve=work.reserve_hugepages)
     granule = machine_options(contender).granule
@@ -180,8 +181,9 @@ def machine_options(contender: Contender) -> MachineOptions:
     trap = contender.trap or contender.off or "mmio"  # present: any trap by memslot, for it is never armed
     granule = None
     if trap in SLOT_TRAPS:
-        least = least_granule(GuestLayout(work.memory_bytes))
-        granule = work.granule or max(least, work.fault_around * PAGE_SIZE)
+        granule = work.granule
+        if granule is None:
+            granule = max(least_granule(GuestLayout(work.memory_bytes)), work.fault_around * PAGE_SIZE)
     return MachineOptions(
         memory_bytes=work.memory_bytes,
         trap=trap,

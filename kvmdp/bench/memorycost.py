@@ -40,8 +40,9 @@ def memory_contender(name: str, work: Work) -> Contender:
     """
     made = contender(name, replace(work, fault_around=MAX_FAULT_AROUND))
     # present has no memslots to be counted, and needs none that are small.
-    granule = least_granule(GuestLayout(made.work.memory_bytes)) if made.trap else None
-    return replace(made, work=replace(made.work, granule=made.work.granule or granule))
+    if made.trap is None or made.work.granule is not None:
+        return made
+    return replace(made, work=replace(made.work, granule=least_granule(GuestLayout(made.work.memory_bytes))))
 
 
 def memory_cost(each: Contender) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def _bounds(path: str | None) -> list[Bound]:
     try:
         return read_bounds(path)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(f"--check {error}") from None
     except OSError as error:
         raise UsageError(f"--check {path}: {error.strerror}; give a file that can be read") from None
 
@@ -220,8 +220,9 @@ def _bounds(path: str | None) -> list[Bound]:
 def _work(options: argparse.Namespace) -> Work:
     """Return the work that all contenders do unless they say otherwise. Raises ValueError."""
     _check_mode(options)
+    size = options.bytes if options.bytes is not None else "1G" if options.memory_cost else "64M"
     usual = "hugetlb-2m" if options.huge else "anonymous" if options.uffd == "MISSING" else "shmem"
-    kind = options.memory_kind or usual
+    kind = usual if options.memory_kind is None else options.memory_kind
     backing = parse_backing(kind)
     if options.uffd == "MINOR" and backing == "anonymous":
         raise ValueError("-u MINOR: anonymous memory has no minor faults; use -s shmem")
@@ -231,7 +232,7 @@ def _work(options: argparse.Namespace) -> Work:
     if options.delay < 0:
         raise ValueError(f"-d {options.delay}: a delay cannot be negative")
     return Work(
-        bytes_per_vcpu=parse_size(options.bytes or ("1G" if options.memory_cost else "64M")),
+        bytes_per_vcpu=parse_size(size),
         vcpus=options.vcpus,
         ring=options.ring,
         workload=options.workload,
@@ -241,7 +242,7 @@ def _work(options: argparse.Namespace) -> Work:
         overlap=options.overlap,
         backing=backing,
         reserve_hugepages=options.reserve_hugepages,
-        granule=parse_size(options.granule) if options.granule else None,
+        granule=None if options.granule is None else parse_size(options.granule),
         fault_around=options.fault_around,
         latency=parse_latency(options.latency) + options.delay * 1e-6,
         bandwidth=parse_bandwidth(options.bandwidth),

@@ -185,7 +185,7 @@ def _check_targets(options: argparse.Namespace, plan: Plan) -> None:
     check_trace_target(options.trace)
     files = [target for target in (options.json, options.trace) if target not in (None, "-")]
     folders = [str(Path(target).resolve().parent) for target in files if not is_stream(Path(target))]
-    if options.report:
+    if options.report is not None:
         try:
             check_folder(options.report)
         except ReportError as error:

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     """Read, print, write the folder, return the exit status."""
     check_distinct(reads("FILE", options.file), fills("--report", options.report, DOCUMENT))
     try:
-        if options.report:
+        if options.report is not None:
             check_folder(options.report)
         document = load(options.file)
     except ReportError as error:

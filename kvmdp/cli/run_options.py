@@ -366,10 +366,10 @@ def _granule(options: argparse.Namespace, trap: str, layout: GuestLayout) -> int
     """Return the granule in bytes, None for a trap that has none of its own to choose. Raises ValueError."""
     granule = None if options.granule is None else parse_size(options.granule)
     if trap in SLOT_TRAPS:
-        # What is fetched together is one memslot: the fewer flips the better.
-        granule = granule or max(
-            least_granule(layout, BACKINGS[options.backing].page_size), options.fault_around * PAGE_SIZE
-        )
+        if granule is None:
+            # What is fetched together is one memslot: the fewer flips the better.
+            least = least_granule(layout, BACKINGS[options.backing].page_size)
+            granule = max(least, options.fault_around * PAGE_SIZE)
         check_granule(granule, layout)
     elif granule not in (None, PAGE_SIZE):
         raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by the host's pages")

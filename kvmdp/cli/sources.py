@@ -70,7 +70,12 @@ def _check_no_image(options: argparse.Namespace, layout: ImageLayout) -> None:
 
 
 def _check_handler(options: argparse.Namespace) -> None:
-    """Raise ValueError for memory that a handler cannot fill."""
+    """Raise ValueError for memory that a handler cannot fill, and for a network that would not be on its way."""
+    if parse_latency(options.latency) or parse_bandwidth(options.bandwidth):
+        raise ValueError(
+            "--latency and --bandwidth with --handler: the network is between the handler and its pages; give them to "
+            "kvmdp handler"
+        )
     if not BACKINGS.get(options.backing, MemfdBacking).sealed:
         raise ValueError(
             f"--handler with --backing {options.backing}: such memory cannot be handed to a handler in another "

@@ -89,7 +89,7 @@ def test_a_trace_of_two_runs(file, tmp_path, capsys):
     [
         ("", "not JSON"),
         ("{", "not JSON"),
-        ("[]", "not as a report needs it"),
+        ("[]", "its JSON is no object"),
         ("{}", "its schema is None"),
         ('{"schema": "kvmdp.run/1"}', r"its schema is 'kvmdp\.run/1', not kvmdp\.compare/1"),
         ('{"schema": "kvmdp.bench/1"}', "there is no 'version'"),

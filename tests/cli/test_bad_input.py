@@ -210,6 +210,10 @@ def test_help_is_no_error(arguments):
             ),
         ),
         (
+            ("--trap", "mmio", "--granule", "0"),
+            "a granule of 0: give a power of two from 4K to 1G",
+        ),
+        (
             ("--trap", "mmio", "--granule", "5000"),
             "a granule of 5000: give a power of two from 4K to 1G",
         ),

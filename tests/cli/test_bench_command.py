@@ -138,6 +138,17 @@ def test_a_bound_that_does_not_hold_is_named_and_fails(tmp_path):
         (["--latency", "fast"], "'fast' is not a latency"),
         (["--rounds", "0"], "--rounds 0: give at least 1"),
         (["--check", "/nonexistent"], "--check /nonexistent: No such file or directory"),
+        (["--granule", "0", "mmio"], "a granule of 0: give a power of two from 4K"),
+        (["--granule", "", "mmio"], "'' is not a size"),
+        (["mmio:granule=0"], "a granule of 0: give a power of two from 4K"),
+        (["-b", ""], "'' is not a size"),
+        (["-s", ""], "-s : there is shmem"),
+        (["--check", "."], "--check . is neither a file nor a pipe"),
+        (["-b", "2M", "--workload", "clock"], "the workload clock touches no page here to be measured"),
+        (
+            ["-b", "2M", "-c", "0", "marker:vcpus=2"],
+            "'marker:vcpus=2' has 2 vCPUs, and -c names 1 of the host's CPUs: leave out -c or vcpus=",
+        ),
     ],
 )
 def test_a_command_line_that_makes_no_sense_is_refused_in_one_sentence(arguments, sentence):

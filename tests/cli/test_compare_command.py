@@ -73,6 +73,7 @@ def test_an_interruption_leaves_what_was_measured_marked_partial(tmp_path):
         (["marker", "marker"], "marker is named twice"),
         (["marker", "mmio:vcpus=2"], "the comparison sets vcpus and latency"),
         (["marker", "mmio:granule=3K"], "a granule of 3K: give a power of two"),
+        (["--report", ""], "that folder is not empty and holds no report of kvmdp"),
         (["--report", "/"], "that folder is not empty and holds no report of kvmdp"),
         (["--json", "/nonexistent/file"], "--json /nonexistent/file: there is no directory"),
     ],

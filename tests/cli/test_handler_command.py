@@ -63,6 +63,18 @@ def test_nothing_to_serve(arguments, sentence):
     assert sentence in refused("handler", "--listen", "unused.sock", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--latency", "1ms"), "give them to kvmdp handler"),
+        (("--bandwidth", "1Gbit"), "give them to kvmdp handler"),
+        (("--bandwidth", "x"), "'x' is not a bandwidth"),
+    ],
+)
+def test_a_network_is_on_the_handlers_side(arguments, sentence):
+    assert sentence in refused("run", "--handler", "x", *arguments)
+
+
 @pytest.mark.parametrize("backing", ["anonymous", "private-hugetlb-2m", "guest-memfd", "file"])
 def test_memory_that_is_no_sealed_file_cannot_be_handed_over(backing):
     assert refused("run", "--handler", "x", "--backing", backing) == (

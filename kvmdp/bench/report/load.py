@@ -45,6 +45,8 @@ def _document(text: str) -> Document:
     if schema == TRACE_SCHEMA:
         return from_traces(_runs(text))
     found: Document = json.loads(text)
+    if not isinstance(found, dict):
+        raise ReportError("its JSON is no object, which is what a result is")
     schema = found.get("schema")
     if schema == BENCH_SCHEMA:
         return from_bench(found)

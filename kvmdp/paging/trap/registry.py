@@ -121,7 +121,8 @@ def create_trap(
             raise ValueError(f"the trap {name} always works by pages: leave the granule out")
         slots = RamSlots(vm, layout, backing, region_size(layout))
     else:
-        slots = RamSlots(vm, layout, backing, granule or least_granule(layout, backing.page_size))
+        least = least_granule(layout, backing.page_size)
+        slots = RamSlots(vm, layout, backing, least if granule is None else granule)
     try:
         return (TRAPS | HYBRID_TRAPS)[name](Materials(vm, layout, slots, backing, uffd, options))
     except BaseException:
