@@ -30,7 +30,7 @@ def test_an_interruption_while_a_module_is_loaded(module, number):
 READY = """import sys
 import kvmdp.cli.entry as entry
 entry.on_interruption(entry.leave)
-print("ready", file=sys.stderr, flush=True)
+print("ready\\n", end="", file=sys.stderr)
 """
 
 

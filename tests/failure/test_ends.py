@@ -169,7 +169,7 @@ import sys, time
 from kvmdp.bench.survey import Survey
 document = Survey.document
 def slow(survey):
-    print("ending", file=sys.stderr, flush=True)
+    print("ending\\n", end="", file=sys.stderr)
     time.sleep(0.5)
     return document(survey)
 Survey.document = slow
@@ -193,10 +193,10 @@ import sys, time
 from pathlib import Path
 def chmod(path, mode):
     try:
-        print("writing", file=sys.stderr, flush=True)
+        print("writing\\n", end="", file=sys.stderr)
         time.sleep(1000)
     except KeyboardInterrupt:
-        print("once", file=sys.stderr, flush=True)
+        print("once\\n", end="", file=sys.stderr)
         time.sleep(1000)
 Path.chmod = chmod
 """
@@ -215,7 +215,7 @@ def test_a_second_signal_ends_a_run_that_does_not_come_to_its_end():
 import time
 from kvmdp.machine.machine import Machine
 def stop(machine):
-    print("stopping", file=__import__("sys").stderr, flush=True)
+    print("stopping\\n", end="", file=__import__("sys").stderr)
     time.sleep(1000)
 Machine.stop = stop
 """
@@ -309,7 +309,7 @@ import kvmdp.cli.main as main
 parse = main.build_parser
 def build_parser(command):
     parser = parse(command)
-    print("started", file=sys.stderr, flush=True)
+    print("started\\n", end="", file=sys.stderr)
     return parser
 main.build_parser = build_parser
 """
@@ -377,5 +377,5 @@ LOADING = """
 import sys
 import kvmdp.cli.entry as entry
 entry.on_interruption(entry.leave)
-print("loading", file=sys.stderr, flush=True)
+print("loading\\n", end="", file=sys.stderr)
 """
