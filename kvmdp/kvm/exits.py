@@ -103,6 +103,10 @@ _SUBERRORS = {
 }
 
 
+# In the data of KVM_INTERNAL_ERROR_DELIVERY_EV (arch/x86/kvm/x86.c, kvm_prepare_event_vectoring_exit); the CPU is last.
+_DELIVERY_GPA = 3
+
+
 @dataclass(slots=True)
 class InternalError:
     """KVM_EXIT_INTERNAL_ERROR: KVM cannot go on with this vCPU as it is.
@@ -118,6 +122,16 @@ class InternalError:
     def is_emulation_failure(self) -> bool:
         """True if KVM's emulator did not know the instruction; RIP has not moved."""
         return self.suberror == abi.KVM_INTERNAL_ERROR_EMULATION
+
+    @property
+    def delivery_gpa(self) -> int | None:
+        """Where KVM found no memory when it was to deliver an event; None for another error, or if KVM does not say.
+
+        The event is pending, and is delivered when the vCPU is entered again. Since Linux 6.14 with kvm_amd, before
+        that with kvm_intel alone; a guest-physical address only with nested paging.
+        """
+        is_delivery = self.suberror == abi.KVM_INTERNAL_ERROR_DELIVERY_EV
+        return self.data[_DELIVERY_GPA] if is_delivery and len(self.data) > _DELIVERY_GPA + 1 else None
 
     def __str__(self) -> str:
         what = _SUBERRORS.get(self.suberror, "unknown kind")

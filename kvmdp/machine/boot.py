@@ -162,6 +162,8 @@ def set_boot_state(
         limit=0xFFFFFFFF, selector=guest.ENTRY_DATA_SELECTOR, type=0x3, present=1, s=1, db=1, g=1
     )
     sregs.cs = code
+    # As after LLDT of 0. At its reset a CPU has a table of 64 KiB at address 0, which is RAM here.
+    sregs.ldt = kvm_segment(unusable=1)
     sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data
     sregs.cr0 = _CR0
     sregs.cr3 = tables.root

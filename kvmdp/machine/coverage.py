@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import enum
 import json
 import os
 import signal
@@ -25,6 +24,8 @@ import numpy as np
 
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import vector_flags
+from kvmdp.machine.coverage_cell import EMULATED, Cell, Seen, seen_by, vcpu_exits
+from kvmdp.machine.coverage_programs import descriptor_store, event_frame, far_call, selector_and_flags
 from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.experiment import run_workload, usable_memory
 from kvmdp.machine.failure import in_words
@@ -39,8 +40,8 @@ from kvmdp.machine.machine import (
 )
 from kvmdp.machine.probe import ACCESSES as GUEST_ACCESSES
 from kvmdp.machine.pv import pv_flags
-from kvmdp.machine.runloop import EXIT_NAMES, GuestError
-from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
+from kvmdp.machine.runloop import GuestError
+from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import Origin, PageFault, PagingError, UnsupportedError
@@ -56,48 +57,6 @@ _PAGES = 8
 _SEED = 2023
 _TIMEOUT = 10.0
 _CHILD_TIMEOUT = 60.0  # of a process that has to load all this first, on a host that may be busy
-
-# sgdt [0x3000]; mov rax,[0x3002]; xor edx,edx; ret
-_SGDT = bytes.fromhex("0f01042500300000 488b042502300000 31d2 c3")
-# lgdt [gdtr]; mov rbx,rsp; mov esp,0x3010; call far [target]; mov rsp,rbx; mov rax,[0x3008]; xor edx,edx; ret
-# target: 0x18:0xd0100016; gdtr: 31, gdt; gdt: null, code, data, another code segment. It returns the CS it came from.
-_FAR_CALL = bytes.fromhex(
-    "0f011527000000 4889e3 bc10300000 48ff1d0e000000 4889dc 488b042508300000 31d2 c3"
-    "160010d000000000 1800 1f00 380010d000000000"
-    "0000000000000000 ffff0000009baf00 ffff00000093cf00 ffff0000009baf00"
-)
-# mov [0x3008],cs; mov rbx,rsp; mov esp,0x3008; pushf; mov rsp,rbx; xor eax,eax; xor edx,edx; ret
-_SELECTOR_AND_FLAGS = bytes.fromhex("8c0c2508300000 4889e3 bc08300000 9c 4889dc 31c0 31d2 c3")
-_PROGRAM_PAGE = 3
-
-
-class Seen(enum.Enum):
-    """What became of an access to an absent page."""
-
-    EXIT = "caught by exit"  # KVM_RUN came back, the access was retried
-    SLEEP = "caught by sleep"  # whoever made it slept until the page was there
-    RUN_AGAIN = (
-        "taken back, run again"  # KVM_RUN came back in the middle of it, the CPU did all of it afterwards
-    )
-    EMULATION = "completed by emulation"  # KVM_RUN came back in the middle of it, user space did the rest
-    MISSED = "missed"  # nothing trapped, or it failed, or the bytes were wrong
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One kind of access under one trap.
-
-    `exits` counts what was seen by kind: exits of KVM_RUN, `uffd_event` (a reader served it), `request` (the pager
-    was asked first). `exact`: every byte was right. `ok`: it was, or this is known, and `note` says what helps.
-    """
-
-    access: str
-    trap: str
-    seen: Seen
-    exits: dict[str, int]
-    exact: bool
-    note: str = ""
-    ok: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +110,6 @@ def run_cell(access: str, trap: str) -> Cell:
     return replace(cell, note=_NOTES.get((access, cell.seen), ""))
 
 
-def _seen(exits: dict[str, int], completed: int = 0) -> Seen:
-    """Return what became of an access, of which KVM's emulator has `completed` some."""
-    if "mmio" in exits:
-        return Seen.EMULATION if completed else Seen.RUN_AGAIN
-    if "uffd_event" in exits or "request" in exits:
-        return Seen.SLEEP
-    return Seen.EXIT if exits else Seen.MISSED
-
-
 # Accesses of a guest that a workload makes
 
 
@@ -187,7 +137,7 @@ def _workload_cell(
         exits = {"uffd_event": len(result.latencies)}
     # A page that never became present is one that the guest used behind the trap's back.
     all_trapped = result.counters.pages_admitted >= len(workload.touched)
-    seen = _seen(exits, sum(result.emulated.values()))
+    seen = seen_by(exits, sum(result.emulated.values()))
     return Cell(access, trap, seen, exits, exact=result.ok and all_trapped)
 
 
@@ -238,74 +188,6 @@ def _page_walk(access: str, trap: str) -> Cell:
     return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note, ok=not catches_page_walks(trap))
 
 
-# Programs of one instruction
-
-
-def _far_call(access: str, trap: str) -> Cell:
-    """A far call that changes CS, with its stack in absent memory."""
-    expected, _ = _run_program(trap, _FAR_CALL, ring=0, present=True)
-    found, exits = _run_program(trap, _FAR_CALL, ring=0, present=False)
-    completed = exits.pop("emulated", 0)
-    if completed:
-        seen = _seen(exits, completed)
-        return Cell(access, trap, seen, exits, exact=found == expected, note=_FAR_CALL_LOST)
-    return Cell(access, trap, _seen(exits), exits, exact=found == expected)
-
-
-def _selector_and_flags(access: str, trap: str) -> Cell:
-    """CS and the flags stored in absent memory, in ring 3."""
-    expected, _ = _run_program(trap, _SELECTOR_AND_FLAGS, ring=3, present=True)
-    found, exits = _run_program(trap, _SELECTOR_AND_FLAGS, ring=3, present=False)
-    completed = exits.pop("emulated", 0)
-    note = _SELECTOR_HIDDEN if completed and found != expected else _EMULATED if completed else ""
-    return Cell(access, trap, _seen(exits, completed), exits, exact=found == expected, note=note)
-
-
-def _descriptor_store(access: str, trap: str) -> Cell:
-    """A store on which KVM spins."""
-    expected, _ = _run_program(trap, _SGDT, ring=3, present=True)
-    found, exits = _run_program(trap, _SGDT, ring=3, present=False)
-    stalls = exits.pop("stall", 0)
-    if stalls and not exits:
-        note = "KVM spins without an exit; the watchdog looked at the instruction and made its page present"
-        return Cell(
-            access, trap, Seen.MISSED, exits, exact=found == expected, note=note, ok=found == expected
-        )
-    return Cell(access, trap, _seen(exits), exits, exact=found == expected)
-
-
-def _run_program(
-    trap: str, code: bytes, *, ring: int, present: bool
-) -> tuple[tuple[int, bytes], dict[str, int]]:
-    """Return what a program returned and left in its page, and what was seen."""
-    options = MachineOptions(_MEMORY, trap, program=code)
-    with Machine(options, SyntheticSource(_MEMORY, _SEED)) as machine:
-        machine.set_parameters(program_blocks(WorkloadOptions(memory_bytes=_MEMORY, seed=_SEED, ring=ring)))
-        if present:
-            machine.pager.mark_present(_PROGRAM_PAGE, 1)
-        machine.run(_TIMEOUT)
-        exits = _vcpu_exits(machine)
-        for what, count in (
-            ("stall", sum(thread.stalls for thread in machine.threads)),
-            ("emulated", sum(thread.emulated.total() for thread in machine.threads)),
-        ):
-            if count:
-                exits[what] = count
-        page = machine.memory.read(_PROGRAM_PAGE * PAGE_SIZE, PAGE_SIZE)
-        return (machine.threads[0].parameters.checksum, page), exits
-
-
-def _vcpu_exits(machine: Machine) -> dict[str, int]:
-    exits: Counter[str] = Counter()
-    for thread in machine.threads:
-        for kind, count in thread.exits.items():
-            exits[EXIT_NAMES.get(kind, kind.__name__)] += count
-    events = sum(len(each) for each in machine.pager.trap.latencies)
-    if events:
-        exits["uffd_event"] = events
-    return {kind: count for kind, count in exits.items() if kind not in ("io", "interrupted")}
-
-
 # Accesses without a vCPU
 
 
@@ -333,7 +215,7 @@ def _device(access: str, trap: str) -> Cell:
         exact = read == [row.tobytes() for row in image[:, 50:2050]]
         exact &= [thread.parameters.checksum for thread in machine.threads] == expected
         exits = {"request": requests} if requests else {}
-        return Cell(access, trap, _seen(exits), exits, exact=exact)
+        return Cell(access, trap, seen_by(exits), exits, exact=exact)
 
 
 def _system_call(access: str, trap: str) -> Cell:
@@ -353,9 +235,9 @@ def _system_call(access: str, trap: str) -> Cell:
             view.release()
             os.close(receiving)
             os.close(sending)
-        exits = _vcpu_exits(machine)
+        exits = vcpu_exits(machine)
     if exits:
-        return Cell(access, trap, _seen(exits), exits, exact=found == source.pages(np.arange(1)).tobytes())
+        return Cell(access, trap, seen_by(exits), exits, exact=found == source.pages(np.arange(1)).tobytes())
     # Sleeping is what userfaultfd has for this; a trap of KVM's cannot see it, and is not expected to.
     note, expected = f"{what}; devices have to ask the pager first", trap != UserfaultfdTrap.name
     return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note, ok=expected)
@@ -378,7 +260,7 @@ def touch_guest_view(trap: str) -> None:
         detector = LeakDetector()
         detector.finish(machine)
         exact = found.raw[:1] == source.pages(np.arange(1)).tobytes()[:1]
-        print(json.dumps([exact, len(detector.leaks), _vcpu_exits(machine)]))
+        print(json.dumps([exact, len(detector.leaks), vcpu_exits(machine)]))
 
 
 def _touch(access: str, trap: str) -> Cell:
@@ -399,7 +281,7 @@ def _touch(access: str, trap: str) -> Cell:
         raise PagingError(f"the touch failed: {last_words or f'exit status {done.returncode}'}")
     exact, leaks, exits = json.loads(done.stdout)
     if exits:
-        return Cell(access, trap, _seen(exits), exits, exact=exact)
+        return Cell(access, trap, seen_by(exits), exits, exact=exact)
     note = "it meets memory that nobody has filled" + ("; run --detect-leaks finds it" if leaks else "")
     return Cell(access, trap, Seen.MISSED, {}, exact=exact, note=note, ok=bool(leaks))
 
@@ -422,9 +304,10 @@ ACCESSES: dict[str, Callable[[str, str], Cell]] = {
     "string": _string,
     "page walk": _page_walk,
     "emulator": _emulator,
-    "sgdt": _descriptor_store,
-    "far call": _far_call,
-    "cs, flags": _selector_and_flags,
+    "sgdt": descriptor_store,
+    "far call": far_call,
+    "cs, flags": selector_and_flags,
+    "event frame": event_frame,
     "kvmclock page": _kvm_write,
     "steal time": _kvm_write,
     "device thread": _device,
@@ -433,17 +316,8 @@ ACCESSES: dict[str, Callable[[str, str], Cell]] = {
 }
 
 _DECODED = "KVM's emulator fails without an address; user space decodes the instruction and has it retried"
-_EMULATED = "KVM's emulator has done with a store when it exits; user space puts the bytes in place"
 _TAKEN_BACK = (
     "KVM's emulator has begun it; user space takes it back and has the CPU run it once its page is there"
-)
-_FAR_CALL_LOST = (
-    "KVM's emulator loses one of its two stores, and what was in CS is not to be found out; one that keeps CS is taken "
-    "back"
-)
-_SELECTOR_HIDDEN = (
-    "KVM's emulator stores the guest's own; this KVM, with no hardware behind it, runs ring 3 with others, and the CPU "
-    "would store those"
 )
 _FILTERED = "the MSR that enables it exits, and its page is made present before KVM is told"
 _NOTES: dict[tuple[str, Seen], str] = {
@@ -452,7 +326,7 @@ _NOTES: dict[tuple[str, Seen], str] = {
     **{
         (access, seen): note
         for access in ("read", "write", "vector", "fetch", "atomic", "string", "emulator")
-        for seen, note in ((Seen.EMULATION, _EMULATED), (Seen.RUN_AGAIN, _TAKEN_BACK))
+        for seen, note in ((Seen.EMULATION, EMULATED), (Seen.RUN_AGAIN, _TAKEN_BACK))
     },
     (
         "device thread",

@@ -244,9 +244,10 @@ class Emulation:
     def _has_one_code_segment(self) -> bool:
         """Return whether CS cannot have been another one: the guest has only one code segment for its ring."""
         system = self._vcpu.sregs
-        if system.ldt.selector:
+        length = system.gdt.limit + 1
+        table = self._instruction.code_at(system.gdt.base, length)
+        if not system.ldt.unusable or len(table) < length:
             return False
-        table = self._instruction.code_at(system.gdt.base, system.gdt.limit + 1)
         descriptors = [int.from_bytes(table[at : at + 8], "little") for at in range(0, len(table), 8)]
         return sum(_is_code(each, system.cs.dpl) for each in descriptors) == 1
 

@@ -112,6 +112,10 @@ class VcpuPaging:
             return exit if page is None else self._go_on(exit, page)
         if type(exit) is BadAddress or (type(exit) is InternalError and exit.is_emulation_failure):
             return None if self._resolve_instruction() else exit
+        if type(exit) is InternalError and exit.delivery_gpa is not None:
+            # No absent page is in a memslot that KVM could read the stack or a descriptor table from.
+            page = self._layout.page_of_gpa(exit.delivery_gpa)
+            return None if page is not None and self._resolve_one_of([page]) else exit
         return exit
 
     def _retry(self, page: int) -> None:

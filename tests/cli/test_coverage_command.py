@@ -19,6 +19,7 @@ ACCESSES = [
     "sgdt",
     "far call",
     "cs, flags",
+    "event frame",
     "kvmclock page",
     "steal time",
     "device thread",

@@ -112,6 +112,13 @@ def test_an_instruction_that_cannot_be_emulated_comes_with_its_bytes():
         )
 
 
+def test_an_event_that_could_not_be_delivered_says_where():
+    # As kvm_prepare_event_vectoring_exit of arch/x86/kvm/x86.c fills it: the last is the CPU.
+    assert InternalError(3, (0x2017F8, 0x400, 0xE, 0x2017F8, 1), b"").delivery_gpa == 0x2017F8
+    assert InternalError(3, (0x80000B0E, 0x30, 0xE, 1), b"").delivery_gpa is None
+    assert InternalError(1, (0, 0, 0, 0x2017F8, 1), b"").delivery_gpa is None
+
+
 def test_immediate_exit_returns_before_the_guest_runs():
     with Toy("b80500 f4") as toy:  # mov ax,5; hlt
         toy.vcpu.immediate_exit = True

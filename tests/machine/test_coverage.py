@@ -7,7 +7,8 @@ import pytest
 from harness import TRAPS, require_trap
 
 from kvmdp.machine import coverage as module
-from kvmdp.machine.coverage import ACCESSES, Seen, coverage, run_cell
+from kvmdp.machine.coverage import ACCESSES, coverage, run_cell
+from kvmdp.machine.coverage_cell import Seen
 from kvmdp.machine.hostinfo import emulates_ring_0, uses_nested_paging
 from kvmdp.machine.machine import catches_page_walks
 from kvmdp.paging.access import GuestMemory

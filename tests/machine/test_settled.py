@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from harness import MEMORY, SEED, TIMEOUT, program_machine
 
+from kvmdp.abi.kvm_x86 import kvm_segment
 from kvmdp.abi.signal import BUS_MCEERR_AR
-from kvmdp.kvm import BusError
+from kvmdp.kvm import BusError, InternalError
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.emulated import Emulation
+from kvmdp.paging.emulated import Emulation, Form
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -31,3 +32,38 @@ def test_a_store_is_kept_if_kvm_comes_out_for_something_else_in_the_end(monkeypa
         expected[0xFFD:0x1005] = bytes.fromhex("8877665544332211")
         assert machine.memory.read(5 * PAGE_SIZE, 2 * PAGE_SIZE) == expected
         assert machine.pager.bitmap.test(7)
+
+
+def test_a_page_that_an_event_was_to_be_delivered_to_is_made_present():
+    with program_machine("mmio", b"\xc3") as machine:
+        paging = machine.threads[0]._paging
+        undelivered = InternalError(3, (0, 0x400, 0xE, 7 * PAGE_SIZE + 8, 0), b"")
+        assert paging.handle(undelivered) is None
+        assert machine.pager.bitmap.test(7)
+        # Again and again on a page that is present: it is not the page that it fails for.
+        ends = [paging.handle(undelivered) for _ in range(100)]
+        assert ends[0] is None
+        assert ends[-1] is undelivered
+        outside = InternalError(3, (0, 0x400, 0xE, MEMORY + 8, 0), b"")
+        assert paging.handle(outside) is outside
+
+
+# lgdt [gdtr]; mov rbx,rsp; mov esp,0x3010; call far [target]; mov rsp,rbx; mov eax,[0x300c]; xor edx,edx; ret
+# target: 8:0xd0100015; gdtr: 23, gdt; gdt: null, code, data
+FAR_CALL = bytes.fromhex(
+    "0f011521000000 4889e3 bc10300000 ff1d0d000000 4889dc 8b04250c300000 31d2 c3"
+    "150010d0 0800 1700 320010d000000000 0000000000000000 ffff0000009baf00 ffff00000093cf00"
+)
+
+
+@pytest.mark.parametrize("has_ldt", [False, True])
+def test_a_far_call_is_taken_back_where_it_cannot_have_come_from_another_segment(has_ldt):
+    with program_machine("mmio", FAR_CALL, ring=0) as machine:
+        vcpu = machine.threads[0].vcpu
+        if has_ldt:  # as a CPU has one at its reset
+            system = vcpu.sregs
+            system.ldt = kvm_segment(limit=0xFFFF, type=2, present=1)
+            vcpu.set_sregs(system)
+        machine.run(TIMEOUT)
+        assert machine.threads[0].emulated == ({Form.FAR_CALL: 1} if has_ldt else {})
+        assert machine.threads[0].parameters.checksum == 8 or has_ldt

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvmdp.kvm import Vcpu
 from kvmdp.machine.guest_abi import ParameterBlock
 
 from .form import LETTERS, PAGE, REGISTERS, STACK, WINDOW, WINDOW_BYTES, Form, Symbol
@@ -191,6 +192,16 @@ def fatal_outcome(
     """Return what there is of a form whose exception has ended the guest."""
     fault = _fault(block, form, number)
     return Outcome(None, block.exception_rflags, (), b"", b"", ram, 0, written, taken, fault)
+
+
+def take_cr2(vcpu: Vcpu) -> int:
+    """Return what is in CR2, and set that to 0, so that it tells of the next form alone."""
+    system = vcpu.sregs
+    cr2 = system.cr2
+    if cr2:
+        system.cr2 = 0
+        vcpu.set_sregs(system)
+    return cr2
 
 
 def _fault(block: ParameterBlock, form: Form, number: int) -> Fault:

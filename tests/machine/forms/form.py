@@ -47,6 +47,8 @@ class Form:
     are what differs from those that every form begins with; `memory` what differs from the pattern in the eight pages:
     bytes, or a value of 8 bytes, by address. `undefined` flags are not compared. `needs` are flags of /proc/cpuinfo.
     `fs_base` is the base of FS, if not 0.
+    `delivers` says that an event's frame goes to memory that is absent; `leaves_open` is what is not compared of the
+    eight pages: address and number of bytes.
     Two vCPUs run it at the same time unless it is to be `alone`; `locked` says that then it is one step in memory.
     `quick` ones are run where there is little time.
     """
@@ -59,6 +61,8 @@ class Form:
     flags: int = 0
     undefined: int = 0
     needs: tuple[str, ...] = ()
+    delivers: bool = False
+    leaves_open: tuple[tuple[int, int], ...] = ()
     rings: tuple[int, ...] = (3, 0)
     at: int | None = None
     fs_base: int = 0

@@ -24,6 +24,7 @@ from .exchange import (
     fatal_outcome,
     outcome_of,
     scratch_of,
+    take_cr2,
 )
 from .form import MEMORY, PAGE, WINDOW, WINDOW_BYTES, Form
 
@@ -167,7 +168,7 @@ class _Guest:
         ram = self._guest.ram[_ROWS].tobytes()
         if not asks:
             return fatal_outcome(self._block, form, number, ram=ram, **ports)
-        return outcome_of(self._block, form, number, ram=ram, cr2=self._vcpu.sregs.cr2, **ports)
+        return outcome_of(self._block, form, number, ram=ram, cr2=take_cr2(self._vcpu), **ports)
 
     def _go_on(self) -> bool:
         """Run until the driver asks for a form; False if an exception has ended the guest."""

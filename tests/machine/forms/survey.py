@@ -9,6 +9,7 @@ from kvmdp.machine.hostinfo import emulates_ring_0
 
 from .form import Form, cases_of
 from .judge import difference, is_judged_contended
+from .known import hopeless
 from .known import known as known_here
 from .program import assemble, prepared
 from .reference import Reference, find_right
@@ -52,7 +53,9 @@ def survey(trap: str, ring: int, vcpus: int = 1, forms: Sequence[Form] = FORMS, 
     numbers = {form.name: number for number, form in enumerate(FORMS)}
     right = reference(ring, tuple(numbers[form.name] for form in forms))
     skipped = {
-        form.name: right.skipped[numbers[form.name]] for form in forms if numbers[form.name] in right.skipped
+        form.name: why
+        for form in forms
+        if (why := right.skipped.get(numbers[form.name]) or hopeless(trap, form))
     }
     runnable = [form for form in forms if form.name not in skipped]
     if vcpus > 1:

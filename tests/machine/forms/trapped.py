@@ -21,6 +21,7 @@ from .exchange import (
     outcome_of,
     pages_in,
     scratch_of,
+    take_cr2,
 )
 from .form import MEMORY, WINDOW, WINDOW_BYTES, Case
 from .reference import Reference, blocks_for
@@ -169,7 +170,7 @@ class _Session:
                 current.case.form,
                 current.number,
                 ram=ram,
-                cr2=thread.vcpu.sregs.cr2,
+                cr2=take_cr2(thread.vcpu),
                 written=bytes(port.written),
                 taken=port.taken,
             )

@@ -1,6 +1,6 @@
 """Segment loads, descriptor tables, hints, direct stores, what faults, and code that lies in absent pages."""
 
-from ..form import EITHER_OR_BOTH, MEMORY, A, B, C, D, E, F, Form, Symbol
+from ..form import EITHER_OR_BOTH, MEMORY, STACK, A, B, C, D, E, F, Form, Symbol, T
 
 _POINTER = A + 0x40
 _LFS = ".byte 0x48, 0x0F, 0xB4, 0x1C, 0x25"  # lfs rbx, [32-bit address], with an offset of 64 bits
@@ -18,8 +18,9 @@ def _segments():
     yield Form("mov ss,m", f"mov ss, word ptr [{_POINTER:#x}]", memory={_POINTER: Symbol.DATA})
     for register in ("ds", "ss", "cs"):
         yield Form(f"mov m,{register}", f"mov word ptr [{_POINTER:#x}], {register}")
-    yield Form("lfs", f"{_LFS}; .long {_POINTER:#x}", memory={_POINTER + 8: bytes(2)})
-    yield Form("lfs across", f"{_LFS}; .long {B - 8:#x}", EITHER_OR_BOTH, memory={B: bytes(2)})
+    # A selector of 0 wherever the CPU looks for it: AMD's know no far pointer with an offset of 64 bits.
+    yield Form("lfs", f"{_LFS}; .long {_POINTER:#x}", memory={_POINTER + 4: bytes(6)})
+    yield Form("lfs across", f"{_LFS}; .long {B - 8:#x}", EITHER_OR_BOTH, memory={B - 4: bytes(6)})
 
 
 def _tables():
@@ -68,6 +69,16 @@ def _faults():
     yield Form("movaps unaligned", f"movaps xmm1, [{_POINTER + 8:#x}]", registers=rsp)
 
 
+def _delivered():
+    """What pushes the frame of an event where RSP points."""
+    rest = {"rings": (0,), "delivers": True}
+    for rsp, where, absent in ((STACK, "", ("S",)), (T + 16, " across", ("S", "T", "ST"))):
+        registers = {"rsp": rsp}
+        yield Form(f"int{where}", "mov eax, 99; int 0x80", absent, registers=registers, quick=True, **rest)
+        registers = {**registers, "rcx": MEMORY}
+        yield Form(f"page fault{where}", "mov rbx, [rcx]", absent, registers=registers, **rest)
+
+
 def _fetched():
     """Code in absent pages; the border of pages lies in the first instruction."""
     for name, code, length in (
@@ -101,4 +112,4 @@ def _fetched():
     yield Form("fetched at the border", "mov rbx, 77", ("E", "F", "EF"), at=F - 7)
 
 
-FORMS = [*_segments(), *_tables(), *_hints(), *_direct_stores(), *_faults(), *_fetched()]
+FORMS = [*_segments(), *_tables(), *_hints(), *_direct_stores(), *_faults(), *_delivered(), *_fetched()]

@@ -158,8 +158,14 @@ def _x87():
         yield Form(f"ldmxcsr{where}", f"ldmxcsr [{place:#x}]", absent, memory={place: b"\xa1\x9f\0\0"})
         yield Form(f"stmxcsr{where}", f"stmxcsr [{place:#x}]", absent)
     for place, where, absent in ((A + 0x80, "", ("A",)), (B - 0x40, " across", EITHER_OR_BOTH)):
-        yield Form(f"fnsave{where}", f"fnsave [{place:#x}]; frstor [{place:#x}]", absent)
-        yield Form(f"fnstenv{where}", f"fnstenv [{place + 0x30:#x}]; fldenv [{place + 0x30:#x}]", absent)
+        # Where the last x87 instruction was, and its operand: a kernel that runs another task need not keep it.
+        pointers = ((place + 12, 16),)
+        yield Form(
+            f"fnsave{where}", f"fnsave [{place:#x}]; frstor [{place:#x}]", absent, leaves_open=pointers
+        )
+        pointers = ((place + 0x30 + 12, 16),)
+        code = f"fnstenv [{place + 0x30:#x}]; fldenv [{place + 0x30:#x}]"
+        yield Form(f"fnstenv{where}", code, absent, leaves_open=pointers)
         loaded = bytearray(FX_STATE)
         loaded[160:416] = bytes(reversed(loaded[160:416]))
         yield Form(f"fxsave{where}", f"fxsave [{place:#x}]", absent, quick=True)
