@@ -13,7 +13,8 @@ an instruction, and at the end of each repetition of a string instruction, of wh
 CR3 names an empty page table meanwhile, so whatever else the instruction touches ends in a page fault instead of in
 RAM; what goes to the page itself, which stays absent, and to ports is dropped. Setting the registers then takes
 everything back: KVM_SET_SREGS the page table, KVM_SET_REGS registers, RIP and the pending page fault. Vector registers
-are loaded anew when the instruction runs, all of what was zero; before a machine check they are put back as well.
+are put back for an instruction that may load them: the page may turn out to be poisoned, and then it does not run.
+LEAVE has set RSP to RBP before it loads, and KVM shows no other: it runs again all the same, for it reads RBP alone.
 With RFLAGS.TF the finished instruction also counts as a step in DR6, which is put back.
 A far return is the one instruction that changes a register, RSP, between two loads, and KVM shows it changed. It stores
 nothing, so it needs no other page table, and can be asked which of its loads it is at (`_call_off_far_return`).
@@ -21,6 +22,7 @@ nothing, so it needs no other page table, and can be asked which of its loads it
 *A store.* The instruction is over by then: registers and RIP are those after it (of a repetition, for a string
 instruction). It had no absent load, or that would have come first, and the stores that the emulator makes are the
 CPU's. So KVM finishes, and its bytes are stored when the page has been made present; the vCPU does not run before.
+With RFLAGS.TF it leaves out the debug exception that follows, which is raised for it (`_raise_step`).
 A far call is the exception: of its two stores the second one overwrites the first where both are absent. It can be
 taken back all the same (`_before_far_call`), unless it has changed CS.
 
@@ -52,13 +54,15 @@ from kvmdp.paging.trap.encoding import (
     is_far_call,
     is_selector_store,
     is_string_input,
+    may_load_vectors,
 )
 
 _STRING_STORES = (0xA4, 0xA5, 0xAA, 0xAB)
 _MIN_IN_MEMORY = 2  # bytes of an instruction with a ModRM byte
 _PUSHES_OF_SELECTOR_OR_FLAGS = (b"\x9c", b"\x0f\xa0", b"\x0f\xa8")
 _TRAP_FLAG, _DIRECTION_FLAG = 1 << 8, 1 << 10
-_GENERAL_PROTECTION = 13
+_DEBUG, _GENERAL_PROTECTION = 1, 13
+_SINGLE_STEP = 1 << 14  # DR6.BS
 _RPL = 0b11  # in a selector: no part of an error code
 _NO_SELECTOR = (0xFFF8).to_bytes(8, "little")  # the last selector that there can be
 # In the second half of a descriptor: type bits 2 and 3, S, P
@@ -97,17 +101,17 @@ class Emulation:
 
     # Loads
 
-    def call_off(self, load: Exit, *, keep_vectors: bool = False) -> Exit:
+    def call_off(self, load: Exit) -> Exit:
         """Take back the instruction that has exited for a load, or for string input: it has not happened.
 
-        `keep_vectors` puts the vector registers back too, for an instruction that is not going to be run again.
         Returns Interrupted, or an exit that nothing is known about.
         """
         vcpu = self._vcpu
         registers = kvm_regs.from_buffer_copy(vcpu.regs)
         debug = vcpu.debug_registers if registers.rflags & _TRAP_FLAG else None
-        vectors = vcpu.xsave if keep_vectors else None
-        pop = far_return(self._instruction.code_at(registers.rip))
+        code = self._instruction.code_at(registers.rip)
+        vectors = vcpu.xsave if may_load_vectors(code) else None
+        pop = far_return(code)
         system = vcpu.sregs
         if pop and isinstance(load, Mmio):
             following = self._call_off_far_return(registers, load, pop)
@@ -179,7 +183,22 @@ class Emulation:
             if form is None:
                 return [(gpa, b"") for gpa, _ in stores], following
             self.completed[form] += 1
+            if self._vcpu.regs.rflags & _TRAP_FLAG:
+                self._raise_step()
         return stores, following
+
+    def _raise_step(self) -> None:
+        """Have the guest take the debug exception of a single step when it is entered, for the instruction before RIP.
+
+        KVM's emulator raises none if it has to come out for the store (x86_emulate_instruction: `r` is 0).
+        """
+        debug = self._vcpu.debug_registers
+        debug.dr6 |= _SINGLE_STEP
+        self._vcpu.set_debug_registers(debug)
+        events = self._vcpu.events
+        events.exception.injected, events.exception.nr = 1, _DEBUG
+        events.exception.has_error_code = 0
+        self._vcpu.set_events(events)
 
     def _form_of(self, stores: Sequence[Store]) -> Form | None:
         """Return what has been completed, None if it was a far call and has been taken back."""

@@ -347,10 +347,6 @@ class Resolver:
             if self.ledger.pins.unpin(page):
                 self._unpinned.notify_all()
 
-    def is_poisoned(self, page: int) -> bool:
-        """Whether a page is poisoned at this moment."""
-        return self.ledger.states[page] == State.POISON
-
     @contextlib.contextmanager
     def held(self, fault: PageFault) -> Iterator[Outcome]:
         """Make the page present and keep it so for the time of the block; a poisoned page is kept poisoned.

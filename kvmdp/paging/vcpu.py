@@ -8,7 +8,8 @@ An access is *retried* where KVM left the instruction unexecuted. Where its emul
 taken back first if it can be, and *completed* if not (`kvmdp.paging.emulated`).
 
 An access to a poisoned page becomes a machine check (`VcpuPaging._machine_check`), with RIP at the instruction and all
-registers as they were before it, in either case but one: a store that KVM emulated is done with by then.
+registers as they were before it, in either case but two: a store that KVM emulated is done with by then, and LEAVE has
+set RSP to RBP.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class VcpuPaging:
         if access.is_write:
             self._stores, self._following = self._emulation.finish_store(access)
         else:
-            self._following = self._emulation.call_off(access, keep_vectors=self._pager.is_poisoned(page))
+            self._following = self._emulation.call_off(access)
 
     def _go_on(self, access: Mmio, page: int) -> Exit | None:
         """Make the pages present that a settled access is about, and store what it has stored."""

@@ -113,6 +113,17 @@ def test_a_page_walk_is_caught_or_what_helps_is_said(trap):
 
 
 @pytest.mark.parametrize("trap", ALL_TRAPS)
+def test_the_frame_of_an_event_is_caught_or_it_is_said_where_stacks_belong(trap):
+    found = cell("event frame", trap)
+    assert found.ok
+    if catches_page_walks(trap):
+        assert (found.exact, found.note) == (True, "")
+    else:
+        assert (found.seen, found.exact) == (Seen.MISSED, False)
+        assert "the stacks of handlers belong into present memory" in found.note
+
+
+@pytest.mark.parametrize("trap", ALL_TRAPS)
 def test_an_access_on_which_kvm_spins_is_not_called_caught(trap):
     found = cell("sgdt", trap)
     assert found.exact

@@ -7,8 +7,10 @@ from harness import MEMORY, SEED, TIMEOUT, program_machine
 from kvmdp.abi.kvm_x86 import kvm_segment
 from kvmdp.abi.signal import BUS_MCEERR_AR
 from kvmdp.kvm import BusError, InternalError
+from kvmdp.machine.runloop import GuestError
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.emulated import Emulation, Form
+from kvmdp.paging.vcpu import VcpuPaging
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -67,3 +69,53 @@ def test_a_far_call_is_taken_back_where_it_cannot_have_come_from_another_segment
         machine.run(TIMEOUT)
         assert machine.threads[0].emulated == ({Form.FAR_CALL: 1} if has_ldt else {})
         assert machine.threads[0].parameters.checksum == 8 or has_ldt
+
+
+# lea rax,[1f]; mov [rdi+0x190],rax (BLOCK_MC_RESUME); pcmpeqd xmm0,xmm0; movdqu xmm0,[0x5000]; 1: movq rax,xmm0;
+# xor edx,edx; ret
+LOAD_VECTOR = bytes.fromhex("488d0514000000 48898790010000 660f76c0 f30f6f042500500000 66480f7ec0 31d2 c3")
+
+
+def test_vector_registers_are_as_before_if_a_page_is_poisoned_after_its_load_was_taken_back(monkeypatch):
+    retry = VcpuPaging._retry
+
+    def poison_and_retry(paging, page):
+        machine.pager.poison(page)
+        retry(paging, page)
+
+    monkeypatch.setattr(VcpuPaging, "_retry", poison_and_retry)
+    with program_machine("mmio", LOAD_VECTOR) as machine:
+        machine.run(TIMEOUT)
+        block = machine.threads[0].parameters
+        assert (block.mc_count, hex(block.checksum)) == (1, hex((1 << 64) - 1))
+
+
+STEPPED = {
+    # pushfq; or byte [rsp+1],1; popfq; mov eax,[0x6000]; ret
+    "load": ("9c 804c240101 9d 8b042500600000 c3", "#DB"),
+    # mov esp,0x6000; pushfq; or byte [rsp+1],1; popfq; retf, to where there is nothing
+    "far return": ("bc00600000 9c 804c240101 9d cb", "#GP"),
+}
+
+
+@pytest.mark.parametrize(("code", "end"), STEPPED.values(), ids=STEPPED)
+def test_a_load_that_was_taken_back_is_no_step(code, end, monkeypatch):
+    seen = []
+    retry, finish = VcpuPaging._retry, Emulation.finish
+
+    def look_and_retry(paging, page):
+        seen.append((page, hex(machine.threads[0].vcpu.debug_registers.dr6)))
+        retry(paging, page)
+
+    def finish_and_look(emulation):
+        following = finish(emulation)
+        _ = emulation._vcpu.events  # has KVM put the step that it means to raise into DR6 (Linux 7.3)
+        return following
+
+    monkeypatch.setattr(VcpuPaging, "_retry", look_and_retry)
+    monkeypatch.setattr(Emulation, "finish", finish_and_look)
+    with program_machine("mmio", bytes.fromhex(code)) as machine:
+        before = machine.threads[0].vcpu.debug_registers.dr6
+        with pytest.raises(GuestError, match=end):
+            machine.run(TIMEOUT)
+    assert seen == [(6, hex(before))]

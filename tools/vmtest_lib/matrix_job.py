@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/machine"))
 from forms.named import NAMED, Named
 from forms.reference import cpu_flags
 from forms.survey import chosen, survey
+from forms.trapped import Setting
 
 from kvmdp.cli.main import main as kvmdp
 from kvmdp.machine.runloop import GuestError
@@ -77,7 +78,7 @@ def _trap_checks(trap: str) -> list[dict[str, Any]]:
 def _forms(trap: str, ring: int, vcpus: int) -> dict[str, Any]:
     """Run the instruction forms that stand for the others."""
     check = f"forms, ring {ring}, {vcpus} vCPU"
-    found = survey(trap, ring, vcpus, chosen(quick=True))
+    found = survey(Setting(trap, vcpus), ring, chosen(quick=True))
     differ = [f"{name}: {words}" for name, words in found.different.items()]
     if differ:
         return _result(trap, check, _FAILED, f"{len(differ)} of {found.cases} cases differ; {differ[0]}")

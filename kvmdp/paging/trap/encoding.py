@@ -20,6 +20,12 @@ LEGACY_PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF
 _IMMEDIATE_1_ONE_BYTE = frozenset((0x6B, 0x80, 0x83, 0xC0, 0xC1, 0xC6))
 _IMMEDIATE_Z_ONE_BYTE = frozenset((0x69, 0x81, 0xC7))
 _IMMEDIATE_1_TWO_BYTE = frozenset((0x70, 0x71, 0x72, 0x73, 0xA4, 0xAC, 0xBA, 0xC2, 0xC4, 0xC5, 0xC6))
+_X87 = range(0xD8, 0xE0)
+# Two-byte opcodes (0F xx) of MMX and SSE, and FXRSTOR with its neighbours.
+_VECTORS_TWO_BYTE = frozenset(
+    (*range(0x10, 0x18), *range(0x28, 0x30), *range(0x50, 0x80), 0xAE, *range(0xC2, 0xC7))
+)
+_VECTORS_TWO_BYTE |= frozenset(range(0xD0, 0x100))
 
 
 class TruncatedError(Exception):
@@ -228,6 +234,19 @@ def far_return(code: bytes) -> int:
         return 0
     is_far_return = instruction.opcode_map == 0 and instruction.opcode in (0xCA, 0xCB)
     return instruction.operand_size if is_far_return else 0
+
+
+def may_load_vectors(code: bytes) -> bool:
+    """Return whether the instruction that begins `code` may load a register of x87, MMX, SSE or AVX from memory."""
+    try:
+        instruction = read_prefixes(Reader(code[:MAX_INSTRUCTION]), 0, 0)
+    except TruncatedError:
+        return True
+    if instruction.opcode_map == 0:
+        return instruction.opcode in _X87
+    return (
+        instruction.opcode_map > 1 or instruction.vector_length > 0 or instruction.opcode in _VECTORS_TWO_BYTE
+    )
 
 
 def wrap(address: int) -> int:

@@ -5,8 +5,12 @@ import sys
 import time
 from pathlib import Path
 
+from kvmdp.memory.backings import BACKINGS
+
+from .form import PAGE
 from .named import NAMED
 from .survey import chosen, program, survey
+from .trapped import Setting
 
 
 def main() -> int:
@@ -22,6 +26,11 @@ def main() -> int:
     option(
         "--only", default="*", metavar="PATTERN", help="forms whose names match, as a shell would: 'rep ins*'"
     )
+    option("--backing", default="memfd", help="what RAM is made of (default: memfd)")
+    option("--resident-limit", type=int, metavar="PAGES", help="keep to so many pages of RAM")
+    option("--fresh", action="store_true", help="a machine of its own for each case")
+    option("--poisoned", action="store_true", help="pages are poisoned instead of absent")
+    option("--evicted", action="store_true", help="pages are evicted while forms run")
     option("--quick", action="store_true", help="only the forms that stand for the others")
     option("--skipped", action="store_true", help="print the forms that cannot be run here, and why")
     option(
@@ -38,8 +47,9 @@ def main() -> int:
     forms = chosen(options.only, quick=options.quick)
     if not forms:
         parser.error(f"no form is named {options.only}")
+    setting = _setting(options)
     began = time.perf_counter()
-    found = survey(options.trap, options.ring, options.vcpus, forms, options.rounds)
+    found = survey(setting, options.ring, forms, options.rounds)
     for name, words in found.different.items():
         print(f"{name}: {words}")
     for name, words in found.known.items():
@@ -57,6 +67,14 @@ def main() -> int:
     ]
     print(f"{options.trap}, ring {options.ring}, {options.vcpus} vCPU: {', '.join(numbers)}")
     return 1 if found.different else 0
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    limit = options.resident_limit and options.resident_limit * PAGE
+    machine = {"backing": options.backing, "resident_limit": limit}
+    if BACKINGS[options.backing].page_size > PAGE:
+        machine["reserve_hugepages"] = True
+    return Setting(options.trap, options.vcpus, machine, options.fresh, options.poisoned, options.evicted)
 
 
 def _assemble(folder: Path) -> None:

@@ -6,6 +6,7 @@
 .include "abi.inc"
 
 .set NEXT_PORT, 0x540
+.set IDT_PORT, 0x548                    # gives the address of the interrupt table
 .set SLOTS_OFFSET, 0x1000               # where the forms begin, from the program's start
 
 # Where things lie in the scratch part of the parameter block.  First what a form leaves:
@@ -18,6 +19,10 @@
 .set MEETING, 0x3A0                     # in that of vCPU 0: how often vCPUs have come to a form, all together
 .set HOME_SELECTORS, 0x3A8              # DS, ES, FS as the driver found them
 .set DONE, 0x3B0                        # written by the driver: where forms end
+# Written by the handler of single steps: how many there were, DR6 at the first, and the RIP it came to.
+.set STEPS, 0x480
+.set STEP_DR6, 0x488
+.set STEP_RIP, 0x490
 # What the host gives:
 .set ENTRY, 0x3B8                       # 0: there is none left
 .set MEET_AT, 0x3C0                     # not 0: wait until MEETING is that
@@ -28,6 +33,8 @@
 .set GIVEN_REGISTERS, 0x400
 .set GIVEN_FX, 0x500
 .set GIVEN_YMM, 0x700
+
+.set INTERRUPTS, 16 * (GATE_VECTOR + 1)  # bytes
 
 .set MSR_FS_BASE, 0xC0000100
 .set MSR_GS_BASE, 0xC0000101
@@ -81,10 +88,13 @@ start:
     mov ecx, MSR_GS_BASE
     call set_msr
     mov gs:[SELF], rdi
+    call handle_single_steps
     mov gs:[STACK], rsp
     lea rax, [rip + done]
     mov gs:[DONE], rax
+    mov rdi, gs:[SELF]
     mov [rdi + BLOCK_PF_RESUME - BLOCK_SCRATCH], rax
+    mov [rdi + BLOCK_MC_RESUME - BLOCK_SCRATCH], rax
     mov word ptr gs:[LEFT_SELECTORS], cs
     mov word ptr gs:[LEFT_SELECTORS + 2], ss
     mov word ptr gs:[HOME_SELECTORS], ds
@@ -161,3 +171,59 @@ set_msr:
     shr rdx, 32
     wrmsr
     ret
+
+# Have a table of interrupts of our own, which is the guest's but for the gate of #DB.
+handle_single_steps:
+    mov edx, IDT_PORT
+    in eax, dx
+    mov esi, eax
+    lea rdi, [rip + interrupts]
+    mov ecx, INTERRUPTS
+    rep movsb
+    lea rdi, [rip + interrupts + 16]
+    lea rax, [rip + single_step]
+    mov [rdi], ax
+    shr rax, 16
+    mov [rdi + 6], ax
+    lea rdi, [rip + interrupts_pointer]
+    lea rax, [rip + interrupts]
+    mov [rdi + 2], rax
+    mov eax, cs
+    test al, 3
+    jz 1f
+    mov eax, GATE_LIDT
+    int GATE_VECTOR
+    ret
+1:  lidt [rdi]
+    ret
+
+# Ring 0: note the first step of a form, and go on without.  The guest finds its parameter block as traps.S does.
+single_step:
+    push rax
+    push rdi
+    str edi
+    sub edi, SELECTOR_TSS
+    shl edi, 8
+    mov eax, PARAMETERS_BASE + BLOCK_SCRATCH
+    add rdi, rax
+    inc qword ptr [rdi + STEPS]
+    cmp qword ptr [rdi + STEPS], 1
+    jne 1f
+    mov rax, dr6
+    mov [rdi + STEP_DR6], rax
+    mov rax, [rsp + 16]
+    mov [rdi + STEP_RIP], rax
+1:  mov eax, 0xFFFF0FF0
+    mov dr6, rax
+    and dword ptr [rsp + 32], ~0x100
+    pop rdi
+    pop rax
+    iretq
+
+.balign 8, 0
+interrupts_pointer:
+    .word INTERRUPTS - 1
+    .quad 0
+.balign 16, 0
+interrupts:
+    .fill INTERRUPTS, 1, 0

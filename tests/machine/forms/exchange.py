@@ -14,8 +14,10 @@ from .program import code_of, entry_of, landing_of
 
 NEXT_PORT = 0x540  # of driver.S
 DATA_PORT = 0x544  # what forms read from and write to
+IDT_PORT = 0x548  # gives the address of the interrupt table
 
-_UNDEFINED_IN_FX = slice(6, 24)  # last x87 instruction, its address and that of its operand
+# Last x87 instruction, its address and that of its operand; which bits of MXCSR there are; what is not in use.
+_LEFT_OUT_OF_FX = (slice(6, 24), slice(28, 32), slice(416, 512))
 _SEED = 5
 
 
@@ -41,7 +43,10 @@ class Scratch(ctypes.Structure):
         ("self", c_uint64),
         ("_reserved_too", c_uint64 * 3),
         ("given_registers", c_uint64 * 16),
-        ("_reserved_still", c_uint8 * 0x80),
+        ("steps", c_uint64),
+        ("step_dr6", c_uint64),
+        ("step_rip", c_uint64),
+        ("_reserved_still", c_uint8 * 0x68),
         ("given_fx", c_uint8 * 0x200),
         ("given_ymm", c_uint8 * 0x100),
     ]
@@ -58,6 +63,15 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Step:
+    """The first of `count` single steps: DR6, and the RIP it came to, counted from the form's beginning."""
+
+    count: int
+    dr6: int
+    rip: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a form left. With a `fault` that ended the run, `registers` and vector registers are None."""
 
@@ -71,6 +85,16 @@ class Outcome:
     written: bytes
     taken: int
     fault: Fault | None = None
+    step: Step | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a form begins with, besides the vector registers."""
+
+    registers: tuple[int, ...]
+    flags: int
+    ram: bytes
 
 
 @dataclass(frozen=True)
@@ -103,7 +127,7 @@ def _fx_state() -> bytes:
 
 
 FX_STATE = _fx_state()
-_YMM_STATE = np.random.default_rng(_SEED + 2).bytes(0x100)
+YMM_STATE = np.random.default_rng(_SEED + 2).bytes(0x100)
 _PATTERN = pattern()
 
 
@@ -138,20 +162,26 @@ class Setter:
         assert len(ram) == WINDOW_BYTES, f"{form.name} puts something outside its pages"
         return bytes(ram)
 
-    def give(self, block: ParameterBlock, form: Form, number: int, meet_at: int = 0) -> None:
-        """Have a vCPU run form `number` next."""
-        scratch = scratch_of(block)
+    def given(self, form: Form, number: int) -> Given:
+        """Return what form `number` begins with."""
         registers = first_registers() | {
             name: self._value(value, number) for name, value in form.registers.items()
         }
-        scratch.given_registers[:] = [registers[name] for name in REGISTERS]
-        scratch.given_flags = form.flags | 2
+        return Given(tuple(registers[name] for name in REGISTERS), form.flags | 2, self.ram(form, number))
+
+    def give(self, block: ParameterBlock, form: Form, number: int, meet_at: int = 0) -> None:
+        """Have a vCPU run form `number` next."""
+        scratch = scratch_of(block)
+        given = self.given(form, number)
+        scratch.given_registers[:] = given.registers
+        scratch.given_flags = given.flags
         scratch.fs_base = form.fs_base
         scratch.given_fx[:] = FX_STATE
-        scratch.given_ymm[:] = _YMM_STATE
+        scratch.given_ymm[:] = YMM_STATE
         scratch.has_avx = self._avx
         scratch.meet_at = meet_at
         scratch.entry = entry_of(form, number)
+        scratch.steps = 0
         block.exception_count = 0
 
 
@@ -165,24 +195,33 @@ def scratch_of(block: ParameterBlock) -> Scratch:
     return Scratch.from_buffer(block, ParameterBlock.scratch.offset)
 
 
+def comparable_fx(state: bytes) -> bytes:
+    """Return the x87 and SSE state without what a form does not decide."""
+    compared = bytearray(state)
+    for part in _LEFT_OUT_OF_FX:
+        compared[part] = bytes(part.stop - part.start)
+    return bytes(compared)
+
+
 def outcome_of(
     block: ParameterBlock, form: Form, number: int, *, ram: bytes, cr2: int, written: bytes, taken: int
 ) -> Outcome:
     """Return what a form has left, after which the driver has come to ask for the next."""
     scratch = scratch_of(block)
-    fx = bytearray(scratch.left_fx)
-    fx[_UNDEFINED_IN_FX] = bytes(_UNDEFINED_IN_FX.stop - _UNDEFINED_IN_FX.start)
     return Outcome(
         registers=tuple(scratch.left_registers),
         flags=scratch.left_flags,
         selectors=tuple(scratch.left_selectors[:5]),
-        fx=bytes(fx),
+        fx=comparable_fx(bytes(scratch.left_fx)),
         ymm=bytes(scratch.left_ymm),
         ram=ram,
         cr2=cr2,
         written=written,
         taken=taken,
         fault=_fault(block, form, number) if block.exception_count else None,
+        step=Step(scratch.steps, scratch.step_dr6, scratch.step_rip - entry_of(form, number))
+        if scratch.steps
+        else None,
     )
 
 

@@ -2,8 +2,8 @@
 
 import itertools
 
-from .exchange import Fault, Outcome
-from .form import LETTERS, PAGE, REGISTERS, WINDOW, Form
+from .exchange import Fault, Outcome, Step
+from .form import LETTERS, PAGE, REGISTERS, WINDOW, Case, Form
 from .reference import Right
 from .trapped import Failure, Result
 
@@ -11,13 +11,13 @@ _SELECTORS = ("CS", "SS", "DS", "ES", "FS")
 _SHOWN = 4  # places in memory, at most
 
 
-def difference(form: Form, right: Right, result: Result) -> str:
+def difference(case: Case, right: Right, result: Result) -> str:
     """Say how a result differs from what is right; empty if it does not."""
     if isinstance(result, Failure):
         return f"fails: {result.message}"
     if len(result) == 1:
-        return _differs(form, right.first, result[0])
-    return _contended(form, right, result)
+        return differs(case.form, right.first, result[0])
+    return _contended(case.form, right, result)
 
 
 def is_judged_contended(form: Form, right: Right, *, emulated: bool) -> bool:
@@ -28,7 +28,7 @@ def is_judged_contended(form: Form, right: Right, *, emulated: bool) -> bool:
     """
     if form.alone or (form.locked and emulated and {"A", "B"} <= set("".join(form.absent))):
         return False
-    return form.locked or (right.first.fault is None and not _differs(form, right.first, right.second))
+    return form.locked or (right.first.fault is None and not differs(form, right.first, right.second))
 
 
 def _contended(form: Form, right: Right, result: tuple[Outcome, ...]) -> str:
@@ -37,7 +37,7 @@ def _contended(form: Form, right: Right, result: tuple[Outcome, ...]) -> str:
     best = None
     for order in itertools.permutations(in_order):
         found = [
-            _differs(form, expected, got, ram=right.second.ram)
+            differs(form, expected, got, ram=right.second.ram)
             for expected, got in zip(order, result, strict=True)
         ]
         words = "; ".join(f"vCPU {number}: {each}" for number, each in enumerate(found) if each)
@@ -46,7 +46,7 @@ def _contended(form: Form, right: Right, result: tuple[Outcome, ...]) -> str:
     return best or ""
 
 
-def _differs(form: Form, right: Outcome, got: Outcome, *, ram: bytes | None = None) -> str:
+def differs(form: Form, right: Outcome, got: Outcome, *, ram: bytes | None = None) -> str:
     """Say how an outcome differs from the right one; `ram` is the right one's, if another."""
     if right.fault != got.fault:
         return f"{_fault(got.fault)} instead of {_fault(right.fault)}"
@@ -70,6 +70,8 @@ def _differs(form: Form, right: Outcome, got: Outcome, *, ram: bytes | None = No
     if right.ymm != got.ymm:
         found.append(f"upper halves of YMM {_first(right.ymm, got.ymm)}")
     found += _memory(_compared(form, right.ram if ram is None else ram), _compared(form, got.ram))
+    if right.step != got.step:
+        found.append(f"{_step(got.step)} instead of {_step(right.step)}")
     if right.cr2 != got.cr2:
         found.append(f"CR2 {got.cr2:#x} instead of {right.cr2:#x}")
     if right.written != got.written:
@@ -85,6 +87,12 @@ def _fault(fault: Fault | None) -> str:
     return (
         f"exception {fault.vector} (error code {fault.error_code:#x}) at +{fault.rip:#x} in CS {fault.cs:#x}"
     )
+
+
+def _step(step: Step | None) -> str:
+    if step is None:
+        return "no single step"
+    return f"{step.count} single steps, the first with DR6 {step.dr6:#x} at +{step.rip:#x}"
 
 
 def _first(right: bytes, got: bytes) -> str:

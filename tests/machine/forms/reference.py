@@ -16,6 +16,7 @@ from kvmdp.source.synthetic import SyntheticSource
 
 from .exchange import (
     DATA_PORT,
+    IDT_PORT,
     NEXT_PORT,
     DataPort,
     Outcome,
@@ -78,7 +79,7 @@ def has_avx(ring: int) -> bool:
 
 
 @functools.cache
-def _whole_ram() -> np.ndarray:
+def whole_ram() -> np.ndarray:
     """Return RAM as `trapped` has it: a form may go astray."""
     return read_pages(SyntheticSource(MEMORY), np.arange(MEMORY // PAGE))
 
@@ -139,7 +140,7 @@ class _Guest:
 
     def __init__(self, guest: PlainGuest) -> None:
         self._guest = guest
-        guest.ram[:] = _whole_ram()
+        guest.ram[:] = whole_ram()
         self._vcpu, self._block = guest.vcpus[0], guest.blocks[0]
         self._port = DataPort()
 
@@ -177,6 +178,8 @@ class _Guest:
             match exit:
                 case Io(port=port) if port == DATA_PORT:
                     self._port.serve(exit)
+                case Io(port=port) if port == IDT_PORT:
+                    exit.data[:] = self._vcpu.sregs.idt.base.to_bytes(4, "little")
                 case Io(port=port) if port == NEXT_PORT:
                     return True
                 case Io(port=port, direction="in") if port == REPORT_PORT:

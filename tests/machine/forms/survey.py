@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 from kvmdp.machine.hostinfo import emulates_ring_0
 
+from . import judge, poisoned
+from .exchange import Setter
 from .form import Form, cases_of
-from .judge import difference, is_judged_contended
-from .known import hopeless
+from .known import hopeless, known_when_poisoned
 from .known import known as known_here
 from .program import assemble, prepared
-from .reference import Reference, find_right
+from .reference import Reference, Right, find_right
 from .table import FORMS
-from .trapped import Numbered, run_cases
+from .trapped import Numbered, Result, Setting, run_cases
 
 
 @dataclass(frozen=True)
@@ -48,31 +49,48 @@ def chosen(pattern: str = "*", *, quick: bool = False) -> list[Form]:
     return [form for form in FORMS if fnmatch.fnmatchcase(form.name, pattern) and (form.quick or not quick)]
 
 
-def survey(trap: str, ring: int, vcpus: int = 1, forms: Sequence[Form] = FORMS, rounds: int = 1) -> Survey:
-    """Run forms under a trap and compare. With two vCPUs both run each at the same time, `rounds` times."""
+def survey(setting: Setting, ring: int, forms: Sequence[Form] = FORMS, rounds: int = 1) -> Survey:
+    """Run forms, `rounds` times, and compare. Two vCPUs run each at the same time."""
     numbers = {form.name: number for number, form in enumerate(FORMS)}
     right = reference(ring, tuple(numbers[form.name] for form in forms))
     skipped = {
         form.name: why
         for form in forms
-        if (why := right.skipped.get(numbers[form.name]) or hopeless(trap, form))
+        if (why := right.skipped.get(numbers[form.name]) or hopeless(setting.trap, form))
     }
     runnable = [form for form in forms if form.name not in skipped]
-    if vcpus > 1:
+    if setting.poisoned:
+        runnable = poisoned.single(runnable)
+    if setting.vcpus > 1:
         emulated = ring == 0 and emulates_ring_0()
         runnable = [
             form
             for form in runnable
-            if is_judged_contended(form, right.right[numbers[form.name]], emulated=emulated)
+            if judge.is_judged_contended(form, right.right[numbers[form.name]], emulated=emulated)
         ]
     cases = [Numbered(case, numbers[case.form.name]) for case in cases_of(runnable) for _ in range(rounds)]
-    expected = known_here()
+    setter = Setter(program(), right.selectors, right.avx)
     different: dict[str, str] = {}
     known: dict[str, str] = {}
-    results, touched = run_cases(trap, right, program(), cases, vcpus)
+    results, touched = run_cases(setting, right, program(), cases)
     for each, result in zip(cases, results, strict=True):
-        words = difference(each.case.form, right.right[each.number], result)
+        words = _difference(setting, setter, each, right.right[each.number], result)
         if words:
-            found = known if (trap, ring, each.case.form.name) in expected else different
+            found = known if _is_known(setting, ring, each.case.form.name) else different
             found.setdefault(each.case.name, words)
     return Survey(different, known, len(cases), skipped, touched)
+
+
+def _is_known(setting: Setting, ring: int, name: str) -> bool:
+    if setting.poisoned and any(
+        fnmatch.fnmatchcase(name, pattern) for pattern in known_when_poisoned(setting.trap, ring)
+    ):
+        return True
+    return (setting.trap, ring, name) in known_here()
+
+
+def _difference(setting: Setting, setter: Setter, each: Numbered, right: Right, result: Result) -> str:
+    if setting.poisoned:
+        given = setter.given(each.case.form, each.number)
+        return poisoned.difference(each.case, given, right, result)
+    return judge.difference(each.case, right, result)

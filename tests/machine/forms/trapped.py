@@ -1,10 +1,17 @@
 """Forms run on a `Machine`, with pages absent when each begins."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
 
+from harness import meanwhile
+
+from kvmdp.kvm import Io
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.runloop import GuestError
 from kvmdp.paging.fault import PagingError
@@ -12,6 +19,7 @@ from kvmdp.source.synthetic import SyntheticSource
 
 from .exchange import (
     DATA_PORT,
+    IDT_PORT,
     NEXT_PORT,
     DataPort,
     Outcome,
@@ -23,11 +31,15 @@ from .exchange import (
     scratch_of,
     take_cr2,
 )
-from .form import MEMORY, WINDOW, WINDOW_BYTES, Case
-from .reference import Reference, blocks_for
+from .form import MEMORY, PAGE, WINDOW, WINDOW_BYTES, Case
+from .known import may_change_elsewhere
+from .reference import Reference, blocks_for, whole_ram
 
 _STUCK_SECONDS = 20.0  # longer than the machine's own watchdog takes for the pages of any form
 _LOOK_SECONDS = 0.05
+_EVERY_SECONDS = 0.002
+_EVICTED = "ABCD"
+_PAGES = range(WINDOW // PAGE, (WINDOW + WINDOW_BYTES) // PAGE)  # of forms
 
 
 @dataclass(frozen=True)
@@ -57,33 +69,80 @@ class Numbered:
     number: int
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What cases are run under: a trap, and how many vCPUs, all at the same time.
+
+    `machine` has further options (`MachineOptions`). Each case has a machine of its own if they are to be `fresh`.
+    Pages are `poisoned` instead of absent. They are `evicted` all the time: those that no frame of an event goes to.
+    """
+
+    trap: str
+    vcpus: int = 1
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False
+    poisoned: bool = False
+    evicted: bool = False
+
+
 def run_cases(
-    trap: str, reference: Reference, program: bytes, cases: Sequence[Numbered], vcpus: int = 1
+    setting: Setting, reference: Reference, program: bytes, cases: Sequence[Numbered]
 ) -> tuple[list[Result], int]:
-    """Run each case on a machine with `trap`, on all vCPUs at the same time; one that fails costs another machine.
+    """Run each case; one that fails costs another machine.
 
     Returns the results, and in how many cases that ended well the guest came to a page that was absent.
     """
     setter = Setter(program, reference.selectors, reference.avx)
     results: list[Result] = []
     touched = 0
+    options = MachineOptions(MEMORY, setting.trap, vcpus=setting.vcpus, program=program, **setting.machine)
     while len(results) < len(cases):
-        rest = cases[len(results) :]
-        with Machine(
-            MachineOptions(MEMORY, trap, vcpus=vcpus, program=program), SyntheticSource(MEMORY)
-        ) as machine:
-            machine.set_parameters(blocks_for(reference.ring, vcpus))
-            session = _Session(machine, setter, rest)
-            results += session.run()
+        end = len(results) + 1 if setting.fresh else None
+        with Machine(options, SyntheticSource(MEMORY)) as machine:
+            machine.set_parameters(blocks_for(reference.ring, setting.vcpus))
+            session = _Session(machine, setter, cases[len(results) : end], poisoned=setting.poisoned)
+            with _evicting(machine) if setting.evicted else contextlib.nullcontext():
+                results += session.run()
             touched += session.touched
+            if astray := _astray(machine, may_change_elsewhere(reference.ring)):
+                results[-1] = Failure(f"after this or one before it RAM has changed elsewhere: gpa {astray}")
     return results, touched
+
+
+def _evicting(machine: Machine) -> AbstractContextManager[None]:
+    """Evict a page of forms every now and then."""
+    random = Random(1)
+
+    def evict(number: int) -> None:
+        machine.pager.evict(random.choice(pages_in(_EVICTED)), 1)
+        time.sleep(random.random() * _EVERY_SECONDS)
+
+    return meanwhile(evict)
+
+
+def _astray(machine: Machine, ignored: Collection[int]) -> str:
+    """Return where present RAM is not what it was, but for the pages of forms and `ignored` ones."""
+    view, image = machine.backing.vmm.view, whole_ram().data.cast("B")
+    wrong = [
+        page
+        for first, count in machine.pager.bitmap.present_runs().tolist()
+        for page in range(first, first + count)
+        if page not in _PAGES
+        and page not in ignored
+        and view[page * PAGE : (page + 1) * PAGE] != image[page * PAGE : (page + 1) * PAGE]
+    ]
+    return ", ".join(hex(machine.layout.gpa_of_page(page)) for page in wrong)
 
 
 class _Session:
     """Forms on one machine, until one fails. `touched`: in how many cases the guest came to an absent page."""
 
-    def __init__(self, machine: Machine, setter: Setter, cases: Sequence[Numbered]) -> None:
+    def __init__(
+        self, machine: Machine, setter: Setter, cases: Sequence[Numbered], *, poisoned: bool
+    ) -> None:
         self._machine, self._setter, self._cases = machine, setter, cases
+        self._poisons = poisoned
+        self._poisoned: list[int] = []  # pages that are
         self._blocks = [thread.parameters for thread in machine.threads]
         self._ports = [DataPort() for _ in self._blocks]
         self._results: list[Result] = []
@@ -96,6 +155,7 @@ class _Session:
         self._rounds = 0
         machine.ports.add(NEXT_PORT, lambda vcpu, io: self._meet())
         machine.ports.add(DATA_PORT, lambda vcpu, io: self._ports[vcpu].serve(io))
+        machine.ports.add(IDT_PORT, self._tell_idt)
 
     def run(self) -> list[Result]:
         """Return the results of the cases up to the first that failed, with that."""
@@ -104,6 +164,10 @@ class _Session:
         except (GuestError, PagingError, StuckError) as error:
             self._results.append(self._failed(error))
         return self._results
+
+    def _tell_idt(self, vcpu: int, io: Io) -> None:
+        base = self._machine.threads[vcpu].vcpu.sregs.idt.base
+        io.data[:] = base.to_bytes(4, "little")
 
     def _watch(self) -> None:
         if time.monotonic() - self._since > _STUCK_SECONDS:
@@ -119,7 +183,7 @@ class _Session:
         if not isinstance(error, GuestError) or len(ended) < len(self._blocks):
             return Failure(str(error))
         self._machine.pager.resume()  # the machine has stopped: what is absent cannot be read otherwise
-        ram = self._machine.memory.read(WINDOW, WINDOW_BYTES)
+        ram = self._ram()
         return tuple(
             fatal_outcome(
                 block,
@@ -162,8 +226,8 @@ class _Session:
 
     def _outcomes(self, current: Numbered) -> tuple[Outcome, ...]:
         test = self._machine.pager.bitmap.test
-        self.touched += any(test(page) for page in pages_in(current.case.absent))
-        ram = self._machine.memory.read(WINDOW, WINDOW_BYTES)
+        self.touched += self._poisons or any(test(page) for page in pages_in(current.case.absent))
+        ram = self._ram()
         return tuple(
             outcome_of(
                 thread.parameters,
@@ -177,11 +241,24 @@ class _Session:
             for thread, port in zip(self._machine.threads, self._ports, strict=True)
         )
 
+    def _ram(self) -> bytes:
+        """Return what is in the forms' pages, zeros for those that are poisoned."""
+        read = self._machine.memory.read
+        return b"".join(bytes(PAGE) if page in self._poisoned else read(page * PAGE, PAGE) for page in _PAGES)
+
     def _prepare(self, following: Numbered) -> None:
-        form = following.case.form
-        self._machine.memory.write(WINDOW, self._setter.ram(form, following.number))
+        form, pager = following.case.form, self._machine.pager
+        ram = self._setter.ram(form, following.number)
+        for page in self._poisoned:
+            pager.unpoison(page, bytes(PAGE))
+        self._poisoned = []
+        self._machine.memory.write(WINDOW, ram)
         for page in pages_in(following.case.absent):
-            self._machine.pager.evict(page, 1)
+            if self._poisons:
+                pager.poison(page)
+                self._poisoned.append(page)
+            else:
+                pager.evict(page, 1)
         meet_at = 0
         if len(self._blocks) > 1:
             meet_at = scratch_of(self._blocks[0]).meeting + len(self._blocks)

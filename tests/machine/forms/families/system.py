@@ -71,7 +71,7 @@ def _faults():
 
 def _delivered():
     """What pushes the frame of an event where RSP points."""
-    rest = {"rings": (0,), "delivers": True}
+    rest = {"rings": (0,), "delivers": True, "alone": True}
     for rsp, where, absent in ((STACK, "", ("S",)), (T + 16, " across", ("S", "T", "ST"))):
         registers = {"rsp": rsp}
         yield Form(f"int{where}", "mov eax, 99; int 0x80", absent, registers=registers, quick=True, **rest)
