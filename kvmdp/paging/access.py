@@ -318,6 +318,7 @@ class GuestMemory:
 
     def _enter(self, pin: Pin, access: Access, nowait: bool) -> None:
         deadline = None
+        had: set[int] = set()
         # One page is waited for at a time, with nothing held: see AccessGate.enter.
         while (page := self._gate.enter(pin)) is not None:
             if nowait:
@@ -326,6 +327,9 @@ class GuestMemory:
             if self._timeout is not None and deadline is None:
                 deadline = time.monotonic() + self._timeout
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            if page in had:
+                self._gate.insist(pin)
+            had.add(page)
             self._check(
                 self._pager.resolve(
                     PageFault(page, self._origin, self._number, access), left, self._cancellation

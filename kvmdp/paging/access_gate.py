@@ -59,7 +59,15 @@ class AccessGate:
         with self._mutex:
             if self.frozen:
                 raise FrozenError("accesses to guest memory are frozen: try again when they are thawed")
-            return self._ledger.pins.add(pin)
+            page = self._ledger.pins.add(pin)
+            if page is None and self._ledger.pins.relent(pin):
+                self._changed.notify_all()
+            return page
+
+    def insist(self, pin: Pin) -> None:
+        """Have no page of a pin taken away any more before it has been in, or `leave`: it has lost one again."""
+        with self._mutex:
+            self._ledger.pins.insist(pin)
 
     def leave(self, pin: Pin) -> None:
         """Undo one `enter`, if it came to that."""
@@ -68,11 +76,11 @@ class AccessGate:
             self._changed.notify_all()
 
     @contextlib.contextmanager
-    def all_held(self, pages: Sequence[int]) -> Iterator[bool]:
-        """Keep pages present for the time of the block, if all of them are; yields whether they are."""
+    def visiting(self, pages: Sequence[int]) -> Iterator[Pin]:
+        """Yield a pin of pages that is to `enter`; it has left when the block is."""
         pin = Pin([(page, 1) for page in pages], self)
         with undone(lambda: self.leave(pin)):
-            yield self.enter(pin) is None
+            yield pin
 
     def shut(self, shutter: object, deadline: float | None) -> None:
         """Let nobody in any more, and return once nobody is inside. `shutter` is for `is_shut_by`.

@@ -1,5 +1,9 @@
 """Pins: a present page that is pinned stays present, a poisoned one poisoned, until the pin is undone.
 
+An access that needs several pages at once makes them present one after the other and then pins them all. Threads that
+take pages away all the time could take one of them again before it has the last, without end. So an access to which
+that has happened *insists*: from then on a revocation of its pages waits until it has pinned them, or given up.
+
 Used under the pager's mutex, and part of the ledger.
 
 Units: RAM pages.
@@ -40,6 +44,7 @@ class Pins:
     def __init__(self, states: bytearray) -> None:
         self._states = states
         self._listed: list[Pin] = []
+        self._insisting: list[Pin] = []  # of accesses that have not got their pages yet, and had one before
         self._counted: dict[tuple[int, int], int] = {}  # how often each run is pinned without a `Pin`
 
     def add(self, pin: Pin) -> int | None:
@@ -60,9 +65,29 @@ class Pins:
         return outcome
 
     def remove(self, pin: Pin) -> None:
-        """Take a pin off the list, if it is there."""
+        """Take a pin off the list, if it is there; it does not insist either."""
+        self.relent(pin)
         if pin in self._listed:
             self._listed.remove(pin)
+
+    def insist(self, pin: Pin) -> None:
+        """Have the pages of a pin that cannot be listed yet stay present, once they are, until `relent`."""
+        if pin not in self._insisting:
+            self._insisting.append(pin)
+
+    def relent(self, pin: Pin) -> bool:
+        """Undo `insist`; False if there was none."""
+        if pin not in self._insisting:
+            return False
+        self._insisting.remove(pin)
+        return True
+
+    def first_insisted(self, page: int, end: int) -> int | None:
+        """Return the first page of [page, end) that an access insists on."""
+        runs = (run for pin in self._insisting for run in pin.runs)
+        return min(
+            (max(first, page) for first, count in runs if first < end and page < first + count), default=None
+        )
 
     def of(self, accessor: object) -> list[Pin]:
         """Return the pins of an accessor."""

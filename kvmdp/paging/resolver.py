@@ -356,16 +356,19 @@ class Resolver:
         """
         pin = Pin(((fault.page, 1),))
         with undone(lambda: self._unpin(pin)):
-            while True:
+            outcome = Outcome.PRESENT
+            while outcome in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.POISONED):
                 with self.mutex:
                     settled = self.ledger.pins.add_settled(pin)
-                if settled is None:
-                    outcome = self.resolve(fault)
-                    if outcome in (Outcome.PRESENT, Outcome.ADMITTED, Outcome.POISONED):
-                        continue
-                    settled = outcome
-                yield settled
-                return
+                    if settled is None:
+                        self.ledger.pins.insist(pin)
+                    else:
+                        self.ledger.pins.relent(pin)
+                if settled is not None:
+                    outcome = settled
+                    break
+                outcome = self.resolve(fault)
+            yield outcome
 
     def _unpin(self, pin: Pin) -> None:
         with self.mutex:

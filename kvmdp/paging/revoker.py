@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.resolver import Resolver
 from kvmdp.paging.sink import FileSink
-from kvmdp.paging.takeable import takeable
+from kvmdp.paging.takeable import runs_to_take, takeable
 from kvmdp.paging.trap.base import Trap
 from kvmdp.source.base import PageSource, SourceError, WritableSource
 
@@ -220,7 +220,7 @@ class Revoker(Resolver):
         taken = 0
         while page < end:
             with self.owning() as claim:
-                wait, page = self._begin_take(page, end, kinds, claim)
+                wait, page = self._begin_take(page, end, kinds, claim, deadline)
                 if wait is not None:
                     self._await(wait, deadline, page)
                     continue
@@ -239,9 +239,12 @@ class Revoker(Resolver):
             gpa = self.layout.gpa_of_page(page)
             raise BusyError(f"the page at gpa {gpa:#x} is being fetched or taken away by somebody else")
 
-    def _begin_take(self, page: int, end: int, kinds: bytes, claim: Claim) -> tuple[Wait | None, int]:
+    def _begin_take(
+        self, page: int, end: int, kinds: bytes, claim: Claim, deadline: float | None
+    ) -> tuple[Wait | None, int]:
         """Claim the next run of [page, end) that `kinds` names, if nothing is in its way; returns what is."""
         with self.mutex:
+            end = self._give_way(page, end, deadline)
             if not self.enabled:
                 raise SwitchedOffError(
                     "pages cannot be marked while demand paging is switched off: enable it first"
@@ -252,6 +255,31 @@ class Revoker(Resolver):
                 wait = Wait()
                 self.ledger.queue(in_the_way, wait)
             return wait, page
+
+    def _give_way(self, page: int, end: int, deadline: float | None) -> int:
+        """Wait, with the mutex held, until no access insists on `page`; returns where one does, or the `end`.
+
+        That it ends: whoever insists waits for claims alone, and this thread has none. Each that is there ends, with
+        the page present, and no thread takes that away again. Raises BusyError.
+        """
+        unit = self.ledger.unit
+        while (found := self.ledger.pins.first_insisted(page, end)) is not None:
+            if self.ledger.cancelled:
+                break
+            if found // unit * unit > page:
+                return found // unit * unit
+            gpa = self.layout.gpa_of_page(found)
+            self._await_pins(
+                deadline, f"the page at gpa {gpa:#x} is wanted by an access that had lost it before"
+            )
+        return end
+
+    def _await_pins(self, deadline: float | None, busy: str) -> None:
+        """Wait, with the mutex held, for a change of pins. Raises BusyError that says `busy`."""
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise BusyError(busy)
+        self._unpinned.wait(left)
 
     def _take(
         self,
@@ -266,7 +294,7 @@ class Revoker(Resolver):
         taken = 0
         gone: list[tuple[int, int]] = []  # whose bytes need not be in RAM any more
         try:
-            for start, count in _runs_to_take(claim.before, kinds):
+            for start, count in runs_to_take(claim.before, kinds):
                 done = finish(claim.first + start, count)
                 if states[start] == State.BACKED and done is not State.BACKED:
                     gone.append((claim.first + start, count))
@@ -317,13 +345,10 @@ class Revoker(Resolver):
             while self.ledger.pins.hold(claim):
                 if self.ledger.cancelled:
                     raise CancelledError("the machine is stopping: pages in use are not taken away any more")
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    gpa = self.layout.gpa_of_page(claim.first)
-                    raise BusyError(
-                        f"the {claim.count} pages from gpa {gpa:#x} are in use: a view of them is open"
-                    )
-                self._unpinned.wait(left)
+                gpa = self.layout.gpa_of_page(claim.first)
+                self._await_pins(
+                    deadline, f"the {claim.count} pages from gpa {gpa:#x} are in use: a view of them is open"
+                )
 
     # What becomes of the bytes of pages that nobody can touch
 
@@ -369,14 +394,3 @@ class Revoker(Resolver):
                 f"pages {first} to {first + count - 1} are not all in the {self.layout.pages} of RAM"
             )
         return first, first + count
-
-
-def _runs_to_take(before: bytes, kinds: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (start, count) of each run of pages in one state, of those that `kinds` names."""
-    start = 0
-    while start < len(before):
-        state = before[start]
-        count = len(before) - start - len(before[start:].lstrip(before[start : start + 1]))
-        if kinds[state] in b"AP":
-            yield start, count
-        start += count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kvmdp.paging.claim import State
 
 PASS_OVER, TAKE, REVOKE, WAIT = b".APW"
@@ -25,3 +27,14 @@ def takeable(*absent: State, present: bool = True) -> bytes:
         if State.SOURCE in absent:
             table[State.INFLIGHT] = WAIT
     return bytes(table)
+
+
+def runs_to_take(before: bytes, kinds: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (start, count) of each run of pages in one state, of those that `kinds` names."""
+    start = 0
+    while start < len(before):
+        state = before[start]
+        count = len(before) - start - len(before[start:].lstrip(before[start : start + 1]))
+        if kinds[state] in b"AP":
+            yield start, count
+        start += count

@@ -188,7 +188,7 @@ class VcpuPaging:
 
     def _go_on(self, access: Mmio, page: int) -> Exit | None:
         """Make the pages present that a settled access is about, and store what it has stored."""
-        following = None if type(self._following) is Interrupted else self._following
+        following = _unless_interrupted(self._following)
         if not access.is_write:
             if following is None:
                 self._retry(page)
@@ -218,29 +218,33 @@ class VcpuPaging:
     def answer(self, io: Io, device: Callable[[], None]) -> Exit | None:
         """Have `device` answer port input; what a string instruction stores of it is in RAM when this returns.
 
-        Returns None if the vCPU is to be entered again, or the exit with which the instruction ended. Raises
-        PagingError as `handle`, before the device is asked.
+        Returns None if the vCPU is to be entered again, or the exit with which the instruction ended. While the machine
+        stops the device may not have been asked: the gate lets no vCPU in then. Raises PagingError as `handle`, before
+        the device is asked.
         """
         target = self._emulation.input_target(io)
         pages = [page for gpa, _ in target if (page := self._layout.page_of_gpa(gpa)) is not None]
         if not pages:
             device()
             return None
-        while True:
-            for page in pages:
+        with self._pager.vcpu_accesses.visiting(pages) as pin:
+            while (page := self._pager.vcpu_accesses.enter(pin)) is not None:
+                self._pager.vcpu_accesses.insist(pin)
                 outcome = self._pager.resolve(PageFault(page, _VCPU, self._vcpu.index, Access.WRITE))
                 if outcome is Outcome.POISONED:
-                    following = self._inside(lambda: self._emulation.call_off(io))
-                    if type(following) is not Interrupted:
-                        return following
-                    self._machine_check(page)
-                    return None
+                    return self._poisoned_input(io, page)
                 self._check(outcome, page)
-            with self._pager.vcpu_accesses.all_held(pages) as held:
-                if held:
-                    device()
-                    following = self._inside(self._emulation.finish)
-                    return None if type(following) is Interrupted else following
+                if outcome is Outcome.CANCELLED:
+                    return None
+            device()
+            return _unless_interrupted(self._inside(self._emulation.finish))
+
+    def _poisoned_input(self, io: Io, page: int) -> Exit | None:
+        """Take string input back that would be stored in a poisoned page."""
+        following = _unless_interrupted(self._inside(lambda: self._emulation.call_off(io)))
+        if following is None:
+            self._machine_check(page)
+        return following
 
     def _inside(self, step: Callable[[], Exit]) -> Exit:
         """Have KVM finish something, at a time when the vCPUs are not kept out of KVM_RUN."""
@@ -318,3 +322,8 @@ class VcpuPaging:
                 self._retry(page)
                 return True
         return False
+
+
+def _unless_interrupted(exit: Exit) -> Exit | None:
+    """Return what KVM came out for in the end, None if it had nothing left to do."""
+    return None if type(exit) is Interrupted else exit

@@ -63,6 +63,7 @@ def test_pages_that_go_while_the_device_is_at_them_lose_nothing(trap):
 
         def shut(number):
             machine.pager.mark_nonpresent(int(random.integers(0, 500)), 8)
+            return machine.pager.counters.pages_revoked < 1000
 
         with DiskFile.temporary(MEMORY) as file, DiskThread(machine, file), meanwhile(shut):
             machine.run(TIMEOUT)

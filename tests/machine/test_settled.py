@@ -1,5 +1,7 @@
 """What is left to be done for an access once KVM's emulator is through with it, whatever happens in between."""
 
+import threading
+
 import numpy as np
 import pytest
 from harness import MEMORY, SEED, TIMEOUT, program_machine
@@ -7,6 +9,7 @@ from harness import MEMORY, SEED, TIMEOUT, program_machine
 from kvmdp.abi.kvm_x86 import kvm_segment
 from kvmdp.abi.signal import BUS_MCEERR_AR
 from kvmdp.kvm import BusError, InternalError
+from kvmdp.machine.machine import GuestTimeoutError
 from kvmdp.machine.runloop import GuestError
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.emulated import Emulation, Form
@@ -88,6 +91,62 @@ def test_vector_registers_are_as_before_if_a_page_is_poisoned_after_its_load_was
         machine.run(TIMEOUT)
         block = machine.threads[0].parameters
         assert (block.mc_count, hex(block.checksum)) == (1, hex((1 << 64) - 1))
+
+
+# mov edx,0x300; mov edi,0x5ffe; mov ecx,4; rep insb; mov eax,[0x5ffe]; xor edx,edx; ret
+INPUT_ACROSS = bytes.fromhex("ba00030000 bffe5f0000 b904000000 f36c 8b0425fe5f0000 31d2 c3")
+
+
+def count_up(machine):
+    """Have the port answer with 1, 2, 3...; returns the list of the bytes that it has given."""
+    given = []
+
+    def serve(vcpu, io):
+        for index in range(io.data.nbytes):
+            given.append(len(given) + 1)
+            io.data[index] = given[-1]
+
+    machine.ports.add(0x300, serve)
+    return given
+
+
+def test_string_input_goes_to_pages_of_which_each_is_taken_away_when_the_other_comes():
+    comes = []
+
+    def rob(fault, claim, began):
+        comes.append(fault.page)
+        assert len(comes) < 100, "the input gets nowhere"
+        if not given:
+            machine.pager.shut_off(11 - fault.page, 1)
+
+    with program_machine("mmio", INPUT_ACROSS) as machine:
+        given = count_up(machine)
+        machine.pager.observer = rob
+        machine.run(TIMEOUT)
+        assert (given, hex(machine.threads[0].parameters.checksum)) == ([1, 2, 3, 4], "0x4030201")
+
+
+def test_a_machine_stops_whose_string_input_waits_for_a_page_that_another_thread_fetches():
+    fetching, stopping = threading.Event(), threading.Event()
+
+    class Slow(SyntheticSource):
+        def fill(self, offset, destination):
+            fetching.set()
+            assert stopping.wait(TIMEOUT)
+            super().fill(offset, destination)
+
+    with program_machine("mmio", INPUT_ACROSS, source=Slow(MEMORY, SEED)) as machine:
+        given = count_up(machine)
+        other = threading.Thread(target=lambda: machine.pager.mark_present(5, 1))
+        other.start()
+        try:
+            assert fetching.wait(TIMEOUT)
+            with pytest.raises(GuestTimeoutError):
+                machine.run(0.2)
+        finally:
+            stopping.set()
+            other.join()
+        assert given == []
 
 
 STEPPED = {
