@@ -2,11 +2,15 @@
 
 On each trap every workload in ring 3 and ring 0, and contended faults (two vCPUs that add to the same 256 pages,
 three rounds), each as `kvmdp run` does it; instruction forms in both rings, on one vCPU and on two, and guests with
-instructions that were once emulated wrongly (tests/machine/forms); besides, `kvmdp probe` and the tests of the kernel's
-ABI. A trap that refuses its first run is asked no more. The report goes to the file that $VMTEST_REPORT names:
+instructions that were once emulated wrongly (tests/machine/forms); besides, `kvmdp probe`, the tests of the kernel's
+ABI, and those of what is left of an access that KVM's emulator has begun. A trap that refuses its first run is asked no
+more. The report goes to the file that $VMTEST_REPORT names:
 
     {"schema": "kvmdp.vmtest/1", "probe": {...} or null, "checks": [{"trap": str or null, "check": str,
      "status": exit status, "message": last line of its output}]}
+
+An emulated CPU takes about a minute for the forms: each is run under some traps, in some ring, on one vCPU or two. With
+KVMDP_EFFORT=full each of the whole table is run under all of that, which takes far longer than any other check.
 
 Exit status 0 as soon as there is a report; what the results mean is for matrix.py to say.
 """
@@ -36,9 +40,11 @@ from kvmdp.paging.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS
 
 _FAILED, _REFUSED = 1, 4
 _ROUNDS = 3
+_SHARES = 5  # of the forms that stand for the others, a different one for each trap, ring and number of vCPUs
 _SECONDS = 120
 _RUN = ("run", "--memory", "2M", "--timeout", str(_SECONDS))
-_ABI = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/abi")
+_PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+_TESTS = {"abi": "tests/abi", "settled": "tests/machine/test_settled.py"}
 
 
 def main() -> None:
@@ -46,16 +52,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder, "probe.json")
         checks.append(_check(None, "probe", "probe", "--json", str(probe)))
-        abi = subprocess.run(_ABI, capture_output=True, text=True)
-        checks.append(_result(None, "abi", abi.returncode, abi.stdout))
-        for trap in TRAPS:
-            checks += _trap_checks(trap)
+        for check, tests in _TESTS.items():
+            done = subprocess.run((*_PYTEST, tests), capture_output=True, text=True)
+            checks.append(_result(None, check, done.returncode, done.stdout))
+        for number, trap in enumerate(TRAPS):
+            checks += _trap_checks(trap, number)
         found = json.loads(probe.read_text()) if probe.exists() else None
     report = {"schema": "kvmdp.vmtest/1", "probe": found, "checks": checks}
     Path(os.environ["VMTEST_REPORT"]).write_text(json.dumps(report))
 
 
-def _trap_checks(trap: str) -> list[dict[str, Any]]:
+def _trap_checks(trap: str, number: int) -> list[dict[str, Any]]:
     # Few pages and, but for the contended run, few memslots: the CPU is emulated.
     few = ("--pages", "64", *(("--granule", "16K") if trap in SLOT_TRAPS else ()))
     checks = []
@@ -69,16 +76,18 @@ def _trap_checks(trap: str) -> list[dict[str, Any]]:
         contended = ("--trap", trap, "--vcpus", "2", "--workload", "atomic", "--pages", "256")
         checks.append(_check(trap, f"contended {round_}", *_RUN, *contended, "--seed", str(round_)))
     # The baseline has nothing emulated: that two vCPUs get what is right shows above.
-    for vcpus in (1, 2) if trap in EXIT_TRAPS else (1,):
-        checks += [_forms(trap, ring, vcpus) for ring in (3, 0)]
+    places = [(ring, vcpus) for vcpus in ((1, 2) if trap in EXIT_TRAPS else (1,)) for ring in (3, 0)]
+    checks += [_forms(trap, *place, share) for share, place in enumerate(places, number)]
     checks += [_named(trap, guest) for guest in NAMED if guest.needs in cpu_flags()]
     return checks
 
 
-def _forms(trap: str, ring: int, vcpus: int) -> dict[str, Any]:
-    """Run the instruction forms that stand for the others."""
+def _forms(trap: str, ring: int, vcpus: int, share: int) -> dict[str, Any]:
+    """Run a share of the instruction forms that stand for the others, or all there are."""
     check = f"forms, ring {ring}, {vcpus} vCPU"
-    found = survey(Setting(trap, vcpus), ring, chosen(quick=True))
+    is_full = os.environ.get("KVMDP_EFFORT") == "full"
+    forms = chosen() if is_full else chosen(quick=True)[share % _SHARES :: _SHARES]
+    found = survey(Setting(trap, vcpus), ring, forms)
     differ = [f"{name}: {words}" for name, words in found.different.items()]
     if differ:
         return _result(trap, check, _FAILED, f"{len(differ)} of {found.cases} cases differ; {differ[0]}")
