@@ -203,9 +203,10 @@ class Emulation:
     def _form_of(self, stores: Sequence[Store]) -> Form | None:
         """Return what has been completed, None if it was a far call and has been taken back."""
         pushed = self._pushed(stores)
-        before = self._before_far_call(pushed) if pushed else None
-        if before is not None:
-            if not self._has_one_code_segment():
+        far_call = self._before_far_call(pushed) if pushed else None
+        if far_call is not None:
+            before, is_certain = far_call
+            if not (is_certain and self._has_one_code_segment()):
                 return Form.FAR_CALL
             self._vcpu.set_regs(before)
             return None
@@ -239,10 +240,11 @@ class Emulation:
         code = self._instruction.code_before(self._vcpu.regs.rip)
         return any(is_selector_store(code[-length:]) for length in range(_MIN_IN_MEMORY, len(code) + 1))
 
-    def _before_far_call(self, pushed: bytes) -> kvm_regs | None:
+    def _before_far_call(self, pushed: bytes) -> tuple[kvm_regs, bool] | None:
         """Return the registers before a far call that has pushed its return address; None if it was none.
 
-        Its bytes end at the return address, and the far pointer that they name is where the vCPU is now.
+        Its bytes end at the return address, and the far pointer that they name is where the vCPU is now: so it is
+        certain, unless that has been taken away since the exit.
         """
         after, size = int.from_bytes(pushed, "little"), len(pushed)
         before = kvm_regs.from_buffer_copy(self._vcpu.regs)
@@ -254,10 +256,12 @@ class Emulation:
             before.rip = after - length
             pointer = self._instruction.operands(code[-length:], before)[0].address
             target = self._instruction.code_at(pointer, size + 2)
+            if len(target) < size + 2:
+                return before, False
             if int.from_bytes(target[:size], "little") == self._vcpu.regs.rip and (
                 int.from_bytes(target[size:], "little") == self._vcpu.sregs.cs.selector
             ):
-                return before
+                return before, True
         return None
 
     def _has_one_code_segment(self) -> bool:

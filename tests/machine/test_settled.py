@@ -13,6 +13,7 @@ from kvmdp.machine.machine import GuestTimeoutError
 from kvmdp.machine.runloop import GuestError
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.emulated import Emulation, Form
+from kvmdp.paging.instruction import InstructionReader
 from kvmdp.paging.vcpu import VcpuPaging
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
@@ -91,6 +92,18 @@ def test_vector_registers_are_as_before_if_a_page_is_poisoned_after_its_load_was
         machine.run(TIMEOUT)
         block = machine.threads[0].parameters
         assert (block.mc_count, hex(block.checksum)) == (1, hex((1 << 64) - 1))
+
+
+def test_a_far_call_whose_pointer_has_been_taken_away_since_counts_as_one_that_may_be_wrong(monkeypatch):
+    code_at = InstructionReader.code_at
+
+    def without_pointers(reader, rip, length=15):
+        return b"" if length == 6 else code_at(reader, rip, length)
+
+    monkeypatch.setattr(InstructionReader, "code_at", without_pointers)
+    with program_machine("mmio", FAR_CALL, ring=0) as machine:
+        machine.run(TIMEOUT)
+        assert machine.threads[0].emulated == {Form.FAR_CALL: 1}
 
 
 # mov edx,0x300; mov edi,0x5ffe; mov ecx,4; rep insb; mov eax,[0x5ffe]; xor edx,edx; ret

@@ -1,9 +1,14 @@
 """What is known to differ under a trap from what memory that is present gives, and why."""
 
+from typing import TYPE_CHECKING
+
 from kvmdp.machine.hostinfo import cpu_model, emulates_ring_0, uses_nested_paging
 from kvmdp.paging.trap.registry import EXIT_TRAPS
 
 from .form import Form
+
+if TYPE_CHECKING:
+    from .trapped import Setting
 
 _HIDDEN = (
     "KVM's emulator stores the guest's selector or flags; where KVM has no hardware behind it, ring 3 runs with others "
@@ -30,8 +35,11 @@ _LEFT = (
 _REFUSED = "KVM refuses the instruction with #UD, the guest's handler asks the host, and there takes the machine check."
 
 
-def hopeless(trap: str, form: Form) -> str | None:
-    """Return why a form is not run under a trap on this host, None if it is."""
+def hopeless(setting: "Setting", form: Form) -> str | None:
+    """Return why a form is not run in a setting on this host, None if it is."""
+    trap = setting.trap
+    if setting.evicted and form.name.startswith(("sgdt", "sidt", "call far")):
+        return "KVM spins on it, longer than a page stays; or it is not recognised once its pointer has been taken away"
     if not form.delivers or trap == "userfaultfd":
         return None
     if not uses_nested_paging():

@@ -56,7 +56,7 @@ def survey(setting: Setting, ring: int, forms: Sequence[Form] = FORMS, rounds: i
     skipped = {
         form.name: why
         for form in forms
-        if (why := right.skipped.get(numbers[form.name]) or hopeless(setting.trap, form))
+        if (why := right.skipped.get(numbers[form.name]) or hopeless(setting, form))
     }
     runnable = [form for form in forms if form.name not in skipped]
     if setting.poisoned:
