@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.interruption import Uninterrupted
 from kvmdp.machine.collapse import CollapseResult, measure_collapse
 from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.disk import disk_file
@@ -130,7 +131,8 @@ def run_workload(
     if reference is None and ram_source(source) is None:
         reference = source
     with contextlib.ExitStack() as stack:
-        machine = stack.enter_context(Machine(options, patched(source)))
+        with Uninterrupted():
+            machine = stack.enter_context(Machine(options, patched(source)))
         _check_plan(machine, workload)
         if device is None and workload.disk_bytes:
             device = in_process_disk(workload.disk_bytes)
@@ -224,7 +226,8 @@ def run_program(
     what `Machine`, `Machine.run` and `poison_pages` raise.
     """
     with contextlib.ExitStack() as stack:
-        machine = stack.enter_context(Machine(options, source))
+        with Uninterrupted():
+            machine = stack.enter_context(Machine(options, source))
         if device is not None:
             stack.enter_context(device(machine))
         poisoned = poison_pages(machine, np.empty(0, np.int64) if poisoned is None else poisoned, None)
