@@ -191,8 +191,11 @@ class Revoker(Resolver):
     def _have_sink(self) -> None:
         with self.mutex:
             missing = self.sink is None
-        if not missing:
-            return
+        if missing:
+            with Uninterrupted():  # or its file would be closed by the garbage collector at best
+                self._make_sink()
+
+    def _make_sink(self) -> None:
         try:
             sink = FileSink()
         except OSError as error:
