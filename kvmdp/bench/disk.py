@@ -18,6 +18,7 @@ from kvmdp.machine.disk import DiskFile
 from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import DISK_SECTOR
 from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.made import made_machine
 from kvmdp.machine.remote_disk import RemoteDisk
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.paging.fault import Outcome, PagingError
@@ -46,7 +47,7 @@ def measure_disk(options: MachineOptions, rounds: int) -> dict[str, dict[str, li
 def _throughput(options: MachineOptions, place: str, present: bool) -> float:
     workload = make_workload("disk", WorkloadOptions(memory_bytes=options.memory_bytes, vcpus=options.vcpus))
     source = SyntheticSource(options.memory_bytes)
-    with Machine(options, source) as machine, _disk(machine, place, workload.disk_bytes):
+    with made_machine(options, source) as machine, _disk(machine, place, workload.disk_bytes):
         machine.set_parameters(workload.blocks)
         if present and machine.pager.mark_present(0, machine.layout.pages) is not Outcome.PRESENT:
             raise machine.pager.error or PagingError("memory cannot be made present")

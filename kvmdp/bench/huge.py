@@ -26,7 +26,7 @@ from kvmdp.bench.measure import machine_options, plan, source_of
 from kvmdp.bench.spread import Spread, ratios
 from kvmdp.bench.work import Work
 from kvmdp.machine.hostinfo import host_facts
-from kvmdp.machine.machine import Machine
+from kvmdp.machine.made import made_machine
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
@@ -119,7 +119,7 @@ def _measure(contender: Contender) -> dict[str, float]:
     work = contender.work
     delayed, _ = source_of(work)
     source = CountingSource(delayed)
-    with Machine(machine_options(contender), source) as machine:
+    with made_machine(machine_options(contender), source) as machine:
         machine.set_parameters(plan(work).blocks)
         first = machine.pager.observer = _FirstProgress(source)
         before, faults = source.bytes, machine.pager.counters.claims

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from kvmdp.interruption import Uninterrupted
 from kvmdp.machine.collapse import CollapseResult, measure_collapse
 from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.disk import disk_file
@@ -23,6 +22,7 @@ from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import ParameterBlock
 from kvmdp.machine.hostinfo import resident_memory
 from kvmdp.machine.machine import Machine, MachineOptions, PageTablePlace
+from kvmdp.machine.made import made_machine
 from kvmdp.machine.page_tables import page_table_bytes
 from kvmdp.machine.poison import PoisonResult, poison_pages, poison_result
 from kvmdp.machine.runloop import EXIT_NAMES
@@ -131,8 +131,7 @@ def run_workload(
     if reference is None and ram_source(source) is None:
         reference = source
     with contextlib.ExitStack() as stack:
-        with Uninterrupted():
-            machine = stack.enter_context(Machine(options, patched(source)))
+        machine = stack.enter_context(made_machine(options, patched(source)))
         _check_plan(machine, workload)
         if device is None and workload.disk_bytes:
             device = in_process_disk(workload.disk_bytes)
@@ -226,8 +225,7 @@ def run_program(
     what `Machine`, `Machine.run` and `poison_pages` raise.
     """
     with contextlib.ExitStack() as stack:
-        with Uninterrupted():
-            machine = stack.enter_context(Machine(options, source))
+        machine = stack.enter_context(made_machine(options, source))
         if device is not None:
             stack.enter_context(device(machine))
         poisoned = poison_pages(machine, np.empty(0, np.int64) if poisoned is None else poisoned, None)

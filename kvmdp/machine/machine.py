@@ -438,8 +438,11 @@ class Machine:
 
     def close(self) -> None:
         """Give everything back; a second call does nothing. No vCPU may be running."""
-        with Uninterrupted():
-            self._stack.close()
+        try:
+            with Uninterrupted():
+                self._stack.close()
+        finally:
+            self._stack.close()  # an interruption may have come before it was put off
 
     def __enter__(self) -> Machine:
         return self

@@ -6,8 +6,11 @@ Units: RAM pages.
 from __future__ import annotations
 
 import enum
-import threading
+import functools
+import queue
 from collections.abc import Callable, Sequence
+
+from kvmdp.interruption import Uninterrupted
 
 
 class State(enum.IntEnum):
@@ -105,13 +108,16 @@ class Waiter:
 
 def notify(woken: list[Waiter]) -> None:
     """Notify all waiters of a list, whatever one of them raises, and take them off it. Then raises the first error."""
+    if not woken:
+        return
     failed: Exception | None = None
-    while woken:
-        try:
-            woken[0].notify()
-        except Exception as error:
-            failed = failed or error
-        del woken[0]
+    with Uninterrupted():  # or what is notified, an Event say, could be left with its lock taken
+        while woken:
+            try:
+                woken[0].notify()
+            except Exception as error:
+                failed = failed or error
+            del woken[0]
     if failed is not None:
         raise failed
 
@@ -122,12 +128,18 @@ class Wait(Waiter):
     __slots__ = ("_woken",)
 
     def __init__(self) -> None:
-        self._woken = threading.Event()
-        super().__init__(self._woken.set)
+        # No Event: an interruption of the thread that waits can leave its lock taken, and who notifies would wait.
+        self._woken: queue.SimpleQueue[None] = queue.SimpleQueue()
+        super().__init__(functools.partial(self._woken.put, None))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until woken; False if that has not happened after `timeout` seconds."""
-        return self._woken.wait(timeout)
+        """Sleep until woken; False if that has not happened after `timeout` seconds. For one thread."""
+        try:
+            self._woken.get(timeout=timeout)
+        except queue.Empty:
+            return False
+        self.notify()  # it stays woken
+        return True
 
 
 class Counters:
