@@ -7,8 +7,8 @@ are, for every call of this package in the main thread:
 - An interruption leaves nothing behind that others would wait for: no claim on a page, no pin, no freeze, no vCPU kept
   out (`undone`). The call has been done, or has not, for each page by itself.
 - What must not stop half-way (a trap that is told of a page, the start of a thread, the end of a machine) is not
-  interrupted: the signal is taken when it is over (`Uninterrupted`). Masking signals would not do: another thread may
-  take one, and Python runs its handler in the main thread all the same.
+  interrupted: the signal is taken when it is over (`Uninterrupted`, `entered`). Masking signals would not do: another
+  thread may take one, and Python runs its handler in the main thread all the same.
 
 Not so for exceptions of other signals' handlers (SIGALRM, say) and for those set from another thread: they find nothing
 left behind either, but may break what a trap is told; then the machine is paused with that as its error.
@@ -22,9 +22,13 @@ import threading
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from types import FrameType, TracebackType
+from typing import ParamSpec, TypeVar
 
 _INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MAIN_THREAD = threading.main_thread().ident
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 # The main thread's own.
 _is_put_off = False
@@ -80,7 +84,8 @@ class Uninterrupted:
 class Interruptible:
     """Lets interruptions in again for the time of a `with` block inside an `Uninterrupted` one; else does nothing.
 
-    One that has been put off is taken at the block's beginning.
+    One that has been put off is taken at the block's beginning. What comes after the block is put off again, also when
+    it is left by an interruption.
     """
 
     # A class and no generator: an interruption at the very entry of `__exit__` leaves all as it was before
@@ -92,7 +97,11 @@ class Interruptible:
         self._puts_off_again = get_ident() == _MAIN_THREAD and _is_put_off
         if self._puts_off_again:
             _let_in()
-            _take()
+            try:
+                _take()
+            except BaseException:
+                _put_off()
+                raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -116,6 +125,28 @@ def undone(undo: Callable[[], None]) -> Iterator[None]:
     except BaseException:
         undo()
         raise
+
+
+@contextlib.contextmanager
+def entered(
+    make: Callable[_P, contextlib.AbstractContextManager[_T]], *arguments: _P.args, **named: _P.kwargs
+) -> Iterator[_T]:
+    """Make a context manager and be in it for the time of the block, which no interruption leaves behind.
+
+    `with make(...)` does so too, but for an interruption that comes between the making and the block, or at the very
+    entry of its `__exit__`: then its threads go on, and Python waits for them at its end. It is left without a word of
+    what the block raised. In `make` an interruption comes only where that lets it in (`Interruptible`).
+    """
+    stack = contextlib.ExitStack()
+
+    def leave() -> None:
+        with Uninterrupted():
+            stack.close()
+
+    with undone(leave):
+        with Uninterrupted():
+            inside = stack.enter_context(make(*arguments, **named))
+        yield inside
 
 
 def _put_off() -> None:

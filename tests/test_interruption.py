@@ -140,6 +140,26 @@ def test_after_a_place_where_it_may_be_taken_it_is_put_off_again(interrupted):
     assert done
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["put off", "in the block"])
+def test_one_that_is_taken_where_it_may_be_lets_no_other_into_the_rest(interrupted, before):
+    done = []
+
+    def work():
+        with Uninterrupted():
+            try:
+                if before:
+                    interrupt()
+                with Interruptible():
+                    interrupt()
+            finally:
+                interrupt(signal.SIGTERM)
+                done.append("all of it")
+
+    with pytest.raises(interrupted):
+        work()
+    assert done
+
+
 def test_outside_a_place_that_may_be_interrupted_means_nothing(interrupted):
     with Interruptible():
         pass

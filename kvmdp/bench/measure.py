@@ -16,11 +16,11 @@ from kvmdp.bench.contender import Contender
 from kvmdp.bench.device import DeviceThread
 from kvmdp.bench.trace import Record, Tracer
 from kvmdp.bench.work import Work
+from kvmdp.interruption import entered
 from kvmdp.kvm import BusError, Interrupted, Kvm, MemoryFault
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.hostinfo import page_table_memory, proportional_memory, vmalloc_used
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.machine.made import made_machine
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
 from kvmdp.memory.backings import check_backing_options
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
@@ -88,7 +88,7 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
         source = PatchedSource(source, workload.patches)
     tables, resident = page_table_memory(), proportional_memory()
     never = contender.trap is None and contender.off is None
-    with made_machine(replace(machine_options(contender), demand_paging=not never), source) as machine:
+    with entered(Machine, replace(machine_options(contender), demand_paging=not never), source) as machine:
         vmalloc = vmalloc_used()
         if contender.trap is None:
             make_plain(machine)
@@ -218,7 +218,7 @@ def floor(contender: Contender) -> float | None:
     """
     workload = plan(contender.work)
     source = SyntheticSource(contender.work.memory_bytes)
-    with made_machine(machine_options(contender), source) as machine:
+    with entered(Machine, machine_options(contender), source) as machine:
         machine.set_parameters(workload.blocks)
         vcpu = machine.threads[0].vcpu
         seconds: list[float] = []

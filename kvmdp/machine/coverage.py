@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvmdp.interruption import entered
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.detector import LeakDetector
@@ -37,7 +38,6 @@ from kvmdp.machine.machine import (
     PageTablePlace,
     catches_page_walks,
 )
-from kvmdp.machine.made import made_machine
 from kvmdp.machine.probe import ACCESSES as GUEST_ACCESSES
 from kvmdp.machine.pv import pv_flags
 from kvmdp.machine.runloop import EXIT_NAMES, GuestError
@@ -280,7 +280,7 @@ def _run_program(
 ) -> tuple[tuple[int, bytes], dict[str, int]]:
     """Return what a program returned and left in its page, and what was seen."""
     options = MachineOptions(_MEMORY, trap, program=code)
-    with made_machine(options, SyntheticSource(_MEMORY, _SEED)) as machine:
+    with entered(Machine, options, SyntheticSource(_MEMORY, _SEED)) as machine:
         machine.set_parameters(program_blocks(WorkloadOptions(memory_bytes=_MEMORY, seed=_SEED, ring=ring)))
         if present:
             machine.pager.mark_present(_PROGRAM_PAGE, 1)
@@ -315,7 +315,7 @@ def _device(access: str, trap: str) -> Cell:
     source = SyntheticSource(_MEMORY, _SEED)
     writes = [(page * PAGE_SIZE + 100, bytes([page]) * 300) for page in range(1, _PAGES, 2)]
     workload = make_workload("checksum", WorkloadOptions(memory_bytes=_MEMORY, pages=2 * _PAGES, seed=_SEED))
-    with made_machine(MachineOptions(_MEMORY, trap), source) as machine, _observed(machine) as origins:
+    with entered(Machine, MachineOptions(_MEMORY, trap), source) as machine, _observed(machine) as origins:
         machine.set_parameters(workload.blocks)
         device = GuestMemory(machine.layout, machine.backing, machine.pager, Origin.DEVICE)
         read: list[bytes] = []
@@ -340,7 +340,7 @@ def _device(access: str, trap: str) -> Cell:
 def _system_call(access: str, trap: str) -> Cell:
     """The kernel reads an absent page of the guest view on behalf of somebody who has not asked."""
     source = SyntheticSource(_MEMORY, _SEED)
-    with made_machine(MachineOptions(_MEMORY, trap), source) as machine:
+    with entered(Machine, MachineOptions(_MEMORY, trap), source) as machine:
         view = machine.backing.guest.view[:PAGE_SIZE]
         receiving, sending = os.pipe2(os.O_CLOEXEC)
         try:
@@ -371,7 +371,7 @@ _TOUCH = (
 def touch_guest_view(trap: str) -> None:
     """Read an absent page through the guest view, past the pager, and print what came of it; may kill the process."""
     source = SyntheticSource(_MEMORY, _SEED)
-    with made_machine(MachineOptions(_MEMORY, trap), source) as machine:
+    with entered(Machine, MachineOptions(_MEMORY, trap), source) as machine:
         found = ctypes.create_string_buffer(PAGE_SIZE)
         ctypes.memmove(
             found, machine.backing.guest.hva, 1

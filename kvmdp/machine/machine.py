@@ -438,11 +438,8 @@ class Machine:
 
     def close(self) -> None:
         """Give everything back; a second call does nothing. No vCPU may be running."""
-        try:
-            with Uninterrupted():
-                self._stack.close()
-        finally:
-            self._stack.close()  # an interruption may have come before it was put off
+        with Uninterrupted():
+            self._stack.close()
 
     def __enter__(self) -> Machine:
         return self

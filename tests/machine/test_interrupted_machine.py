@@ -1,6 +1,7 @@
 """Ctrl-C at any moment, with Python's own handler: a machine goes on exact, or is gone; its trap is never half told."""
 
 import contextlib
+import os
 import random
 import signal
 import threading
@@ -10,8 +11,10 @@ import pytest
 from harness import MEMORY, SEED, TIMEOUT, all_of_ram, contents, make_machine, plan, require_trap
 from interruptions import interrupt, points
 
-from kvmdp.machine.machine import MachineOptions
-from kvmdp.machine.made import made_machine
+from kvmdp.interruption import entered
+from kvmdp.machine.experiment import run_workload
+from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.memory.layout import PAGE_SIZE, REGION
 from kvmdp.paging.fault import CancelledError, Outcome
 from kvmdp.paging.invariants import violations
@@ -23,7 +26,8 @@ pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 WAYS = [(trap, "memfd") for trap in ALL_TRAPS] + [("marker", "anonymous"), ("userfaultfd", "anonymous")]
 EVERY_WAY = pytest.mark.parametrize(("trap", "backing"), WAYS)
 EACH_KIND = pytest.mark.parametrize("trap", ["memory-fault", "marker", "userfaultfd", "hybrid-mmio"])
-INTERRUPTIONS = 60
+FULL = os.environ.get("KVMDP_EFFORT") == "full"
+INTERRUPTIONS = 400 if FULL else 40
 PAGES = 64
 
 
@@ -104,13 +108,13 @@ def test_a_machine_whose_making_is_interrupted_leaves_nothing(trap):
     )
 
     def make():
-        with made_machine(options, source):
+        with entered(Machine, options, source):
             pass
 
     most = points(make, steps=True)
     chance = random.Random(13)
     threads = threading.active_count()
-    for _ in range(25):
+    for _ in range(INTERRUPTIONS // 2):
         interrupt(make, chance.randrange(most), steps=True)
         assert threading.active_count() == threads
 
@@ -120,7 +124,7 @@ def test_a_run_that_is_interrupted_has_stopped_every_vcpu(trap):
     source = SyntheticSource(MEMORY, SEED)
     chance = random.Random(17)
     most = None
-    for _ in range(12):
+    for _ in range(INTERRUPTIONS // 4):
         workload = plan("touch", vcpus=2, touches=100)
         with make_machine(trap, workload=workload, source=source) as machine:
             if most is None:
@@ -129,6 +133,42 @@ def test_a_run_that_is_interrupted_has_stopped_every_vcpu(trap):
             interrupt(lambda: machine.run(TIMEOUT), chance.randrange(most), steps=True)
             assert all(thread.join(0) for thread in machine.threads)
             assert violations(machine.pager) == []
+
+
+def starts(monkeypatch, interrupted_at):
+    """Have SIGINT come as a thread is started, the `interrupted_at`-th; returns the list that all are noted in."""
+    noted, start = [], threading.Thread.start
+
+    def interrupted_start(thread):
+        if len(noted) == interrupted_at:
+            signal.raise_signal(signal.SIGINT)
+        noted.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
+    return noted
+
+
+@EACH_KIND
+def test_an_interruption_as_any_thread_is_started_leaves_none_of_them(trap, monkeypatch):
+    require_trap(trap)
+    source = SyntheticSource(MEMORY, SEED)
+    options = MachineOptions(MEMORY, trap, vcpus=2, resident_limit=MEMORY // 2)
+
+    def run(interrupted_at):
+        workload = make_workload("disk", WorkloadOptions(memory_bytes=MEMORY, vcpus=2, seed=SEED))
+        with monkeypatch.context() as patch:
+            noted = starts(patch, interrupted_at)
+            run_workload(options, workload, source, timeout=TIMEOUT, collapse="full")
+        return noted
+
+    names = run(None)
+    assert {"vcpu-0", "vcpu-1", "disk", "collapse"} <= {*names}
+    threads = {*threading.enumerate()}
+    for number in range(len(names)):
+        with pytest.raises(KeyboardInterrupt):
+            run(number)
+        assert {*threading.enumerate()} == threads, f"as {names[number]} was started"
 
 
 @EACH_KIND

@@ -14,7 +14,7 @@ from kvmdp.paging.fault import Origin, Outcome, PageFault
 from kvmdp.paging.pager import DemandPager
 
 # Of steps, which are many, every so manieth is interrupted; all of them where that is asked for.
-STRIDE = int(os.environ.get("KVMDP_INTERRUPTION_STRIDE", "7"))
+STRIDE = 1 if os.environ.get("KVMDP_EFFORT") == "full" else 7
 ZEROS = bytes(PAGE_SIZE)
 HEALED = b"healed  " * (PAGE_SIZE // 8)
 SOON = 5.0  # seconds that nothing here needs, unless something was left behind
