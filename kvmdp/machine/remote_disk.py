@@ -22,6 +22,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from kvmdp.interruption import entered
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.disk_ports import DiskPorts
@@ -213,7 +214,7 @@ def serve_disk(
     with contextlib.ExitStack() as stack:
         stack.callback(machine.close)
         given, descriptors = _await_hand_over(connection, machine, patience)
-        memory = stack.enter_context(RemoteMemory(given, descriptors, machine=machine))
+        memory = stack.enter_context(entered(RemoteMemory, given, descriptors, machine=machine))
         device = DiskDevice(memory, file)
         while (rung := memory.wait_doorbell()) is not None:
             try:

@@ -32,7 +32,7 @@ class AccessGate:
     condition on that, notified when a pin is undone.
     """
 
-    def __init__(self, ledger: Ledger, mutex: threading.Lock, changed: threading.Condition) -> None:
+    def __init__(self, ledger: Ledger, mutex: threading.RLock, changed: threading.Condition) -> None:
         self.accepted = _PRESENT
         self._ledger = ledger
         # Taken as itself: a Condition's `__exit__` is Python, and an interruption at its entry would leave it locked.

@@ -70,9 +70,8 @@ class VcpuGate:
 
     def __init__(self) -> None:
         # Guards everything below. Held for a few statements only, never while a vCPU runs.
-        self._mutex = (
-            threading.Lock()
-        )  # taken as itself on the way of every exit: a Condition's is a call in Python
+        # Taken as itself on the way of every exit: a Condition's is a call in Python.
+        self._mutex = threading.RLock()
         self._changed = threading.Condition(self._mutex)
         self._inside: set[Vcpu] = set()
         self._closers: list[_Closer] = []  # one of each thread that keeps the vCPUs out
@@ -263,7 +262,7 @@ class VcpuGate:
 
     def stop(self) -> None:
         """Let nobody in any more and get everybody out; does not wait."""
-        with self._changed:
+        with self._mutex:
             self._stopping = True
             for vcpu in self._inside:
                 vcpu.kick()
@@ -271,6 +270,6 @@ class VcpuGate:
 
     def reopen(self) -> None:
         """Undo `stop`; nobody may be inside."""
-        with self._changed:
+        with self._mutex:
             assert not self._inside
             self._stopping = False

@@ -18,7 +18,7 @@ class Housekeeping:
     `mutex` is the pager's and guards that. `may_begin` is asked under it whether a thread may begin now.
     """
 
-    def __init__(self, mutex: threading.Lock, may_begin: Callable[[], bool]) -> None:
+    def __init__(self, mutex: threading.RLock, may_begin: Callable[[], bool]) -> None:
         self.works: list[Callable[[], None]] = []
         self._mutex = mutex
         self._may_begin = may_begin

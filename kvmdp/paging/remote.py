@@ -73,7 +73,7 @@ class RemoteMemory:
         self._timeout = timeout
         self._map = RamMap(handover.regions)
         # Guards what follows, and with it every access to RAM. Notified for `wait_doorbell`.
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
         self._doorbell = threading.Condition(self._mutex)
         self._rung: Record | None = None
         self._faults = AskedFaults(handover.credits)
@@ -256,7 +256,7 @@ class RemoteMemory:
         Its `number` and `gpa` tell which ring it was and where that lies. Raises PagingError if the session ended
         in another way.
         """
-        with self._doorbell:
+        with self._mutex:
             self._doorbell.wait_for(lambda: self._rung is not None or self._over is not None, timeout)
             if self._rung is not None:
                 rung, self._rung = self._rung, None

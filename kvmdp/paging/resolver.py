@@ -66,7 +66,7 @@ class Resolver:
         self.enabled = False
         self.error: PagingError | None = None
         self.observer: Callable[[PageFault, Claim, int], None] | None = None
-        self.mutex = threading.Lock()
+        self.mutex = threading.RLock()
         self._unpinned = threading.Condition(self.mutex)
         self.accesses = AccessGate(self.ledger, self.mutex, self._unpinned)
         self.vcpu_accesses = AccessGate(self.ledger, self.mutex, self._unpinned)

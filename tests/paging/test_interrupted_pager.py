@@ -130,7 +130,7 @@ OPERATIONS = {
 
 
 def check_nothing_is_left(pager):
-    assert not pager.mutex.locked()
+    assert not pager.mutex._is_owned()
     ledger = pager.ledger
     assert ledger.claims == []
     assert not set(ledger.states) & {State.INFLIGHT, State.EVICTING, State.ADMITTING}
