@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from kvmdp.interruption import entered
+from kvmdp.latch import Latch
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.disk_ports import DiskPorts
@@ -62,7 +63,7 @@ class RemoteDisk:
         self._server = machine.serve_devices(report)
         self._memory = GuestMemory(machine.layout, machine.backing, machine.pager)
         self._mutex = threading.Lock()  # guards the session
-        self._came = threading.Event()
+        self._came = Latch()
         self._session: DeviceSession | None = None
         self._closed = False
         self.ports = DiskPorts(machine, self._rung)

@@ -6,11 +6,10 @@ Units: RAM pages.
 from __future__ import annotations
 
 import enum
-import functools
-import queue
 from collections.abc import Callable, Sequence
 
 from kvmdp.interruption import Uninterrupted
+from kvmdp.latch import Latch
 
 
 class State(enum.IntEnum):
@@ -111,7 +110,7 @@ def notify(woken: list[Waiter]) -> None:
     if not woken:
         return
     failed: Exception | None = None
-    with Uninterrupted():  # or what is notified, an Event say, could be left with its lock taken
+    with Uninterrupted():  # or what is notified could be left half-way
         while woken:
             try:
                 woken[0].notify()
@@ -128,18 +127,12 @@ class Wait(Waiter):
     __slots__ = ("_woken",)
 
     def __init__(self) -> None:
-        # No Event: an interruption of the thread that waits can leave its lock taken, and who notifies would wait.
-        self._woken: queue.SimpleQueue[None] = queue.SimpleQueue()
-        super().__init__(functools.partial(self._woken.put, None))
+        self._woken = Latch()
+        super().__init__(self._woken.set)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until woken; False if that has not happened after `timeout` seconds. For one thread."""
-        try:
-            self._woken.get(timeout=timeout)
-        except queue.Empty:
-            return False
-        self.notify()  # it stays woken
-        return True
+        return self._woken.wait(timeout)
 
 
 class Counters:

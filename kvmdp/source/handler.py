@@ -25,6 +25,7 @@ import select
 import threading
 from collections.abc import Callable, Sequence
 
+from kvmdp.latch import Latch
 from kvmdp.own_clock import OwnClock
 from kvmdp.source.base import SourceError, asking, check_range
 from kvmdp.source.session import Session, SessionEndedError
@@ -59,7 +60,7 @@ class _Request:
     def __init__(self, record: Record, since: float) -> None:
         self.record = record
         self.since = since  # when it was sent, or began to wait for a handler
-        self.answered = threading.Event()
+        self.answered = Latch()
         self.reason: str | None = None
 
     def end(self, reason: str | None) -> None:
