@@ -10,9 +10,7 @@ are, for every call of this package in the main thread:
   interrupted: the signal is taken when it is over (`Uninterrupted`, `entered`). Masking signals would not do: another
   thread may take one, and Python runs its handler in the main thread all the same.
 
-What the main thread may wait on with a lock is a condition on an RLock, and that is taken as itself. A plain Lock is
-taken again after the wait by a step of Python's, which an interruption may cut short: then it is not held where it
-should be, or is given back in place of another thread. A condition's own `with` is such a step too.
+What the main thread waits on is made for that (`kvmdp.waiting`).
 
 Not so for exceptions of other signals' handlers (SIGALRM, say) and for those set from another thread: they find nothing
 left behind either, but may break what a trap is told; then the machine is paused with that as its error.

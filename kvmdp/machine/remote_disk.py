@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import Self
 
 from kvmdp.interruption import entered
-from kvmdp.latch import Latch
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.disk_ports import DiskPorts
@@ -35,6 +34,7 @@ from kvmdp.paging.fault import CancelledError, FrozenError, PagingError, broken
 from kvmdp.paging.remote import RemoteMemory
 from kvmdp.paging.session import DeviceSession
 from kvmdp.thread import JoinableThread, NoThreadError
+from kvmdp.waiting import Latch
 from kvmdp.wire import handover
 from kvmdp.wire.endpoint import EndpointError, Listener, Peer
 from kvmdp.wire.handover import HandoverError

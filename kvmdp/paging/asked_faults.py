@@ -5,8 +5,8 @@ from __future__ import annotations
 import queue
 import time
 
-from kvmdp.latch import Latch
 from kvmdp.paging.fault import CancelledError, FrozenError, PagingError, PoisonedError
+from kvmdp.waiting import Latch
 from kvmdp.wire.records import Outcome, RecordError
 
 

@@ -9,7 +9,7 @@ import enum
 from collections.abc import Callable, Sequence
 
 from kvmdp.interruption import Uninterrupted
-from kvmdp.latch import Latch
+from kvmdp.waiting import Latch
 
 
 class State(enum.IntEnum):

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from kvmdp.interruption import undone
 from kvmdp.kvm import Vcpu
 from kvmdp.paging.fault import PagingError
+from kvmdp.waiting import Condition
 
 _REKICK_SECONDS = 0.1
 _PATIENCE_SECONDS = 30.0
@@ -72,7 +73,7 @@ class VcpuGate:
         # Guards everything below. Held for a few statements only, never while a vCPU runs.
         # Taken as itself on the way of every exit: a Condition's is a call in Python.
         self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)
+        self._changed = Condition(self._mutex)
         self._inside: set[Vcpu] = set()
         self._closers: list[_Closer] = []  # one of each thread that keeps the vCPUs out
         self._stopping = False

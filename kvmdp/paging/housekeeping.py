@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 from kvmdp.interruption import undone
+from kvmdp.waiting import Condition
 
 
 class Housekeeping:
@@ -23,7 +24,7 @@ class Housekeeping:
         self._mutex = mutex
         self._may_begin = may_begin
         self._keepers: list[object] = []  # one of each thread
-        self._nobody = threading.Condition(mutex)
+        self._nobody = Condition(mutex)
         self._this_thread = threading.local()
 
     def keep(self) -> None:

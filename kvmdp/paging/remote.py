@@ -35,6 +35,7 @@ from kvmdp.paging.asked_faults import AskedFaults, check_outcome, seconds_left
 from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError
 from kvmdp.paging.machine_link import LinkEndedError, MachineLink
 from kvmdp.thread import JoinableThread
+from kvmdp.waiting import Condition
 from kvmdp.wire.endpoint import Peer
 from kvmdp.wire.handover import Descriptors, Handover
 from kvmdp.wire.records import Access, Kind, Origin, Record, RecordError
@@ -74,7 +75,7 @@ class RemoteMemory:
         self._map = RamMap(handover.regions)
         # Guards what follows, and with it every access to RAM. Notified for `wait_doorbell`.
         self._mutex = threading.RLock()
-        self._doorbell = threading.Condition(self._mutex)
+        self._doorbell = Condition(self._mutex)
         self._rung: Record | None = None
         self._faults = AskedFaults(handover.credits)
         self._views: list[tuple[int, int]] = []  # (first, end) pages

@@ -31,6 +31,7 @@ from kvmdp.paging.fault import BusyError, Outcome, broken
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.requests import FaultRequests, PeerCounters
 from kvmdp.thread import JoinableThread
+from kvmdp.waiting import Condition
 from kvmdp.wire.endpoint import Peer
 from kvmdp.wire.records import RECORD_SIZE, Kind, Record, RecordError, unpack
 
@@ -81,7 +82,7 @@ class DeviceSession:
         self._on_completed = on_completed
         # Guards what follows, and each send: they never sleep. Notified at every ACK and at the session's end.
         self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)
+        self._changed = Condition(self._mutex)
         self._clock = OwnClock(patience)
         # Tokens of open INVALIDATEs and FREEZEs: when patience ends, by that clock; oldest first.
         self._asked: dict[int, float] = {}

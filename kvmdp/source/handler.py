@@ -25,11 +25,11 @@ import select
 import threading
 from collections.abc import Callable, Sequence
 
-from kvmdp.latch import Latch
 from kvmdp.own_clock import OwnClock
 from kvmdp.source.base import SourceError, asking, check_range
 from kvmdp.source.session import Session, SessionEndedError
 from kvmdp.thread import JoinableThread
+from kvmdp.waiting import Condition, Latch
 from kvmdp.wire.endpoint import EndpointError
 from kvmdp.wire.offer import Offer
 from kvmdp.wire.records import (
@@ -97,7 +97,7 @@ class HandlerSource:
         self._regions: tuple[tuple[int, int, int], ...] = ()
         # Guards all below. Held for a few statements, among them the send of a record, which never waits.
         self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)
+        self._changed = Condition(self._mutex)
         self._outstanding: dict[int, _Request] = {}  # by token, the oldest first
         self._token = 0
         self._session: Session | None = None  # that faults are sent to; none while there is no handler
@@ -306,7 +306,7 @@ class HandlerSource:
                     f"{who} sent a DONE with outcome {record.outcome.name}, which no handler may; it was cut off"
                 )
             del self._outstanding[record.token]
-            self._changed.notify()
+            self._changed.notify_all()
         failed = record.outcome is Outcome.FAILED
         request.end(f"{who} says that it cannot bring them: see what it printed" if failed else None)
 

@@ -53,6 +53,7 @@ from kvmdp.abi.mman import MADV_COLLAPSE, MADV_HUGEPAGE, MADV_NOHUGEPAGE
 from kvmdp.memory.layout import HUGE_PAGE, PAGE_SIZE, REGION
 from kvmdp.memory.mapping import Mapping, mappings_left
 from kvmdp.paging.fault import PagingError
+from kvmdp.waiting import Condition
 
 # The kernel says "again" while somebody looks at one of the pages, as KVM does for a moment at every fault.
 _ATTEMPTS = 8
@@ -133,7 +134,7 @@ class Regions:
         self._remap = remap
         self._shared = shared
         self._mutex = threading.RLock()  # guards what follows; never held across a call of the kernel's
-        self._changed = threading.Condition(self._mutex)
+        self._changed = Condition(self._mutex)
         self._plain: set[int] = set()
         self._huge: set[int] = set()  # those of them that have been put together
         self._reopening: set[int] = set()

@@ -35,6 +35,7 @@ from kvmdp.paging.claim import Waiter
 from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.view import UffdView
+from kvmdp.waiting import Condition
 
 _UNKNOWN = -1  # userfaultfd does not say which thread it was
 _MODE = abi.UFFDIO_REGISTER_MODE_MISSING | abi.UFFDIO_REGISTER_MODE_MINOR
@@ -58,7 +59,7 @@ class DeviceView:
         self._view = view
         # Guards what follows; held for a few statements only.
         self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)
+        self._changed = Condition(self._mutex)
         self._users = 0
         self._ended = False
 

@@ -46,6 +46,7 @@ from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.slot_map import Block, Kind, Piece, SlotMap, SlotsExhaustedError
 from kvmdp.secluded import SecludedThread
+from kvmdp.waiting import Condition
 
 MAX_GRANULE_SLOTS = 16384
 MAX_GRANULE = 1 << 30
@@ -105,7 +106,7 @@ class RamSlots:
         self._guest = backing.guest
         self._guest_memfd = backing.guest_memfd
         self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)
+        self._changed = Condition(self._mutex)
         ids = range(_FIRST_RAM_SLOT, vm.check_extension(KVM_CAP_NR_MEMSLOTS))
         self.spare = len(ids) - MAX_GRANULE_SLOTS
         self._map = SlotMap(ids, [region.offset // PAGE_SIZE for region in layout.regions])
