@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvmdp.child import ChildProcess
 from kvmdp.interruption import entered
 from kvmdp.last_acts import last_act
 from kvmdp.machine.disk import DiskFile
@@ -67,8 +68,18 @@ def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
         file_path = folder / "disk"
         file_path.touch()
         os.truncate(file_path, size)
-        command = ("device", "--connect", listener.path, "--file", str(file_path))
-        with entered(_DeviceProcess, command) as process:
+        command = [
+            sys.executable,
+            "-c",
+            _DEVICE,
+            "device",
+            "--connect",
+            listener.path,
+            "--file",
+            str(file_path),
+        ]
+        silent = subprocess.DEVNULL
+        with entered(ChildProcess, command, stdout=silent, stderr=silent) as process:
             with entered(RemoteDisk, machine, listener, _SECONDS, lambda _: None) as disk:
                 disk.await_device(_SECONDS)
                 yield
@@ -76,19 +87,6 @@ def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
                 process.wait(_SECONDS)
             except subprocess.TimeoutExpired:
                 raise PagingError(f"the device process did not end within {_SECONDS:g} seconds") from None
-
-
-class _DeviceProcess(subprocess.Popen[bytes]):
-    """A command of ours in a process of its own, which is over when the block is."""
-
-    def __init__(self, command: tuple[str, ...]) -> None:
-        super().__init__(
-            [sys.executable, "-c", _DEVICE, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
-    def __exit__(self, *error: object) -> None:
-        self.kill()
-        self.wait()
 
 
 @contextlib.contextmanager

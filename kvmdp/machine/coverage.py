@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvmdp.child import ChildProcess
 from kvmdp.interruption import entered
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import vector_flags
@@ -385,20 +386,21 @@ def touch_guest_view(trap: str) -> None:
 def _touch(access: str, trap: str) -> Cell:
     """A user-space access of our own to the guest view, in a process that may die of it."""
     command = [sys.executable, "-c", _TOUCH.format(path=sys.path, trap=trap)]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=_CHILD_TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        raise PagingError(
-            f"the process that was to touch it had not ended within {_CHILD_TIMEOUT:g} s"
-        ) from None
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+    with entered(ChildProcess, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        try:
+            out, error = child.communicate(timeout=_CHILD_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise PagingError(
+                f"the process that was to touch it had not ended within {_CHILD_TIMEOUT:g} s"
+            ) from None
+    if child.returncode < 0:
+        name = signal.Signals(-child.returncode).name
         note = f"it ends the process with {name}; run --detect-leaks says where it was"
         return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note)
-    if done.returncode:
-        last_words = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise PagingError(f"the touch failed: {last_words or f'exit status {done.returncode}'}")
-    exact, leaks, exits = json.loads(done.stdout)
+    if child.returncode:
+        last_words = error.decode(errors="replace").strip().rpartition("\n")[2]
+        raise PagingError(f"the touch failed: {last_words or f'exit status {child.returncode}'}")
+    exact, leaks, exits = json.loads(out)
     if exits:
         return Cell(access, trap, _seen(exits), exits, exact=exact)
     note = "it meets memory that nobody has filled" + ("; run --detect-leaks finds it" if leaks else "")
