@@ -22,6 +22,7 @@ from kvmdp.bench.contender import Contender
 from kvmdp.bench.disk import measure_disk
 from kvmdp.bench.measure import machine_options, source_of
 from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
+from kvmdp.interruption import entered
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE
 from kvmdp.paging.access import GuestMemory
@@ -112,7 +113,7 @@ def _faults(name: str, latencies: npt.NDArray[np.uint64]) -> dict[str, Any]:
 def _measure_calls() -> dict[str, float]:
     """Return what a call of each kind takes on present pages, in microseconds: the median of some short turns."""
     # No trap is asked about a page that is present.
-    with Machine(MachineOptions(MIN_MEMORY, _ANY_TRAP), SyntheticSource(MIN_MEMORY)) as machine:
+    with entered(Machine, MachineOptions(MIN_MEMORY, _ANY_TRAP), SyntheticSource(MIN_MEMORY)) as machine:
         if machine.pager.mark_present(0, machine.layout.pages) is not Outcome.PRESENT:
             raise machine.pager.error or PagingError("memory could not be made present")
         kinds = _kinds(machine.memory_for_device(0), machine.backing.vmm.view)
@@ -174,7 +175,7 @@ def _measure_faults(contender: Contender) -> array[int]:
     """Return the nanoseconds that each of some reads of an absent page takes a device."""
     latencies = array("Q")
     source, _ = source_of(contender.work)
-    with Machine(machine_options(contender), source) as machine:
+    with entered(Machine, machine_options(contender), source) as machine:
         memory = machine.device_view or machine.memory_for_device(0)
         # What one fault fetches is passed over: each read is of a page that is absent still.
         step = max(machine.pager.trap.granule // PAGE_SIZE, contender.work.fault_around)

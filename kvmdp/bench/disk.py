@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvmdp.child import ChildProcess
+from kvmdp.interruption import entered
 from kvmdp.last_acts import last_act
 from kvmdp.machine.disk import DiskFile
 from kvmdp.machine.disk_ports import DiskThread
@@ -46,7 +48,7 @@ def measure_disk(options: MachineOptions, rounds: int) -> dict[str, dict[str, li
 def _throughput(options: MachineOptions, place: str, present: bool) -> float:
     workload = make_workload("disk", WorkloadOptions(memory_bytes=options.memory_bytes, vcpus=options.vcpus))
     source = SyntheticSource(options.memory_bytes)
-    with Machine(options, source) as machine, _disk(machine, place, workload.disk_bytes):
+    with entered(Machine, options, source) as machine, _disk(machine, place, workload.disk_bytes):
         machine.set_parameters(workload.blocks)
         if present and machine.pager.mark_present(0, machine.layout.pages) is not Outcome.PRESENT:
             raise machine.pager.error or PagingError("memory cannot be made present")
@@ -59,28 +61,32 @@ def _throughput(options: MachineOptions, place: str, present: bool) -> float:
 def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
     """Give the machine a disk; one of another process is connected when the block begins."""
     if place == "in_process":
-        with DiskFile.temporary(size) as file, DiskThread(machine, file):
+        with DiskFile.temporary(size) as file, entered(DiskThread, machine, file):
             yield
         return
     with _folder() as folder, Listener(str(folder / "socket")) as listener:
         file_path = folder / "disk"
         file_path.touch()
         os.truncate(file_path, size)
-        command = ("device", "--connect", listener.path, "--file", str(file_path))
-        process = subprocess.Popen(
-            [sys.executable, "-c", _DEVICE, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            with RemoteDisk(machine, listener, _SECONDS, lambda _: None) as disk:
+        command = [
+            sys.executable,
+            "-c",
+            _DEVICE,
+            "device",
+            "--connect",
+            listener.path,
+            "--file",
+            str(file_path),
+        ]
+        silent = subprocess.DEVNULL
+        with entered(ChildProcess, command, stdout=silent, stderr=silent) as process:
+            with entered(RemoteDisk, machine, listener, _SECONDS, lambda _: None) as disk:
                 disk.await_device(_SECONDS)
                 yield
             try:
                 process.wait(_SECONDS)
             except subprocess.TimeoutExpired:
                 raise PagingError(f"the device process did not end within {_SECONDS:g} seconds") from None
-        finally:
-            process.kill()
-            process.wait()
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from kvmdp.bench.losses import Losses
 from kvmdp.bench.measure import machine_options, plan, source_of
 from kvmdp.bench.spread import Spread, ratios
 from kvmdp.bench.work import Work
+from kvmdp.interruption import entered
 from kvmdp.machine.hostinfo import host_facts
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.backings import BACKINGS
@@ -119,7 +120,7 @@ def _measure(contender: Contender) -> dict[str, float]:
     work = contender.work
     delayed, _ = source_of(work)
     source = CountingSource(delayed)
-    with Machine(machine_options(contender), source) as machine:
+    with entered(Machine, machine_options(contender), source) as machine:
         machine.set_parameters(plan(work).blocks)
         first = machine.pager.observer = _FirstProgress(source)
         before, faults = source.bytes, machine.pager.counters.claims

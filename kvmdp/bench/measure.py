@@ -16,6 +16,7 @@ from kvmdp.bench.contender import Contender
 from kvmdp.bench.device import DeviceThread
 from kvmdp.bench.trace import Record, Tracer
 from kvmdp.bench.work import Work
+from kvmdp.interruption import entered
 from kvmdp.kvm import BusError, Interrupted, Kvm, MemoryFault
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.hostinfo import page_table_memory, proportional_memory, vmalloc_used
@@ -87,7 +88,7 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
         source = PatchedSource(source, workload.patches)
     tables, resident = page_table_memory(), proportional_memory()
     never = contender.trap is None and contender.off is None
-    with Machine(replace(machine_options(contender), demand_paging=not never), source) as machine:
+    with entered(Machine, replace(machine_options(contender), demand_paging=not never), source) as machine:
         vmalloc = vmalloc_used()
         if contender.trap is None:
             make_plain(machine)
@@ -217,7 +218,7 @@ def floor(contender: Contender) -> float | None:
     """
     workload = plan(contender.work)
     source = SyntheticSource(contender.work.memory_bytes)
-    with Machine(machine_options(contender), source) as machine:
+    with entered(Machine, machine_options(contender), source) as machine:
         machine.set_parameters(workload.blocks)
         vcpu = machine.threads[0].vcpu
         seconds: list[float] = []

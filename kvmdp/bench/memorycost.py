@@ -19,6 +19,7 @@ from kvmdp.bench.contender import PRESENT, Contender, contender
 from kvmdp.bench.losses import Losses
 from kvmdp.bench.measure import machine_options, make_plain, plan, source_of
 from kvmdp.bench.work import Work
+from kvmdp.interruption import entered
 from kvmdp.machine.hostinfo import host_facts, page_table_memory, vmalloc_used
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.layout import GuestLayout
@@ -65,7 +66,7 @@ def memory_cost(each: Contender) -> dict[str, Any]:
 def _cost(each: Contender, *, fill: bool) -> dict[str, int]:
     source, _ = source_of(each.work)
     tables = page_table_memory()
-    with Machine(machine_options(each), source) as machine:
+    with entered(Machine, machine_options(each), source) as machine:
         vmalloc = vmalloc_used()
         if each.trap is None and fill:
             make_plain(machine)

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import NoReturn
 
 from kvmdp.cli.entry import leave, on_interruption
+from kvmdp.interruption import Interrupter
 from kvmdp.last_acts import do_last_acts
 
 SAME_SECONDS = 1.0  # in which a further signal is the same interruption
@@ -83,19 +84,22 @@ def run_to_end() -> NoReturn:
     sys.exit(status)
 
 
-class Interruption:
-    """A signal handler for the time of a command's work."""
+class Interruption(Interrupter):
+    """A signal handler for the time of a command's work: a request to stop, that is taken where nothing breaks by it.
+
+    What must not be cut short puts the first off (`kvmdp.interruption`), not the others.
+    """
 
     def __init__(self) -> None:
         self._began: float | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Raise KeyboardInterrupt the first time; later do nothing, or end the process."""
+        """Raise KeyboardInterrupt the first time, now or soon; later do nothing, or end the process."""
         now = time.monotonic()
         if self._began is None:
             self._began = now
-            raise KeyboardInterrupt
-        if now - self._began >= SAME_SECONDS:
+            super().__call__(number, frame)
+        elif now - self._began >= SAME_SECONDS:
             _leave(number, frame)
 
 

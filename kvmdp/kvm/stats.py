@@ -36,12 +36,12 @@ class Statistics:
             self.id = self._pread(header.name_size, header.id_offset).rstrip(b"\0").decode()
             self._data_offset = header.data_offset
             self._statistics = self._read_descriptors(header)
+            self._data_size = max(
+                (entry.offset + 8 * entry.count for entry in self._statistics.values()), default=0
+            )
         except BaseException:
             os.close(fd)
             raise
-        self._data_size = max(
-            (entry.offset + 8 * entry.count for entry in self._statistics.values()), default=0
-        )
 
     def _read_descriptors(self, header: kvm_stats_header) -> dict[str, _Statistic]:
         fixed = ctypes.sizeof(kvm_stats_desc)

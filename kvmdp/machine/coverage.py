@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvmdp.child import ChildProcess
+from kvmdp.interruption import entered
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.coverage_cell import EMULATED, Cell, Seen, seen_by, vcpu_exits
@@ -196,7 +198,7 @@ def _device(access: str, trap: str) -> Cell:
     source = SyntheticSource(_MEMORY, _SEED)
     writes = [(page * PAGE_SIZE + 100, bytes([page]) * 300) for page in range(1, _PAGES, 2)]
     workload = make_workload("checksum", WorkloadOptions(memory_bytes=_MEMORY, pages=2 * _PAGES, seed=_SEED))
-    with Machine(MachineOptions(_MEMORY, trap), source) as machine, _observed(machine) as origins:
+    with entered(Machine, MachineOptions(_MEMORY, trap), source) as machine, _observed(machine) as origins:
         machine.set_parameters(workload.blocks)
         device = GuestMemory(machine.layout, machine.backing, machine.pager, Origin.DEVICE)
         read: list[bytes] = []
@@ -221,7 +223,7 @@ def _device(access: str, trap: str) -> Cell:
 def _system_call(access: str, trap: str) -> Cell:
     """The kernel reads an absent page of the guest view on behalf of somebody who has not asked."""
     source = SyntheticSource(_MEMORY, _SEED)
-    with Machine(MachineOptions(_MEMORY, trap), source) as machine:
+    with entered(Machine, MachineOptions(_MEMORY, trap), source) as machine:
         view = machine.backing.guest.view[:PAGE_SIZE]
         receiving, sending = os.pipe2(os.O_CLOEXEC)
         try:
@@ -252,7 +254,7 @@ _TOUCH = (
 def touch_guest_view(trap: str) -> None:
     """Read an absent page through the guest view, past the pager, and print what came of it; may kill the process."""
     source = SyntheticSource(_MEMORY, _SEED)
-    with Machine(MachineOptions(_MEMORY, trap), source) as machine:
+    with entered(Machine, MachineOptions(_MEMORY, trap), source) as machine:
         found = ctypes.create_string_buffer(PAGE_SIZE)
         ctypes.memmove(
             found, machine.backing.guest.hva, 1
@@ -266,20 +268,21 @@ def touch_guest_view(trap: str) -> None:
 def _touch(access: str, trap: str) -> Cell:
     """A user-space access of our own to the guest view, in a process that may die of it."""
     command = [sys.executable, "-c", _TOUCH.format(path=sys.path, trap=trap)]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=_CHILD_TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        raise PagingError(
-            f"the process that was to touch it had not ended within {_CHILD_TIMEOUT:g} s"
-        ) from None
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+    with entered(ChildProcess, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        try:
+            out, error = child.communicate(timeout=_CHILD_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise PagingError(
+                f"the process that was to touch it had not ended within {_CHILD_TIMEOUT:g} s"
+            ) from None
+    if child.returncode < 0:
+        name = signal.Signals(-child.returncode).name
         note = f"it ends the process with {name}; run --detect-leaks says where it was"
         return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note)
-    if done.returncode:
-        last_words = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise PagingError(f"the touch failed: {last_words or f'exit status {done.returncode}'}")
-    exact, leaks, exits = json.loads(done.stdout)
+    if child.returncode:
+        last_words = error.decode(errors="replace").strip().rpartition("\n")[2]
+        raise PagingError(f"the touch failed: {last_words or f'exit status {child.returncode}'}")
+    exact, leaks, exits = json.loads(out)
     if exits:
         return Cell(access, trap, seen_by(exits), exits, exact=exact)
     note = "it meets memory that nobody has filled" + ("; run --detect-leaks finds it" if leaks else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvmdp.interruption import entered
 from kvmdp.machine.coverage_cell import EMULATED, Cell, Seen, seen_by, vcpu_exits
 from kvmdp.machine.machine import GuestTimeoutError, Machine, MachineOptions, catches_page_walks
 from kvmdp.machine.runloop import GuestError
@@ -94,7 +95,7 @@ def _run_program(
 ) -> tuple[tuple[int, bytes], dict[str, int]]:
     """Return what a program returned and left in its page, and what was seen."""
     options = MachineOptions(_MEMORY, trap, program=code)
-    with Machine(options, SyntheticSource(_MEMORY, _SEED)) as machine:
+    with entered(Machine, options, SyntheticSource(_MEMORY, _SEED)) as machine:
         machine.set_parameters(program_blocks(WorkloadOptions(memory_bytes=_MEMORY, seed=_SEED, ring=ring)))
         if present:
             machine.pager.mark_present(_PAGE, 1)

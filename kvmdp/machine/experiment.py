@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.interruption import entered
 from kvmdp.machine.collapse import CollapseResult, measure_collapse
 from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.disk import disk_file
@@ -130,12 +131,12 @@ def run_workload(
     if reference is None and ram_source(source) is None:
         reference = source
     with contextlib.ExitStack() as stack:
-        machine = stack.enter_context(Machine(options, patched(source)))
+        machine = stack.enter_context(entered(Machine, options, patched(source)))
         _check_plan(machine, workload)
         if device is None and workload.disk_bytes:
             device = in_process_disk(workload.disk_bytes)
         if device is not None:
-            stack.enter_context(device(machine))
+            stack.enter_context(entered(device, machine))
         workload.poisoned = poison_pages(machine, workload.poisoned, workload.touched)
         if on_start is not None:
             on_start(machine)
@@ -224,9 +225,9 @@ def run_program(
     what `Machine`, `Machine.run` and `poison_pages` raise.
     """
     with contextlib.ExitStack() as stack:
-        machine = stack.enter_context(Machine(options, source))
+        machine = stack.enter_context(entered(Machine, options, source))
         if device is not None:
-            stack.enter_context(device(machine))
+            stack.enter_context(entered(device, machine))
         poisoned = poison_pages(machine, np.empty(0, np.int64) if poisoned is None else poisoned, None)
         if on_start is not None:
             on_start(machine)
@@ -255,10 +256,9 @@ def _run(
 
     if detector is not None:
         detector.attach(machine)
-    collapser = Collapser(machine.pager, policy)
     machine.gate.forget_stops()  # arming is one, of nobody
     try:
-        with collapser:
+        with entered(Collapser, machine.pager, policy) as collapser:
             machine.run(timeout, tick)
     finally:
         if detector is not None:

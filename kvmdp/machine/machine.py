@@ -13,6 +13,7 @@ from typing import Literal
 
 from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_MCE, KVM_CAP_SYNC_REGS
 from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs, kvm_vcpu_events
+from kvmdp.interruption import Interruptible, Uninterrupted
 from kvmdp.kvm import Interrupted, Kvm, Vcpu, Vm
 from kvmdp.kvm.machine_check import guest_mcg_cap
 from kvmdp.machine import guest_abi as guest
@@ -128,9 +129,13 @@ class Machine:
         # A word for each thread that ends. Not a condition: an interruption of the main thread in one can leave
         # its lock as no `with` expects it.
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
-        with contextlib.ExitStack() as stack:
-            self._build(options, source, stack)
-            self._stack = stack.pop_all()
+        self._stack = contextlib.ExitStack()
+        try:
+            with Uninterrupted():
+                self._build(options, source, self._stack)
+        except BaseException:
+            self.close()
+            raise
 
     def _build(self, options: MachineOptions, source: PageSource, stack: contextlib.ExitStack) -> None:
         with self._phase("memory"):
@@ -221,7 +226,8 @@ class Machine:
         for offset, length in self.source.extents():
             end = offset + length
             for start in range(offset, end, _FILLED_AT_ONCE):
-                fetch(self.source, start, view[start : min(start + _FILLED_AT_ONCE, end)])
+                with Interruptible():
+                    fetch(self.source, start, view[start : min(start + _FILLED_AT_ONCE, end)])
         self.pager.start_plain()
 
     def _secure_page_tables(self) -> None:
@@ -232,7 +238,9 @@ class Machine:
         self.pager.retain(first, count)
         if self.options.page_tables == "absent" or catches_page_walks(self.options.trap):
             return
-        if self.pager.mark_present(first, count) is not Outcome.PRESENT:
+        with Interruptible():
+            outcome = self.pager.mark_present(first, count)
+        if outcome is not Outcome.PRESENT:
             raise self.pager.error or PagingError("the page tables cannot be made present")
 
     def _limit_resident(self, stack: contextlib.ExitStack) -> ResidentLimit | None:
@@ -307,17 +315,20 @@ class Machine:
 
         `timeout` is in seconds; `on_tick` is called about ten times a second. Raises the first error of a
         vCPU: PagingError (a page cannot be had) or GuestError (the guest did something it must not, or was
-        not done in time). Whatever happens, all vCPU threads have ended when this returns.
+        not done in time). Whatever happens, all vCPU threads have ended when this returns. An interruption is taken
+        while the guest runs, and not while it is started or stopped.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            for thread in self.threads:
-                thread.start()
-            self._monitor(deadline, on_tick)
-            # Before the stop: a vCPU that is let go of while it walks an absent page table ends in a triple fault.
-            errors = [thread.error for thread in self.threads if thread.error is not None]
-        finally:
-            self.stop()
+        with Uninterrupted():
+            try:
+                for thread in self.threads:
+                    thread.start()
+                with Interruptible():
+                    self._monitor(deadline, on_tick)
+                # Before the stop: a vCPU that is let go of while it walks an absent page table ends in a triple fault.
+                errors = [thread.error for thread in self.threads if thread.error is not None]
+            finally:
+                self.stop()
         if errors:
             raise errors[0]
         if not all(thread.done for thread in self.threads):
@@ -403,14 +414,15 @@ class Machine:
         """
         if not all(thread.done and thread.join(0) for thread in self.threads) or self.pager.error is not None:
             raise ValueError("a machine is restarted when all its vCPUs are done, not after a failure")
-        self._boot.load()  # with a task register that is not busy
-        vcpus = [thread.vcpu for thread in self.threads]
-        for vcpu in vcpus:
-            self._reset(vcpu)
-        self.threads = [self._thread_of(vcpu) for vcpu in vcpus]
-        self.set_parameters(blocks)
-        self.pager.resume()
-        self.gate.reopen()
+        with Uninterrupted():
+            self._boot.load()  # with a task register that is not busy
+            vcpus = [thread.vcpu for thread in self.threads]
+            for vcpu in vcpus:
+                self._reset(vcpu)
+            self.threads = [self._thread_of(vcpu) for vcpu in vcpus]
+            self.set_parameters(blocks)
+            self.pager.resume()
+            self.gate.reopen()
 
     def _reset(self, vcpu: Vcpu) -> None:
         """Put a vCPU, whose last exit was its report, back to the guest's entry."""
@@ -426,7 +438,8 @@ class Machine:
 
     def close(self) -> None:
         """Give everything back; a second call does nothing. No vCPU may be running."""
-        self._stack.close()
+        with Uninterrupted():
+            self._stack.close()
 
     def __enter__(self) -> Machine:
         return self

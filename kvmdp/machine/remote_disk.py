@@ -22,6 +22,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from kvmdp.interruption import entered
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.disk_ports import DiskPorts
@@ -33,6 +34,7 @@ from kvmdp.paging.fault import CancelledError, FrozenError, PagingError, broken
 from kvmdp.paging.remote import RemoteMemory
 from kvmdp.paging.session import DeviceSession
 from kvmdp.thread import JoinableThread, NoThreadError
+from kvmdp.waiting import Latch
 from kvmdp.wire import handover
 from kvmdp.wire.endpoint import EndpointError, Listener, Peer
 from kvmdp.wire.handover import HandoverError
@@ -61,7 +63,7 @@ class RemoteDisk:
         self._server = machine.serve_devices(report)
         self._memory = GuestMemory(machine.layout, machine.backing, machine.pager)
         self._mutex = threading.Lock()  # guards the session
-        self._came = threading.Event()
+        self._came = Latch()
         self._session: DeviceSession | None = None
         self._closed = False
         self.ports = DiskPorts(machine, self._rung)
@@ -213,7 +215,7 @@ def serve_disk(
     with contextlib.ExitStack() as stack:
         stack.callback(machine.close)
         given, descriptors = _await_hand_over(connection, machine, patience)
-        memory = stack.enter_context(RemoteMemory(given, descriptors, machine=machine))
+        memory = stack.enter_context(entered(RemoteMemory, given, descriptors, machine=machine))
         device = DiskDevice(memory, file)
         while (rung := memory.wait_doorbell()) is not None:
             try:

@@ -11,6 +11,7 @@ the last page are ignored in an argument and zero in a result.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -131,10 +132,12 @@ class PresentBitmapView:
         """Unmap the bitmap and close `fd`; closing again does nothing, any other use afterwards raises."""
         if self.fd < 0:
             return
-        # The mapping cannot go while anything exports its memory.
+        # The mapping cannot go while anything exports its memory. An array may still be alive in a traceback, as of an
+        # interruption: then it goes with that.
         self._quads.release()
         del self._words
-        self._mapping.close()
+        with contextlib.suppress(BufferError):
+            self._mapping.close()
         os.close(self.fd)
         self.fd = -1
 

@@ -20,6 +20,7 @@ from kvmdp.paging.claim import State
 from kvmdp.paging.fault import BusyError, FrozenError, PagingError
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.pins import Pin
+from kvmdp.waiting import Condition
 
 _PRESENT = int(State.PRESENT)
 _NO_STATE = -1
@@ -32,7 +33,7 @@ class AccessGate:
     condition on that, notified when a pin is undone.
     """
 
-    def __init__(self, ledger: Ledger, mutex: threading.Lock, changed: threading.Condition) -> None:
+    def __init__(self, ledger: Ledger, mutex: threading.RLock, changed: Condition) -> None:
         self.accepted = _PRESENT
         self._ledger = ledger
         # Taken as itself: a Condition's `__exit__` is Python, and an interruption at its entry would leave it locked.

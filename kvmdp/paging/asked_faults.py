@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
+import queue
 import time
 
 from kvmdp.paging.fault import CancelledError, FrozenError, PagingError, PoisonedError
+from kvmdp.waiting import Latch
 from kvmdp.wire.records import Outcome, RecordError
 
 
@@ -16,7 +17,7 @@ class AskedFault:
 
     def __init__(self, token: int) -> None:
         self.token = token
-        self.done = threading.Event()
+        self.done = Latch()
         self.outcome: Outcome | None = None
 
 
@@ -24,17 +25,24 @@ class AskedFaults:
     """At most `credits` at the same time. The owner's mutex guards it, but for the wait for a credit."""
 
     def __init__(self, credits: int) -> None:
-        self._credits = threading.Semaphore(credits)
+        # No Semaphore: an interruption of a thread that waits can leave its lock taken.
+        self._credits: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(credits):
+            self.give_back()
         self._open: dict[int, AskedFault] = {}
         self._last_token = 0
 
     def wait_credit(self, timeout: float | None) -> bool:
         """Wait for a credit, without the mutex; False after `timeout` seconds."""
-        return self._credits.acquire(timeout=timeout)
+        try:
+            self._credits.get(timeout=timeout)
+        except queue.Empty:
+            return False
+        return True
 
     def give_back(self) -> None:
         """Give a credit to a thread that waits for one."""
-        self._credits.release()
+        self._credits.put(None)
 
     def begin(self) -> AskedFault:
         """Return a new one, for a credit that was waited for."""

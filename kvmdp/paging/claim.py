@@ -6,8 +6,10 @@ Units: RAM pages.
 from __future__ import annotations
 
 import enum
-import threading
 from collections.abc import Callable, Sequence
+
+from kvmdp.interruption import Uninterrupted
+from kvmdp.waiting import Latch
 
 
 class State(enum.IntEnum):
@@ -105,13 +107,16 @@ class Waiter:
 
 def notify(woken: list[Waiter]) -> None:
     """Notify all waiters of a list, whatever one of them raises, and take them off it. Then raises the first error."""
+    if not woken:
+        return
     failed: Exception | None = None
-    while woken:
-        try:
-            woken[0].notify()
-        except Exception as error:
-            failed = failed or error
-        del woken[0]
+    with Uninterrupted():  # or what is notified could be left half-way
+        while woken:
+            try:
+                woken[0].notify()
+            except Exception as error:
+                failed = failed or error
+            del woken[0]
     if failed is not None:
         raise failed
 
@@ -122,11 +127,11 @@ class Wait(Waiter):
     __slots__ = ("_woken",)
 
     def __init__(self) -> None:
-        self._woken = threading.Event()
+        self._woken = Latch()
         super().__init__(self._woken.set)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until woken; False if that has not happened after `timeout` seconds."""
+        """Sleep until woken; False if that has not happened after `timeout` seconds. For one thread."""
         return self._woken.wait(timeout)
 
 

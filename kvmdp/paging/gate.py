@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from kvmdp.interruption import undone
 from kvmdp.kvm import Vcpu
 from kvmdp.paging.fault import PagingError
+from kvmdp.waiting import Condition
 
 _REKICK_SECONDS = 0.1
 _PATIENCE_SECONDS = 30.0
@@ -70,10 +71,9 @@ class VcpuGate:
 
     def __init__(self) -> None:
         # Guards everything below. Held for a few statements only, never while a vCPU runs.
-        self._mutex = (
-            threading.Lock()
-        )  # taken as itself on the way of every exit: a Condition's is a call in Python
-        self._changed = threading.Condition(self._mutex)
+        # Taken as itself on the way of every exit: a Condition's is a call in Python.
+        self._mutex = threading.RLock()
+        self._changed = Condition(self._mutex)
         self._inside: set[Vcpu] = set()
         self._closers: list[_Closer] = []  # one of each thread that keeps the vCPUs out
         self._stopping = False
@@ -263,7 +263,7 @@ class VcpuGate:
 
     def stop(self) -> None:
         """Let nobody in any more and get everybody out; does not wait."""
-        with self._changed:
+        with self._mutex:
             self._stopping = True
             for vcpu in self._inside:
                 vcpu.kick()
@@ -271,6 +271,6 @@ class VcpuGate:
 
     def reopen(self) -> None:
         """Undo `stop`; nobody may be inside."""
-        with self._changed:
+        with self._mutex:
             assert not self._inside
             self._stopping = False

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 from kvmdp.interruption import undone
+from kvmdp.waiting import Condition
 
 
 class Housekeeping:
@@ -18,12 +19,12 @@ class Housekeeping:
     `mutex` is the pager's and guards that. `may_begin` is asked under it whether a thread may begin now.
     """
 
-    def __init__(self, mutex: threading.Lock, may_begin: Callable[[], bool]) -> None:
+    def __init__(self, mutex: threading.RLock, may_begin: Callable[[], bool]) -> None:
         self.works: list[Callable[[], None]] = []
         self._mutex = mutex
         self._may_begin = may_begin
         self._keepers: list[object] = []  # one of each thread
-        self._nobody = threading.Condition(mutex)
+        self._nobody = Condition(mutex)
         self._this_thread = threading.local()
 
     def keep(self) -> None:

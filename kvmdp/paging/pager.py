@@ -8,7 +8,6 @@ Units: RAM pages, seconds.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Generator, Iterator
 
@@ -25,6 +24,7 @@ from kvmdp.paging.revoker import Peers, Revoker
 from kvmdp.paging.takeable import takeable
 from kvmdp.paging.trap.base import Trap
 from kvmdp.source.base import PageSource, ram_source
+from kvmdp.waiting import Condition
 
 __all__ = ["DemandPager", "Peers"]
 
@@ -52,7 +52,7 @@ class DemandPager(Revoker):
     ) -> None:
         super().__init__(layout, trap, source, policy, gate)
         self._switcher: object = None  # who has the claim on `enabled`: to arm or disarm the trap
-        self._switched = threading.Condition(self.mutex)
+        self._switched = Condition(self.mutex)
 
     # Pages that stay
 
@@ -280,7 +280,7 @@ class DemandPager(Revoker):
         with self.mutex:
             if self._switcher is switcher:
                 self._switcher = None
-            self._switched.notify()
+            self._switched.notify_all()
 
     def _let_nobody_begin(self) -> None:
         """Switch off once nobody is at a page or keeps house; raises PagingError if a page is absent.

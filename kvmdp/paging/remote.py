@@ -35,6 +35,7 @@ from kvmdp.paging.asked_faults import AskedFaults, check_outcome, seconds_left
 from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError
 from kvmdp.paging.machine_link import LinkEndedError, MachineLink
 from kvmdp.thread import JoinableThread
+from kvmdp.waiting import Condition
 from kvmdp.wire.endpoint import Peer
 from kvmdp.wire.handover import Descriptors, Handover
 from kvmdp.wire.records import Access, Kind, Origin, Record, RecordError
@@ -73,8 +74,8 @@ class RemoteMemory:
         self._timeout = timeout
         self._map = RamMap(handover.regions)
         # Guards what follows, and with it every access to RAM. Notified for `wait_doorbell`.
-        self._mutex = threading.Lock()
-        self._doorbell = threading.Condition(self._mutex)
+        self._mutex = threading.RLock()
+        self._doorbell = Condition(self._mutex)
         self._rung: Record | None = None
         self._faults = AskedFaults(handover.credits)
         self._views: list[tuple[int, int]] = []  # (first, end) pages
@@ -256,7 +257,7 @@ class RemoteMemory:
         Its `number` and `gpa` tell which ring it was and where that lies. Raises PagingError if the session ended
         in another way.
         """
-        with self._doorbell:
+        with self._mutex:
             self._doorbell.wait_for(lambda: self._rung is not None or self._over is not None, timeout)
             if self._rung is not None:
                 rung, self._rung = self._rung, None

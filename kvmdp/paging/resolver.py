@@ -32,6 +32,7 @@ from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.sink import Sink
 from kvmdp.paging.trap.base import Trap
 from kvmdp.source.base import PageSource, SourceError, asking, fetch
+from kvmdp.waiting import Condition
 
 _SOURCE_BYTE = int(State.SOURCE)
 _ONE_AT_SOURCE = bytes((State.SOURCE,))
@@ -66,8 +67,8 @@ class Resolver:
         self.enabled = False
         self.error: PagingError | None = None
         self.observer: Callable[[PageFault, Claim, int], None] | None = None
-        self.mutex = threading.Lock()
-        self._unpinned = threading.Condition(self.mutex)
+        self.mutex = threading.RLock()
+        self._unpinned = Condition(self.mutex)
         self.accesses = AccessGate(self.ledger, self.mutex, self._unpinned)
         self.vcpu_accesses = AccessGate(self.ledger, self.mutex, self._unpinned)
         self._source = source

@@ -191,8 +191,11 @@ class Revoker(Resolver):
     def _have_sink(self) -> None:
         with self.mutex:
             missing = self.sink is None
-        if not missing:
-            return
+        if missing:
+            with Uninterrupted():  # or its file would be closed by the garbage collector at best
+                self._make_sink()
+
+    def _make_sink(self) -> None:
         try:
             sink = FileSink()
         except OSError as error:
@@ -296,10 +299,11 @@ class Revoker(Resolver):
         try:
             for start, count in runs_to_take(claim.before, kinds):
                 done = finish(claim.first + start, count)
-                if states[start] == State.BACKED and done is not State.BACKED:
-                    gone.append((claim.first + start, count))
-                states[start : start + count] = bytes((done,)) * count
-                claim.after = bytes(states)
+                with Uninterrupted():  # or memory would be freed of which it is said that the bytes are there
+                    if states[start] == State.BACKED and done is not State.BACKED:
+                        gone.append((claim.first + start, count))
+                    states[start : start + count] = bytes((done,)) * count
+                    claim.after = bytes(states)
                 taken += count
         except (OSError, SourceError) as error:
             gpa = self.layout.gpa_of_page(claim.first)
@@ -308,7 +312,8 @@ class Revoker(Resolver):
                 f"pages from gpa {gpa:#x} on stay in RAM, they cannot be saved: {why}"
             ) from error
         finally:
-            self._end(claim, bytes(states), self._forget(gone))
+            with Uninterrupted():  # or memory would not be freed of which it is said that nothing is there
+                self._end(claim, bytes(states), self._forget(gone))
         return taken
 
     def _forget(self, runs: list[tuple[int, int]]) -> PagingError | None:

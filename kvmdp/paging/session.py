@@ -31,6 +31,7 @@ from kvmdp.paging.fault import BusyError, Outcome, broken
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.requests import FaultRequests, PeerCounters
 from kvmdp.thread import JoinableThread
+from kvmdp.waiting import Condition
 from kvmdp.wire.endpoint import Peer
 from kvmdp.wire.records import RECORD_SIZE, Kind, Record, RecordError, unpack
 
@@ -80,7 +81,8 @@ class DeviceSession:
         self._report = report
         self._on_completed = on_completed
         # Guards what follows, and each send: they never sleep. Notified at every ACK and at the session's end.
-        self._changed = threading.Condition(threading.Lock())
+        self._mutex = threading.RLock()
+        self._changed = Condition(self._mutex)
         self._clock = OwnClock(patience)
         # Tokens of open INVALIDATEs and FREEZEs: when patience ends, by that clock; oldest first.
         self._asked: dict[int, float] = {}
@@ -111,7 +113,7 @@ class DeviceSession:
 
     def ask(self, kind: Kind, gpa: int = 0, size: int = 0, deadline: float | None = None) -> int | None:
         """Send an INVALIDATE or FREEZE; returns its token, or None if the session has ended. Raises BusyError."""
-        with self._changed:
+        with self._mutex:
             while self.ending is None and len(self._asked) >= self.credits:
                 self._wait_for_acks(next(iter(self._asked)), deadline)
             if self.ending is not None:
@@ -128,7 +130,7 @@ class DeviceSession:
         Raises BusyError when `deadline` has passed, or its patience, after which it is cut off, or if it has left
         without a BYE and lives on.
         """
-        with self._changed:
+        with self._mutex:
             while token in self._asked and self.ending is None:
                 self._wait_for_acks(token, deadline)
             if token is not None and token not in self._asked:
@@ -169,13 +171,13 @@ class DeviceSession:
 
     def tell(self, kind: Kind) -> None:
         """Send a THAW or BYE, if the session lasts."""
-        with self._changed:
+        with self._mutex:
             if self.ending is None:
                 self._send(Record(kind))
 
     def ring(self, number: int, gpa: int) -> None:
         """Send a DOORBELL for ring `number`, at `gpa`; while one is not yet answered by COMPLETED it has to wait."""
-        with self._changed:
+        with self._mutex:
             self._to_ring[number] = gpa
             self._ring_next()
 
@@ -196,7 +198,7 @@ class DeviceSession:
 
     def wait_ended(self, timeout: float | None = None) -> bool:
         """Wait for the session's end; False if it lasts longer than `timeout` seconds."""
-        with self._changed:
+        with self._mutex:
             return self._changed.wait_for(lambda: self.ending is not None, timeout)
 
     def wait_gone(self, patiently: bool) -> bool:
@@ -204,14 +206,14 @@ class DeviceSession:
 
         The session has ended.
         """
-        with self._changed:
+        with self._mutex:
             left = self._ended + _DEATH_SECONDS - time.monotonic() if patiently else 0
             return self._changed.wait_for(lambda: self._gone, max(left, 0))
 
     def end(self) -> None:
         """End the session with a BYE; does not wait."""
         self.tell(Kind.BYE)
-        with self._changed:
+        with self._mutex:
             self._closing = True
             self._end(None)
 
@@ -221,7 +223,7 @@ class DeviceSession:
             return False
         self._requests.close()  # the thread has done so, if it ever ran
         joined = self._requests.join(max(deadline - time.monotonic(), 0))
-        with self._changed:
+        with self._mutex:
             self._gone = True
             self._changed.notify_all()
             if self._notifier.fileno() >= 0:
@@ -254,7 +256,7 @@ class DeviceSession:
     # The thread of the requests
 
     def _answer(self, token: int, outcome: Outcome) -> None:
-        with self._changed:
+        with self._mutex:
             self.steps += outcome is Outcome.ADMITTED
             if self.ending is None:
                 self._send(Record(Kind.DONE, token, outcome=outcome))
@@ -272,7 +274,7 @@ class DeviceSession:
         self._requests.close()
         if not self._left:
             self._await_death()
-        with self._changed:
+        with self._mutex:
             self._gone = True
             self._changed.notify_all()
 
@@ -287,7 +289,7 @@ class DeviceSession:
                 self._finish("has died")
 
     def _finish(self, what: str) -> None:
-        with self._changed:
+        with self._mutex:
             self._end(what)
 
     def _take_batch(self) -> bool:
@@ -360,7 +362,7 @@ class DeviceSession:
         raise RecordError(f"a FAULT for {size} bytes at gpa {gpa:#x}, which are not RAM")
 
     def _take_ack(self, token: int) -> None:
-        with self._changed:
+        with self._mutex:
             if self._asked.pop(token, None) is None:
                 raise RecordError(f"an ACK of {token}, which is no open question")
             self._counters.count("acks")
@@ -370,7 +372,7 @@ class DeviceSession:
         if count < self._completed:
             raise RecordError(f"a COMPLETED of {count} requests after one of {self._completed}")
         self._completed = count
-        with self._changed:
+        with self._mutex:
             self.rung = False
             self.steps += 1
             self._ring_next()

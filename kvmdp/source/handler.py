@@ -29,6 +29,7 @@ from kvmdp.own_clock import OwnClock
 from kvmdp.source.base import SourceError, asking, check_range
 from kvmdp.source.session import Session, SessionEndedError
 from kvmdp.thread import JoinableThread
+from kvmdp.waiting import Condition, Latch
 from kvmdp.wire.endpoint import EndpointError
 from kvmdp.wire.offer import Offer
 from kvmdp.wire.records import (
@@ -59,7 +60,7 @@ class _Request:
     def __init__(self, record: Record, since: float) -> None:
         self.record = record
         self.since = since  # when it was sent, or began to wait for a handler
-        self.answered = threading.Event()
+        self.answered = Latch()
         self.reason: str | None = None
 
     def end(self, reason: str | None) -> None:
@@ -95,7 +96,8 @@ class HandlerSource:
         self._address = 0  # of RAM's first byte
         self._regions: tuple[tuple[int, int, int], ...] = ()
         # Guards all below. Held for a few statements, among them the send of a record, which never waits.
-        self._changed = threading.Condition(threading.Lock())
+        self._mutex = threading.RLock()
+        self._changed = Condition(self._mutex)
         self._outstanding: dict[int, _Request] = {}  # by token, the oldest first
         self._token = 0
         self._session: Session | None = None  # that faults are sent to; none while there is no handler
@@ -156,7 +158,7 @@ class HandlerSource:
         """Send a FAULT and wait for its DONE; returns why the pages cannot be had, None if they are there."""
         fault = asking.fault or PageFault(0)
         number = UNKNOWN_NUMBER if fault.number < 0 else fault.number
-        with self._changed:
+        with self._mutex:
             while len(self._outstanding) >= self._first.credits and self._broken is None:
                 self._changed.wait()
             if self._broken is not None:
@@ -172,7 +174,7 @@ class HandlerSource:
 
     def cancel(self) -> None:
         """The machine is stopping: end every fill that waits, now and for good."""
-        with self._changed:  # a descriptor that is closed may be somebody else's by now
+        with self._mutex:  # a descriptor that is closed may be somebody else's by now
             if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
         self._fail("the machine is stopping")
@@ -187,13 +189,13 @@ class HandlerSource:
             os.close(self._ram)
             os.close(self._bitmap)
         self._first.close()  # no supervisor may have come to it
-        with self._changed:
+        with self._mutex:
             wake, self._wake = self._wake, -1
         os.close(wake)
 
     def _fail(self, reason: str) -> None:
         """Let every fill end with `reason`, those to come too, unless there is a reason already."""
-        with self._changed:
+        with self._mutex:
             if self._broken is not None:
                 return
             self._broken = reason
@@ -214,7 +216,7 @@ class HandlerSource:
                 self._serve(session)
                 self._confirm_death(session)
             finally:
-                with self._changed:
+                with self._mutex:
                     self._session = None
                 session.end()
                 session.close()
@@ -249,7 +251,7 @@ class HandlerSource:
 
     def _send_again(self, session: Session) -> None:
         """From now on faults go to this session: those that are outstanding at once, others as they come."""
-        with self._changed:
+        with self._mutex:
             if self._broken is not None:
                 return
             self._session = session
@@ -276,7 +278,7 @@ class HandlerSource:
 
     def _waiting(self) -> tuple[_Request | None, int]:
         """Return the fault that has waited longest, and how many there are."""
-        with self._changed:
+        with self._mutex:
             return next(iter(self._outstanding.values()), None), len(self._outstanding)
 
     def _take(self, session: Session, record: Record) -> None:
@@ -284,7 +286,7 @@ class HandlerSource:
         who = f"process {session.peer.pid}"
         if record.kind is not Kind.DONE:
             raise _BrokenError(f"{who} sent a {record.kind.name}, which no handler may; it was cut off")
-        with self._changed:
+        with self._mutex:
             request = self._outstanding.get(record.token)
             if request is None:
                 if self._broken is not None:
@@ -304,7 +306,7 @@ class HandlerSource:
                     f"{who} sent a DONE with outcome {record.outcome.name}, which no handler may; it was cut off"
                 )
             del self._outstanding[record.token]
-            self._changed.notify()
+            self._changed.notify_all()
         failed = record.outcome is Outcome.FAILED
         request.end(f"{who} says that it cannot bring them: see what it printed" if failed else None)
 
@@ -312,7 +314,7 @@ class HandlerSource:
         """Return once the handler's process has ended. Raises _BrokenError if it lives on for the time-out."""
         if self._broken is not None or session.wait_dead(_GRACE_SECONDS):
             return
-        with self._changed:
+        with self._mutex:
             self._session = None
         pid = session.peer.pid
         self._report(
@@ -329,7 +331,7 @@ class HandlerSource:
 
         As long as nobody wants a page there is no hurry. Raises _BrokenError if somebody has waited for the time-out.
         """
-        with self._changed:
+        with self._mutex:
             now = self._clock.now()
             for request in self._outstanding.values():
                 request.since = now

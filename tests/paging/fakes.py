@@ -110,6 +110,7 @@ class FakeTrap:
 
     def forget(self, first, count):
         assert set(self.entered[first : first + count]) == {0}
+        self.fill_view[first * PAGE_SIZE : (first + count) * PAGE_SIZE] = b"\xfe" * (count * PAGE_SIZE)
 
     def settle(self, timeout):
         return True

@@ -53,6 +53,7 @@ from kvmdp.abi.mman import MADV_COLLAPSE, MADV_HUGEPAGE, MADV_NOHUGEPAGE
 from kvmdp.memory.layout import HUGE_PAGE, PAGE_SIZE, REGION
 from kvmdp.memory.mapping import Mapping, mappings_left
 from kvmdp.paging.fault import PagingError
+from kvmdp.waiting import Condition
 
 # The kernel says "again" while somebody looks at one of the pages, as KVM does for a moment at every fault.
 _ATTEMPTS = 8
@@ -132,7 +133,8 @@ class Regions:
         self._unregister = unregister
         self._remap = remap
         self._shared = shared
-        self._changed = threading.Condition()  # guards what follows; never held across a call of the kernel's
+        self._mutex = threading.RLock()  # guards what follows; never held across a call of the kernel's
+        self._changed = Condition(self._mutex)
         self._plain: set[int] = set()
         self._huge: set[int] = set()  # those of them that have been put together
         self._reopening: set[int] = set()
@@ -154,7 +156,7 @@ class Regions:
         first = number * REGION
         self.used = True
         most = self._most_plain_regions()
-        with self._changed:
+        with self._mutex:
             if number in self._huge:
                 return False
             plain = number in self._plain
@@ -170,7 +172,7 @@ class Regions:
                 self._view.drop(first * PAGE_SIZE, REGION * PAGE_SIZE)
         done = put_together(self._view, first, REGION, thp=self._thp)
         if done:
-            with self._changed:
+            with self._mutex:
                 self._huge.add(number)
         return done
 
@@ -194,7 +196,7 @@ class Regions:
         return True
 
     def _note_registered(self, number: int) -> None:
-        with self._changed:
+        with self._mutex:
             self._plain.discard(number)
             self._huge.discard(number)
             self._reopened[number] += 1
@@ -205,7 +207,7 @@ class Regions:
 
     def plain(self) -> frozenset[int]:
         """Return the regions that are plain memory."""
-        with self._changed:
+        with self._mutex:
             return frozenset(self._plain)
 
     def reopen(self, first: int, count: int) -> None:
@@ -217,7 +219,7 @@ class Regions:
         if not self._plain:
             return
         for number in range(first // REGION, (first + count - 1) // REGION + 1):
-            with self._changed:
+            with self._mutex:
                 while number in self._reopening:
                     self._changed.wait()
                 if number not in self._plain:
@@ -240,13 +242,13 @@ class Regions:
                     "vm.max_map_count=262144), or put no pages together"
                 ) from error
             finally:
-                with self._changed:
+                with self._mutex:
                     self._reopening.discard(number)
                     self._changed.notify_all()
 
     def registered(self) -> None:
         """Take note that all of the view has been registered; no vCPU runs."""
-        with self._changed:
+        with self._mutex:
             self._reopened.update(self._plain)
             self._plain.clear()
             self._huge.clear()
@@ -259,7 +261,7 @@ class Regions:
         failed either still is, or has been reopened since the block began.
         """
         numbers = range(first // REGION, (first + count - 1) // REGION + 1)
-        with self._changed:
+        with self._mutex:
             before = [self._reopened[number] for number in numbers] if self.used else [0] * len(numbers)
         try:
             yield
@@ -268,7 +270,7 @@ class Regions:
                 raise
 
     def _were_plain(self, numbers: range, before: list[int]) -> bool:
-        with self._changed:
+        with self._mutex:
             return any(
                 number in self._plain or self._reopened[number] != turns
                 for number, turns in zip(numbers, before, strict=True)

@@ -35,6 +35,7 @@ from kvmdp.paging.claim import Waiter
 from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.trap.base import Presence
 from kvmdp.paging.trap.view import UffdView
+from kvmdp.waiting import Condition
 
 _UNKNOWN = -1  # userfaultfd does not say which thread it was
 _MODE = abi.UFFDIO_REGISTER_MODE_MISSING | abi.UFFDIO_REGISTER_MODE_MINOR
@@ -57,7 +58,8 @@ class DeviceView:
         self._map = RamMap((each.gpa, each.size, each.offset) for each in layout.regions)
         self._view = view
         # Guards what follows; held for a few statements only.
-        self._changed = threading.Condition(threading.Lock())
+        self._mutex = threading.RLock()
+        self._changed = Condition(self._mutex)
         self._users = 0
         self._ended = False
 
@@ -89,14 +91,14 @@ class DeviceView:
     @contextlib.contextmanager
     def _used(self) -> Iterator[None]:
         """Keep the view mapped for the time of the block; raises PagingError if it ended before or meanwhile."""
-        with self._changed:
+        with self._mutex:
             if self._ended:
                 raise PagingError("the device view has ended: the machine is stopping")
             self._users += 1
         try:
             yield
         finally:
-            with self._changed:
+            with self._mutex:
                 self._users -= 1
                 ended = self._ended
                 self._changed.notify_all()
@@ -113,7 +115,7 @@ class DeviceView:
 
         Returns False, and does nothing, if it has been called before.
         """
-        with self._changed:
+        with self._mutex:
             if self._ended:
                 return False
             # First: an access that finds it unset after its copy has copied from and to RAM.
@@ -123,7 +125,7 @@ class DeviceView:
 
     def close(self) -> None:
         """Wait until nobody is in an access any more, and unmap; only after `end`."""
-        with self._changed:
+        with self._mutex:
             self._changed.wait_for(lambda: not self._users)
         self._view.close()
 

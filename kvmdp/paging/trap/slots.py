@@ -46,6 +46,7 @@ from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.slot_map import Block, Kind, Piece, SlotMap, SlotsExhaustedError
 from kvmdp.secluded import SecludedThread
+from kvmdp.waiting import Condition
 
 MAX_GRANULE_SLOTS = 16384
 MAX_GRANULE = 1 << 30
@@ -104,8 +105,8 @@ class RamSlots:
         self._layout = layout
         self._guest = backing.guest
         self._guest_memfd = backing.guest_memfd
-        self._mutex = threading.Lock()
-        self._changed = threading.Condition(self._mutex)
+        self._mutex = threading.RLock()
+        self._changed = Condition(self._mutex)
         ids = range(_FIRST_RAM_SLOT, vm.check_extension(KVM_CAP_NR_MEMSLOTS))
         self.spare = len(ids) - MAX_GRANULE_SLOTS
         self._map = SlotMap(ids, [region.offset // PAGE_SIZE for region in layout.regions])
@@ -162,7 +163,7 @@ class RamSlots:
     @contextlib.contextmanager
     def claimed(self, first: int, count: int) -> Iterator[None]:
         """Be the only one to change the blocks that hold these pages, and what lies between them."""
-        with self._changed:
+        with self._mutex:
             while True:
                 claim = low, high = self._map.extent(first, count)
                 if not any(start < high and low < end for start, end in self._claims):
@@ -172,7 +173,7 @@ class RamSlots:
         try:
             yield
         finally:
-            with self._changed:
+            with self._mutex:
                 self._claims.remove(claim)
                 self._changed.notify_all()
 

@@ -1,0 +1,16 @@
+"""A process that this one starts for a moment, and does not leave behind."""
+
+from __future__ import annotations
+
+import subprocess
+
+
+class ChildProcess(subprocess.Popen[bytes]):
+    """A process that is over when its block is: killed, if it has not ended by itself.
+
+    subprocess.run kills one too, but does not wait for its end after an interruption.
+    """
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        super().__exit__(None, None, None)
