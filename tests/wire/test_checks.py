@@ -295,6 +295,16 @@ def test_paths_at_which_nobody_can_be_met(name, tmp_path):
     assert sentence in str(error.value)
 
 
+def test_a_listener_whose_queue_is_full_is_met_at_once(tmp_path):
+    with Listener(f"{tmp_path}/full") as listener, contextlib.ExitStack() as stack:
+        listener.socket.listen(0)
+        stack.enter_context(connect(listener.path))
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(1)  # so that a wait would come to an end
+        with pytest.raises(EndpointError, match="somebody listens at"):
+            Listener(listener.path)
+
+
 def test_a_full_queue_is_waited_for_a_little(tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint, "_CROWDED_SECONDS", 20)
     with Listener(f"{tmp_path}/full") as listener:
