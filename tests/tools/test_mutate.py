@@ -115,7 +115,14 @@ process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
 pathlib.Path({place!r}).write_text(str(process.pid))
 time.sleep(1000)
 """
-TESTS = "import code_of_ours as code\n\ndef test_first(): pass\n\ndef test_number(): assert code.one() == 1\n"
+TESTS = """
+import signal
+import code_of_ours as code
+
+def test_first(): assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+def test_number(): assert code.one() == 1
+"""
 
 
 @pytest.fixture
@@ -154,7 +161,7 @@ def run(project, *arguments):
     folder = project.parent / "temporary"
     folder.mkdir(exist_ok=True)
     done = subprocess.run(
-        [str(project / "tools/mutate"), *arguments],
+        ["nohup", str(project / "tools/mutate"), *arguments],  # as for hours: SIGHUP is ignored
         capture_output=True,
         text=True,
         env=os.environ | {"TMPDIR": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
