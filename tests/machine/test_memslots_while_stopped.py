@@ -63,7 +63,7 @@ def test_no_vcpu_is_inside_when_a_memslot_changes(monkeypatch, trap, ring, what)
 
 
 def emulated_accesses(monkeypatch):
-    """Return a set that has each access, while KVM's emulator is at it, by the thread of its vCPU: for a moment more."""
+    """Return a set of the names of vCPU threads whose accesses KVM's emulator is at, each for a moment longer."""
     accesses, run, settle = set(), Vcpu.run, VcpuPaging.settle
 
     def run_and_note(vcpu):
