@@ -186,7 +186,7 @@ def test_a_mutant_is_caught_by_the_first_test_that_fails_or_survives(project):
 
 
 def test_a_mutant_that_hangs_is_caught_at_the_deadline_and_nothing_of_it_is_left(project):
-    done = run(project, "run", "endless", "--deadline", "3")
+    done = run(project, "run", "endless", "--deadline", "5")
     assert done.stdout.split()[1] == "hung"
     assert done.stdout.split()[-1] == "test_code.py::test_number"
     assert done.returncode == 0
