@@ -139,6 +139,7 @@ def project(tmp_path):
         "code_of_ours.py": "import os\n\ndef one():\n    return 1\n",
         "hang.py": HANG.format(place=str(tmp_path / "pid")),
         "test_code.py": TESTS,
+        "conftest.py": "import code_of_ours\n",
         "pyproject.toml": "[tool.pytest.ini_options]\n",
     }.items():
         (root / name).write_text(text)
@@ -179,7 +180,7 @@ def test_a_mutant_is_caught_by_the_first_test_that_fails_or_survives(project):
         ("wrong", "failed", "test_code.py::test_number"),
         ("equivalent", "survived", ""),
         ("deadly", "crashed", "test_code.py::test_number"),
-        ("unreadable", "failed", "test_code.py"),
+        ("unreadable", "failed", "before the first test"),
     ]
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [list(each[:2]) for each in found]
     assert done.returncode == 1, "one has survived"
@@ -199,7 +200,7 @@ def test_what_is_behind_the_dashes_goes_to_pytest(project):
     assert done.stdout.split()[1] == "survived"
     done = run(project, "run", "wrong", "--", "none.py")
     assert done.returncode == 2
-    assert "mutate: pytest ended with status 4" in done.stderr
+    assert "mutate: pytest finds no tests:" in done.stderr
 
 
 def test_apply_edits_the_checkout_but_not_one_with_changes(project):
@@ -210,6 +211,12 @@ def test_apply_edits_the_checkout_but_not_one_with_changes(project):
         done = run(project, command, "equivalent")
         assert (done.returncode, done.stdout) == (2, "")
         assert "has changes that are not committed" in done.stderr
+
+
+def test_a_place_that_takes_no_json_is_said_before_the_run(project):
+    done = run(project, "run", "--json", "none/outcomes")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "mutate: --json none/outcomes: No such file or directory\n"
 
 
 def test_an_unknown_mutation_is_a_usage_error(project):
