@@ -142,6 +142,13 @@ def test_exits_faster_behind_a_network_weaken_its_claim():
     assert "mmio at" not in why
 
 
+def test_exits_behind_a_network_meet_the_fastest_form_of_userfaultfd():
+    slow = {"marker": 1500.0, "mmio": 1000.0, "userfaultfd": 1000.0, "userfaultfd_sharded": 1500.0}
+    verdict, why = judged(NETWORK, with_benches(at(1, 500e-6, **slow), at(4, 500e-6, **slow)))
+    assert verdict == "supported", "faster than one reader, but not than the sharded userfaultfd"
+    assert "marker at 4 vCPUs" not in why.partition("relative to")[0]
+
+
 @pytest.mark.parametrize("places", [[(1, 0.0), (4, 0.0)], [(1, 30e-6), (4, 30e-6)], [(1, 500e-6)]])
 def test_a_fast_network_or_one_vcpu_decides_nothing_about_it(places):
     assert judged(NETWORK, with_benches(*(at(*place) for place in places)))[0] == "undecided"

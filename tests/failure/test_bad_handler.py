@@ -240,6 +240,12 @@ def test_pages_of_a_handler_cannot_be_read_apart(socket_path):
             source.bind(memoryview(bytearray(PAGE)), 0, 0, [])
 
 
+def test_a_source_that_is_closed_can_be_cancelled(socket_path):
+    with scripted(socket_path, answers(lambda asked, epoch: [])), bound(socket_path) as (source, _):
+        source.close()
+        source.cancel()  # as the machine may, in another thread
+
+
 def test_private_ram_is_refused_with_the_reason(socket_path):
     def body():
         with listener.accept(60) as connection:

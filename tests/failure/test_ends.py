@@ -244,6 +244,21 @@ PageServer.run = run
         assert interrupted(command).error == "interrupted"
 
 
+def test_a_signal_while_the_last_word_is_said_ends_the_process_once_it_is():
+    prelude = """
+import os, signal, threading, time
+import kvmdp.cli.main
+threading.Thread(target=time.sleep, args=(1000,)).start()
+def say(text, said=kvmdp.cli.main.say):
+    os.kill(os.getpid(), signal.SIGTERM)
+    said(text)
+kvmdp.cli.main.say = say
+"""
+    done = kvmdp("run", "--image", "/none", prelude=prelude)
+    assert done.status == 2
+    assert "does not exist" in done.error
+
+
 # What has a name
 
 

@@ -1,6 +1,7 @@
 """KVM_RUN's exits as typed values, each brought about by a guest of a few bytes."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -29,6 +30,7 @@ from kvmdp.kvm import (
     Shutdown,
 )
 from kvmdp.memory.mapping import Mapping
+from kvmdp.thread import run_in_thread
 
 pytestmark = pytest.mark.kvm
 
@@ -166,6 +168,22 @@ def test_a_kick_before_the_entry_is_not_lost():
 
         assert isinstance(in_thread(toy.vcpu, kicked_outside), Interrupted)
         toy.vcpu.kick()  # no thread any more: nobody is hit by a signal
+
+
+def test_a_thread_that_has_run_a_vcpu_has_its_signals_back():
+    masks = []
+    with Toy(FOREVER) as toy:
+
+        def run_and_turn_to_other_things():
+            masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            toy.vcpu.attach_thread()
+            toy.vcpu.kick()
+            toy.vcpu.run()
+            toy.vcpu.detach_thread()
+            masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+        run_in_thread(run_and_turn_to_other_things, "vcpu")
+    assert masks[0] == masks[1]
 
 
 def test_memory_that_the_host_has_no_page_for_is_an_exit_without_an_address():

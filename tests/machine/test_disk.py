@@ -1,12 +1,15 @@
 """The disk: exact under every trap, and never upset by what a guest puts into its ring."""
 
+import queue
 import struct
+import threading
 
 import numpy as np
 import pytest
 from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan, prove
 from plain_guest import PlainMemory
 
+from kvmdp.kvm import Io
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskError, DiskFile
 from kvmdp.machine.disk_ports import DiskThread
@@ -100,6 +103,28 @@ def test_a_source_that_fails_under_the_device_pauses_the_machine():
         pytest.raises(Exception, match="paused: the page at gpa 0x3000 cannot be fetched"),
     ):
         machine.run(TIMEOUT)
+
+
+@pytest.mark.kvm
+def test_rings_are_served_in_the_order_in_which_they_were_rung(file):
+    begun, may_go_on, served = threading.Event(), threading.Event(), queue.SimpleQueue()
+
+    def serve(ring):
+        served.put(ring)
+        begun.set()
+        may_go_on.wait(TIMEOUT)
+
+    with make_machine("mmio", vcpus=4) as machine, DiskThread(machine, file) as disk:
+        disk.device.serve = serve
+        try:
+            for vcpu in range(4):
+                number = memoryview((vcpu + 1).to_bytes(4, "little"))
+                machine.ports.handle(vcpu, Io("out", guest.DISK_DOORBELL_PORT, 4, 1, number))
+                assert begun.wait(TIMEOUT)  # the others are rung while the first is served
+        finally:
+            may_go_on.set()
+        found = [served.get(timeout=TIMEOUT) for _ in range(4)]
+    assert found == [PAGE_SIZE, 2 * PAGE_SIZE, 3 * PAGE_SIZE, 4 * PAGE_SIZE]
 
 
 # The ring, without a guest

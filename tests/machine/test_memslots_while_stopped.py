@@ -5,13 +5,15 @@ That a change beside a running vCPU can make its instruction come out wrong show
 """
 
 import random
+import threading
 import time
 
 import pytest
 from harness import TIMEOUT, make_machine, meanwhile, plan
 
-from kvmdp.kvm import Vm
+from kvmdp.kvm import Mmio, Vcpu, Vm
 from kvmdp.memory.layout import REGION
+from kvmdp.paging.vcpu import VcpuPaging
 
 pytestmark = pytest.mark.kvm
 
@@ -32,15 +34,19 @@ MEANWHILE = {
 def test_no_vcpu_is_inside_when_a_memslot_changes(monkeypatch, trap, ring, what):
     workload = plan("atomic", vcpus=2, memory=MEMORY, pages=PAGES, ring=ring)
     draw = random.Random(1)
+    emulated = emulated_accesses(monkeypatch)
     changes = []
     with make_machine(trap, workload=workload) as machine:
         vcpus = [thread.vcpu for thread in machine.threads]
 
+        def busy():
+            return [vcpu.index for vcpu in vcpus if machine.gate.is_inside(vcpu)] + [*emulated]
+
         def watched(change):
             def changed(_vm, *arguments):
-                changes.append([vcpu.index for vcpu in vcpus if machine.gate.is_inside(vcpu)])
+                changes.append(busy())
                 change(*arguments)
-                changes.append([vcpu.index for vcpu in vcpus if machine.gate.is_inside(vcpu)])
+                changes.append(busy())
 
             return changed
 
@@ -54,6 +60,26 @@ def test_no_vcpu_is_inside_when_a_memslot_changes(monkeypatch, trap, ring, what)
             machine.run(TIMEOUT)
     assert changes
     assert not any(changes)
+
+
+def emulated_accesses(monkeypatch):
+    """Return a set of the names of vCPU threads whose accesses KVM's emulator is at, each for a moment longer."""
+    accesses, run, settle = set(), Vcpu.run, VcpuPaging.settle
+
+    def run_and_note(vcpu):
+        exit = run(vcpu)
+        if type(exit) is Mmio:
+            accesses.add(threading.current_thread().name)
+        return exit
+
+    def settle_late(paging, access):
+        time.sleep(0.0005)
+        settle(paging, access)
+        accesses.discard(threading.current_thread().name)
+
+    monkeypatch.setattr(Vcpu, "run", run_and_note)
+    monkeypatch.setattr(VcpuPaging, "settle", settle_late)
+    return accesses
 
 
 def act(machine, draw, name, count):

@@ -28,6 +28,7 @@ from kvmdp.paging import resident
 from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.paging.invariants import violations
 from kvmdp.paging.resident import ResidentLimit, check_limit
+from kvmdp.paging.sink import FileSink
 from kvmdp.paging.trap import slots
 from kvmdp.paging.trap.partial_regions import SLOT_BYTES
 from kvmdp.paging.trap.slot_trap import LEAST_SLOT_MEMORY, SlotOptions
@@ -293,3 +294,32 @@ def test_there_is_no_limit_to_memory_that_is_never_freed():
     )
     with pytest.raises(ValueError, match="hugetlb-2m memory is held to the end"):
         Machine(options, SyntheticSource(MEMORY))
+
+
+def test_a_run_ends_once_the_eviction_under_way_has(monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+
+    class SlowSink(FileSink):
+        def store(self, offset, content):
+            begun.set()
+            assert may_end.wait(TIMEOUT)
+            super().store(offset, content)
+
+    monkeypatch.setattr(
+        ResidentLimit, "_keep_to_it_on_the_way", ResidentLimit._remind
+    )  # the thread alone evicts
+    with make_machine("mmio", workload=plan("fill"), resident_limit=LIMIT) as machine:
+        machine.pager.sink = SlowSink()
+        timer, cancel = threading.Timer(0.2, may_end.set), machine.pager.cancel
+
+        def cancel_first():
+            cancel()
+            timer.start()
+
+        monkeypatch.setattr(machine.pager, "cancel", cancel_first)
+        machine.run(TIMEOUT)
+        claims = list(machine.pager.ledger.claims)
+        timer.join()
+        monkeypatch.setattr(machine.pager, "cancel", cancel)
+    assert begun.is_set()
+    assert claims == []

@@ -9,6 +9,7 @@ import pytest
 from harness import BACKINGS, MEMORY, SEED, TIMEOUT, all_of_ram, make_machine, plan
 
 from kvmdp.abi.mman import MADV_DONTNEED, MADV_REMOVE
+from kvmdp.machine import machine as machine_module
 from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
@@ -166,6 +167,29 @@ def test_a_vcpu_that_sleeps_on_a_page_that_never_comes_is_let_go(backing, form, 
             machine.run(TIMEOUT)
         assert not machine.pager.bitmap.test(5)
         assert all(thread.join(0) for thread in machine.threads)
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_a_vcpu_whose_fault_is_read_after_the_stop_is_let_go(backing, monkeypatch):
+    monkeypatch.setattr(machine_module, "_JOIN_SECONDS", 5)
+    workload = plan("touch", pages=8, ring=0)  # where KVM emulates that no signal frees the vCPU
+    with make_machine("userfaultfd", backing, workload=workload) as machine:
+        pager, stopped = machine.pager, threading.Event()
+        resolve_or_park, release_sleepers = pager.resolve_or_park, pager.trap.release_sleepers
+
+        def resolve_late(*arguments):
+            pager.abort(PagingError("that was enough"))
+            assert stopped.wait(TIMEOUT)
+            return resolve_or_park(*arguments)
+
+        monkeypatch.setattr(pager, "resolve_or_park", resolve_late)
+        # As if a revocation under way had taken off again what this puts on the page.
+        monkeypatch.setattr(pager.trap, "release_sleepers", stopped.set)
+        try:
+            with pytest.raises(PagingError, match="that was enough"):
+                machine.run(TIMEOUT)
+        finally:
+            release_sleepers()
 
 
 @pytest.mark.parametrize("backing", BACKINGS)

@@ -8,6 +8,7 @@ import inspect
 import os
 import socket
 import struct
+import threading
 import traceback
 from pathlib import Path
 
@@ -293,6 +294,29 @@ def test_paths_at_which_nobody_can_be_met(name, tmp_path):
     with pytest.raises(EndpointError) as error:
         attempt(tmp_path)
     assert sentence in str(error.value)
+
+
+def test_a_listener_whose_queue_is_full_is_met_at_once(tmp_path):
+    errors = []
+
+    def listen_there_too(path):
+        try:
+            Listener(path)
+        except EndpointError as error:
+            errors.append(str(error))
+
+    with Listener(f"{tmp_path}/full") as listener:
+        listener.socket.listen(0)
+        thread = threading.Thread(target=listen_there_too, args=(listener.path,))
+        with connect(listener.path):
+            thread.start()
+            thread.join(10)
+            waited = thread.is_alive()
+            listener.accept(10).close()
+            thread.join()
+    assert not waited
+    assert len(errors) == 1
+    assert "somebody listens at" in errors[0]
 
 
 def test_a_full_queue_is_waited_for_a_little(tmp_path, monkeypatch):
