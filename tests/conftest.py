@@ -17,6 +17,9 @@ from chosen import choose
 from effort import EFFORT, EFFORTS
 from requirements import CHECKS, missing, required
 
+# What a test starts shall not compile all modules anew each time, which takes half of the time of a short command.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 _REQUIRED = pytest.StashKey[frozenset[str]]()
 _FAILED = pytest.StashKey[bool]()
 
