@@ -13,7 +13,12 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from chosen import choose
+from effort import EFFORT, EFFORTS
 from requirements import CHECKS, missing, required
+
+# What a test starts shall not compile all modules anew each time, which takes half of the time of a short command.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 _REQUIRED = pytest.StashKey[frozenset[str]]()
 _FAILED = pytest.StashKey[bool]()
@@ -24,6 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_REQUIRED] = required(os.environ.get("KVMDP_REQUIRE", ""))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+    if EFFORT not in EFFORTS:
+        raise pytest.UsageError(f"KVMDP_EFFORT is {EFFORT!r}: set it to one of {', '.join(EFFORTS)}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:], left_out = choose(items)
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

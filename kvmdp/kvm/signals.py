@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import signal
-from typing import cast
 
 from kvmdp.abi.libc import libc_held
 from kvmdp.abi.signal import siginfo_t, sigset_mask, timespec
@@ -56,4 +55,4 @@ class VcpuSignals:
             if number < 0:  # EAGAIN: nothing more
                 return found
             if number == _SIGBUS:
-                found = (cast(int, self._info.si_addr), cast(int, self._info.si_code))
+                found = self._info.si_addr, self._info.si_code

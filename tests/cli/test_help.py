@@ -20,7 +20,7 @@ def subparsers():
 
 
 OPTIONS = [
-    pytest.param(action, id=f"{command} {action.option_strings[-1]}")
+    (f"{command} {action.option_strings[-1]}", action)
     for command, parser in subparsers().items()
     for action in parser._actions
     if action.option_strings and not isinstance(action, argparse._HelpAction)
@@ -51,17 +51,17 @@ def test_the_help_of_bench_names_every_trap():
     assert "off-TRAP" in words
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_says_its_default(option):
-    assert "(default: " in option.help
-    if option.default not in (None, False):
-        assert f"(default: {option.default}" in option.help
+def test_every_option_says_its_default():
+    for name, option in OPTIONS:
+        assert "(default: " in option.help, name
+        if option.default not in (None, False):
+            assert f"(default: {option.default}" in option.help, name
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_that_takes_a_number_says_of_what(option):
-    if option.type in (int, float):
-        assert re.search(UNITS, option.help.replace("S seconds", "seconds"))
+def test_every_option_that_takes_a_number_says_of_what():
+    for name, option in OPTIONS:
+        if option.type in (int, float):
+            assert re.search(UNITS, option.help.replace("S seconds", "seconds")), name
 
 
 @pytest.mark.parametrize("command", subparsers())

@@ -7,6 +7,7 @@ others than the usual ones.
 import os
 
 import pytest
+from effort import by_effort
 from random_options.forks import End, Fork
 from random_options.judge import USAGE, Ended, findings
 from random_options.options import known_options
@@ -15,12 +16,11 @@ from random_options.scene import FAMILIES, TABLES, Command, Scene
 
 from kvmdp.cli import main
 
-EFFORT = os.environ.get("KVMDP_EFFORT", "normal")
 FIRST = int(os.environ.get("KVMDP_FIRST", "0"))
 # How many of 100 combinations.
 SHARES = {"run": 68, "peers": 14, "measured": 10, "hugepages": 8}
-BLOCK = {"quick": 30, "normal": 100, "full": 100}[EFFORT]
-BLOCKS = range(10 if EFFORT == "full" else 1)
+BLOCK = by_effort(30, 100, 100)
+BLOCKS = range(by_effort(1, 1, 10))
 
 
 @pytest.mark.kvm

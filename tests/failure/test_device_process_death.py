@@ -1,6 +1,5 @@
 """A device process killed while vCPUs run: the machine says so, another one takes its place, the guest is exact."""
 
-import os
 import random
 import threading
 import time
@@ -8,6 +7,7 @@ import time
 import numpy as np
 import pytest
 from device_process import SOON, child_of
+from effort import by_effort
 from harness import MEMORY, SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, require_trap
 
 from kvmdp.machine.workloads.arithmetic import place_in_page
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.kvm
 
 TRAPS = ("marker", "memory-fault", "mmio", "userfaultfd")
 # Every moment takes the start of two processes.
-MOMENTS = int(os.environ.get("KVMDP_KILLS", "3"))
+MOMENTS = by_effort(1, 3, 50)
 PAGES = MEMORY // PAGE_SIZE
 GUEST_PAGES = PAGES // 2  # the guest's are the first half, so that the device has absent pages of its own
 # No vCPU gets this page before the devices are through: so the guest is under way all the time.

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from command import Running, kvmdp
 from commands import RUN, SLOW
+from effort import by_effort
 
-HAMMERINGS = int(os.environ.get("KVMDP_KILLS", "3"))
+HAMMERINGS = by_effort(1, 3, 50)
 LONG = (*RUN, "--latency", "100ms")
 IGNORING = "import signal; signal.signal(signal.{}, signal.SIG_IGN)"
 # A further signal is another one from the first moment on.

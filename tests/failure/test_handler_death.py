@@ -1,12 +1,12 @@
 """A guest whose pages come from a handler in another process, which is killed: exact, or paused with a message."""
 
-import os
 import random
 import signal
 import threading
 
 import pytest
 from command import Running, require_trap
+from effort import by_effort
 from handlers import MEMORY, SEED, HandlerProcess
 
 from kvmdp.machine.experiment import run_workload
@@ -23,7 +23,7 @@ PAGES = MEMORY // PAGE
 TRAPS = ("marker", "memory-fault", "mmio", "userfaultfd")
 SLOW = ("--synthetic", f"{MEMORY},{SEED}", "--latency", "1ms")
 # Every moment takes the start of two processes or more.
-MOMENTS = int(os.environ.get("KVMDP_KILLS", "3"))
+MOMENTS = by_effort(1, 3, 50)
 
 
 def plan(name, vcpus=2):

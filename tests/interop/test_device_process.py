@@ -1,11 +1,11 @@
 """vCPUs, a device thread and a device process at the same absent pages: exact, fetched once, everybody answered."""
 
-import os
 import threading
 
 import numpy as np
 import pytest
 from device_process import child_of
+from effort import by_effort
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan
 
 from kvmdp.machine.workloads.arithmetic import place_in_page
@@ -17,7 +17,7 @@ from kvmdp.source.synthetic import SyntheticSource
 pytestmark = pytest.mark.kvm
 
 PAGES = 4096
-ROUNDS = int(os.environ.get("KVMDP_DEVICE_ROUNDS", "1"))
+ROUNDS = by_effort(1, 1, 100)
 DEVICE = """
 from random import Random
 from kvmdp.machine.workloads.arithmetic import place_in_page

@@ -92,12 +92,13 @@ def plan(name, *, vcpus=1, memory=MEMORY, **options):
     return make_workload(name, WorkloadOptions(memory_bytes=memory, vcpus=vcpus, seed=SEED, **options))
 
 
-def prove(trap, backing, workload, *, granule=None, fault_around=1):
+def prove(trap, backing, workload, **options):
     """Run a planned workload on the synthetic image; its result must be exact."""
     require_trap(trap)
-    memory, vcpus = workload.options.memory_bytes, workload.options.vcpus
-    options = MachineOptions(memory, trap, backing, vcpus, granule, fault_around)
-    result = run_workload(options, workload, SyntheticSource(memory, SEED), timeout=TIMEOUT)
+    planned = workload.options
+    options = {"memory_bytes": planned.memory_bytes, "vcpus": planned.vcpus, **options}
+    machine = MachineOptions(trap=trap, backing=backing, **options)
+    result = run_workload(machine, workload, SyntheticSource(machine.memory_bytes, SEED), timeout=TIMEOUT)
     assert result.wrong_pages == []
     assert result.guest_checksum == result.expected_checksum
     assert result.pages_checked == result.pages_present

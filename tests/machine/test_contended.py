@@ -1,13 +1,13 @@
 """Several vCPUs add to the same words while pages come and go: no addition may be lost, no page fetched twice.
 
-Many pages once, and few pages many times. `KVMDP_CONTENDED_ROUNDS=20` goes on for longer.
+Many pages once, and few pages many times. `KVMDP_EFFORT=full` goes on for longer.
 """
 
-import os
 import time
 
 import numpy as np
 import pytest
+from effort import by_effort
 from harness import BACKINGS, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan
 
 from kvmdp.kvm import Mmio
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.kvm
 
 # A CPU that QEMU emulates takes minutes for what a real one does in seconds.
 EMULATED = cpu_model().startswith("QEMU TCG")
-ROUNDS = int(os.environ.get("KVMDP_CONTENDED_ROUNDS", "3" if EMULATED else "5"))
+ROUNDS = by_effort(1, 3 if EMULATED else 5, 20)
 PAGES = 256 if EMULATED else 8192
 
 

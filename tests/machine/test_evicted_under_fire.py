@@ -1,16 +1,16 @@
 """Two vCPUs add to the words of the same pages while a thread evicts them at random: no addition is lost.
 
-Pages go to the sink, back to the image, or are shut off first. `KVMDP_EVICT_SECONDS=30` takes 8,192 pages
+Pages go to the sink, back to the image, or are shut off first. `KVMDP_EFFORT=full` takes 8,192 pages
 and goes on for so long with each trap; a guest that has come to its end is followed by another.
 """
 
 import contextlib
-import os
 import random
 import time
 
 import numpy as np
 import pytest
+from effort import by_effort
 from harness import SEED, TIMEOUT, contents, every_trap_and_backing, make_machine, meanwhile, plan
 
 from kvmdp.machine.hostinfo import cpu_model
@@ -22,7 +22,7 @@ from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
 
-SECONDS = float(os.environ.get("KVMDP_EVICT_SECONDS", "0"))
+SECONDS = by_effort(0, 0, 30)
 # A CPU that QEMU emulates takes minutes for what a real one does in seconds.
 PAGES = 8192 if SECONDS else 256 if cpu_model().startswith("QEMU TCG") else 1024
 MEMORY = max(PAGES * PAGE_SIZE, MIN_MEMORY)

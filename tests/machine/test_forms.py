@@ -3,10 +3,10 @@
 The table is in `forms`; tools/forms runs one cell of this matrix by hand.
 """
 
-import os
 from collections import Counter
 
 import pytest
+from effort import EFFORT
 from forms.exchange import FX_STATE, YMM_STATE, Scratch, comparable_fx
 from forms.form import cases_of
 from forms.poisoned import is_single
@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.kvm, pytest.mark.assembled]
 
 _SHOWN = 40
 # quick: the forms that stand for the others; normal: those with two vCPUs, all with one; full: all, many times with two
-EFFORT = os.environ.get("KVMDP_EFFORT", "normal")
 
 
+@pytest.mark.whole("trap", "ring", "vcpus")
 @every_trap
 @pytest.mark.parametrize("ring", [3, 0])
 @pytest.mark.parametrize("vcpus", [1, 2])

@@ -1,19 +1,18 @@
 """4 KiB faults on HugeTLB memory, and what KVM has mapped once all of it is present and put together.
 
-`KVMDP_HUGE_GUEST=1G` and `KVMDP_HUGE_BACKING=hugetlb-1g` make it as large as that. `KVMDP_HUGE_REGIONS=2G` is the size
-of the one with more granules than memslots: 48 of its regions are touched then, and 6 of a smaller one.
+`KVMDP_EFFORT=full` takes guests of 1 GiB, with huge pages of that size too, and one of 2 GiB, which has more granules
+than there are memslots.
 """
 
 import contextlib
-import os
 
 import numpy as np
 import pytest
+from effort import by_effort
 from harness import SEED, TIMEOUT, plan, require_trap
 
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.memory.size import parse_size
 from kvmdp.paging.fault import Outcome, UnsupportedError
 from kvmdp.paging.invariants import violations
 from kvmdp.paging.trap import slots
@@ -22,19 +21,19 @@ from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = [pytest.mark.kvm, pytest.mark.root, pytest.mark.hugepages]
 
-MEMORY = parse_size(os.environ.get("KVMDP_HUGE_GUEST", "64M"))
-BACKING = os.environ.get("KVMDP_HUGE_BACKING", "hugetlb-2m")
+MEMORY = by_effort(64 << 20, 64 << 20, 1 << 30)
+BACKINGS = by_effort(["hugetlb-2m"], ["hugetlb-2m"], ["hugetlb-2m", "hugetlb-1g"])
 PAGES = MEMORY // PAGE_SIZE
 REGION = 512
 HUGE_PAGES = MEMORY >> 21
-MEMORY_IN_REGIONS = parse_size(os.environ.get("KVMDP_HUGE_REGIONS", "64M"))
-TOUCHED_REGIONS = 48 if MEMORY_IN_REGIONS >= 2 << 30 else 6
+MEMORY_IN_REGIONS = by_effort(64 << 20, 64 << 20, 2 << 30)
+TOUCHED_REGIONS = by_effort(6, 6, 48)
 
 
 @contextlib.contextmanager
-def machine_of(memory):
+def machine_of(memory, backing="hugetlb-2m"):
     require_trap("memory-fault")
-    options = MachineOptions(memory, "memory-fault", BACKING, granule=PAGE_SIZE, reserve_hugepages=True)
+    options = MachineOptions(memory, "memory-fault", backing, granule=PAGE_SIZE, reserve_hugepages=True)
     try:
         machine = Machine(options, SyntheticSource(memory, SEED))
     except UnsupportedError as error:
@@ -44,9 +43,9 @@ def machine_of(memory):
         yield machine
 
 
-@pytest.fixture
-def machine():
-    with machine_of(MEMORY) as machine:
+@pytest.fixture(params=BACKINGS)
+def machine(request):
+    with machine_of(MEMORY, request.param) as machine:
         yield machine
 
 

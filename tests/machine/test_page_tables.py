@@ -10,20 +10,17 @@ from harness import (
     TIMEOUT,
     TRAPS,
     all_of_ram,
-    host_pv,
-    host_vectors,
     make_machine,
     meanwhile,
     require_trap,
 )
 
 from kvmdp.machine.experiment import run_workload, usable_memory
-from kvmdp.machine.guest_abi import BOOT_BASE, PAGE_TABLES_BASE, VectorFlag
-from kvmdp.machine.hostinfo import emulates_ring_0
+from kvmdp.machine.guest_abi import BOOT_BASE, PAGE_TABLES_BASE
 from kvmdp.machine.machine import MachineOptions, catches_page_walks
 from kvmdp.machine.page_tables import LARGE_PAGE, PageTables, page_table_bytes
 from kvmdp.machine.runloop import GuestError
-from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions, make_workload
+from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.registry import TRAPS as ALL_TRAPS
@@ -101,23 +98,6 @@ def test_what_walks_change_is_forgiven_in_tables_alone_and_nothing_else_is():
     tables.ignore_walks(pages, difference)
     assert np.flatnonzero(difference.any(axis=1)).tolist() == [0, 2]
     assert difference[2, 4] == 1 << 12
-
-
-@pytest.mark.kvm
-@pytest.mark.parametrize("ring", [3, 0])
-@pytest.mark.parametrize("trap", ALL_TRAPS)
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_every_workload_is_exact(name, trap, ring):
-    if name == "vector" and ring == 0 and emulates_ring_0():
-        pytest.skip("this host emulates ring 0, without vector instructions, on present memory too")
-    require_trap(trap)
-    vector = host_vectors() if ring == 3 else VectorFlag.NONE
-    workload = plan(name, vcpus=2, ring=ring, pages=32, vector=vector, write=True, pv=host_pv())
-    options = MachineOptions(MEMORY, trap, vcpus=2, page_tables="paged")
-    result = run_workload(options, workload, SyntheticSource(MEMORY, SEED), timeout=TIMEOUT)
-    assert result.ok
-    assert result.pages_checked == result.pages_present == len(workload.touched) + len(TABLE_PAGES)
-    assert result.counters.pages_fetched == result.pages_present
 
 
 @pytest.mark.kvm

@@ -1,12 +1,12 @@
 """Random sequences of everything that makes pages come and go agree with a simple model after each step.
 
-`KVMDP_SEQUENCES=1000` runs so many in all.
+`KVMDP_EFFORT=full` runs 1,000 of them.
 """
 
 import itertools
-import os
 
 import pytest
+from effort import by_effort
 from harness import BACKINGS, TRAPS
 from sequences import PAGES, REGION, RandomSequence
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kvm
 MACHINES = [(trap, backing) for trap in TRAPS for backing in BACKINGS]
 MACHINES += [("layered", "memfd")]
 MACHINES += [pytest.param("userfaultfd", backing, marks=pytest.mark.userfaultfd) for backing in BACKINGS]
-SEQUENCES = int(os.environ.get("KVMDP_SEQUENCES", "90"))
+SEQUENCES = by_effort(9, 90, 1000)
 EACH = -(-SEQUENCES // len(MACHINES))
 
 

@@ -12,7 +12,6 @@ from kvmdp.abi.mman import MADV_DONTNEED, MADV_REMOVE
 from kvmdp.machine import machine as machine_module
 from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.trap.userfaultfd import UffdOptions
@@ -36,32 +35,6 @@ def prove(workload, backing="memfd", form="one reader", **options):
     result = run_workload(machine, workload, SyntheticSource(memory, SEED), timeout=TIMEOUT)
     assert result.ok
     return result
-
-
-@pytest.mark.parametrize("vcpus", [1, 2, 4])
-@pytest.mark.parametrize("backing", BACKINGS)
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_every_workload_is_exact_and_fetches_each_page_once(name, backing, vcpus):
-    workload = plan(name, vcpus=vcpus)
-    result = prove(workload, backing)
-    assert result.counters.pages_fetched == len(workload.touched)
-    assert set(result.exits) == ({"io", "msr"} if name == "clock" else {"io"})
-
-
-@pytest.mark.parametrize("vcpus", [1, 2])
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_every_workload_is_exact_on_shared_memory_with_missing_faults_alone(name, vcpus):
-    workload = plan(name, vcpus=vcpus)
-    result = prove(workload, form="missing")
-    assert result.counters.pages_fetched == len(workload.touched)
-
-
-@pytest.mark.parametrize("form", ["one reader", "missing"])
-@pytest.mark.parametrize("backing", BACKINGS)
-@pytest.mark.parametrize("name", sorted(set(WORKLOADS) - {"vector"}))
-def test_ring_0_is_exact_too(name, backing, form):
-    workload = plan(name, ring=0, pages=32)
-    assert prove(workload, backing, form).counters.pages_fetched == len(workload.touched)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import functools
 import json
-import os
 import queue
 import random
 import sys
@@ -16,6 +15,7 @@ import time
 
 import pytest
 from device_process import bench
+from effort import by_effort
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error
 
 from kvmdp.paging.cancellation import Cancellation
@@ -23,7 +23,7 @@ from kvmdp.paging.claim import Claim, Waiter, Wake
 from kvmdp.paging.fault import Access, BusyError, Outcome, PageFault
 from kvmdp.paging.requests import FaultRequests, PeerCounters
 
-SECONDS = float(os.environ.get("KVMDP_WAKE_SECONDS", "1"))  # of hammering, for each test
+SECONDS = by_effort(0.2, 1, 30)  # of hammering, for each test
 ROUNDS = 200
 STUCK = 20  # seconds that nothing here takes
 HOT = 6  # pages that everybody wants
