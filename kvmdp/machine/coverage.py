@@ -27,7 +27,6 @@ from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.experiment import run_workload, usable_memory
-from kvmdp.machine.failure import in_words
 from kvmdp.machine.guest_abi import PvFlag
 from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.machine import (
@@ -46,6 +45,7 @@ from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import Origin, PageFault, PagingError, UnsupportedError
 from kvmdp.paging.trap.registry import PURE_TRAPS
 from kvmdp.paging.trap.userfaultfd import UserfaultfdTrap
+from kvmdp.shortage import in_words, named, starting_process
 from kvmdp.source.base import read_pages
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
@@ -135,7 +135,8 @@ def coverage(on_cell: Callable[[str, str], None] | None = None) -> Coverage:
 def run_cell(access: str, trap: str) -> Cell:
     """Run one cell; one that fails has the reason as its note. Raises UnsupportedError if this host lacks the trap."""
     try:
-        cell = ACCESSES[access](access, trap)
+        with named():
+            cell = ACCESSES[access](access, trap)
     except UnsupportedError:
         raise
     except Exception as error:  # whatever it is, the other cells are not lost to it
@@ -385,7 +386,8 @@ def _touch(access: str, trap: str) -> Cell:
     """A user-space access of our own to the guest view, in a process that may die of it."""
     command = [sys.executable, "-c", _TOUCH.format(path=sys.path, trap=trap)]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_CHILD_TIMEOUT, check=False)
+        with starting_process():
+            done = subprocess.run(command, capture_output=True, timeout=_CHILD_TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
         raise PagingError(
             f"the process that was to touch it had not ended within {_CHILD_TIMEOUT:g} s"
