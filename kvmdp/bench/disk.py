@@ -21,7 +21,9 @@ from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.remote_disk import RemoteDisk
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.shortage import starting_process
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.temporary import temporary_folder
 from kvmdp.wire.endpoint import Listener
 
 _PLACES = ("in_process", "out_of_process")
@@ -67,9 +69,12 @@ def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
         file_path.touch()
         os.truncate(file_path, size)
         command = ("device", "--connect", listener.path, "--file", str(file_path))
-        process = subprocess.Popen(
-            [sys.executable, "-c", _DEVICE, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        with starting_process():
+            process = subprocess.Popen(
+                [sys.executable, "-c", _DEVICE, *command],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
         try:
             with RemoteDisk(machine, listener, _SECONDS, lambda _: None) as disk:
                 disk.await_device(_SECONDS)
@@ -86,6 +91,6 @@ def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
     """Make a folder for the time of the block."""
-    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    folder = tempfile.TemporaryDirectory(dir=temporary_folder(), ignore_cleanup_errors=True)
     with last_act(folder.cleanup):
         yield Path(folder.name)
