@@ -13,10 +13,7 @@ import threading
 from collections.abc import Callable
 
 from kvmdp.interruption import Uninterrupted
-
-
-class NoThreadError(RuntimeError):
-    """No more threads can be started; the message says what to do."""
+from kvmdp.shortage import starting_thread
 
 
 class JoinableThread:
@@ -41,13 +38,8 @@ class JoinableThread:
 
         An interruption is raised when the thread runs, or before there is one: whatever comes of it, it can be joined.
         """
-        with Uninterrupted():
-            try:
-                self._thread.start()
-            except RuntimeError as error:
-                raise NoThreadError(
-                    f"{error}: raise the limit on processes (ulimit -u, or pids.max of the control group)"
-                ) from None
+        with Uninterrupted(), starting_thread():
+            self._thread.start()
             self._started = True
 
     def join(self, timeout: float | None = None) -> bool:

@@ -8,6 +8,8 @@ pyproject.toml makes warnings errors.
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -86,3 +88,15 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         if left := after.keys() - descriptors.keys():
             names = ", ".join(f"{number} ({after[number]})" for number in sorted(left))
             pytest.fail(f"the test left descriptors open: {names}", pytrace=False)
+
+
+@pytest.fixture
+def own_mounts() -> None:
+    """Skip the test where a process cannot have mounts of its own, as root of a container often cannot."""
+    command = [sys.executable, "-c", "from hosts import have_own_mounts; have_own_mounts()"]
+    done = subprocess.run(command, cwd=Path(__file__).parent / "package", capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.splitlines()[-1]
+        pytest.skip(
+            f"cannot make mounts of its own ({reason}): in a container, docker run --cap-add SYS_ADMIN"
+        )

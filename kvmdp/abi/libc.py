@@ -10,8 +10,10 @@ Errors become `OSError` with the kernel's errno and the name of the call.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from kvmdp.abi.signal import siginfo_t, timespec
@@ -58,6 +60,15 @@ def os_error(what: str) -> OSError:
     """Return the `OSError` of the C call that has just failed; `what` names the call."""
     number = ctypes.get_errno()
     return OSError(number, f"{what}: {os.strerror(number)}")
+
+
+@contextlib.contextmanager
+def named_call(what: str) -> Iterator[None]:
+    """Have the `OSError` of a system call that Python makes by itself name the call, as those that are made here do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{what}: {error.strerror}") from None
 
 
 def ioctl(fd: int, request: int, argument: Any = 0, what: str = "ioctl") -> int:

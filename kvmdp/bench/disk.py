@@ -24,6 +24,7 @@ from kvmdp.machine.remote_disk import RemoteDisk
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.temporary import temporary_folder
 from kvmdp.wire.endpoint import Listener
 
 _PLACES = ("in_process", "out_of_process")
@@ -92,6 +93,6 @@ def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
     """Make a folder for the time of the block."""
-    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    folder = tempfile.TemporaryDirectory(dir=temporary_folder(), ignore_cleanup_errors=True)
     with last_act(folder.cleanup):
         yield Path(folder.name)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from kvmdp.kvm import KvmError
-from kvmdp.machine.failure import in_words
 from kvmdp.paging.fault import UnsupportedError
+from kvmdp.shortage import in_words, named
 
 _Measured = TypeVar("_Measured")
 
@@ -26,7 +26,8 @@ class Losses:
     def spare(self, name: str, measure: Callable[[], _Measured]) -> _Measured | None:
         """Return what `measure` returns; None if it raises, which is noted of `name`."""
         try:
-            return measure()
+            with named():
+                return measure()
         except (UnsupportedError, KvmError) as error:
             self.skipped[name] = str(error)
         except Exception as error:  # whatever it is, the others' figures are not lost to it

@@ -129,7 +129,7 @@ class Plan:
             GuestLayout(size)
         most = max([work.memory_bytes for work in works] + list(self.memory_sizes))
         available = available_memory()
-        if most > available:
+        if available and most > available:
             raise ValueError(
                 f"{format_size(most)} of guest memory would be filled, and this host has "
                 f"{format_size(available >> 20 << 20)} available: give less"

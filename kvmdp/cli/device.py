@@ -12,7 +12,7 @@ from kvmdp.machine.disk import DiskError, DiskFile
 from kvmdp.machine.remote_disk import HANDOVER_SECONDS, serve_disk
 from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import PagingError
-from kvmdp.thread import NoThreadError
+from kvmdp.shortage import NoThreadError
 from kvmdp.wire.endpoint import EndpointError, Peer, connect
 from kvmdp.wire.handover import HandoverError
 

@@ -21,14 +21,21 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from kvmdp.cli.entry import leave, on_interruption
+from kvmdp.cli.entry import last_words, leave, on_interruption
 from kvmdp.interruption import Interrupter
 from kvmdp.last_acts import do_last_acts
+from kvmdp.shortage import ShortageError, named, require_memory
 
 SAME_SECONDS = 1.0  # in which a further signal is the same interruption
+
+_LACKING = 4
+# What loading takes at the least, in bytes of address space and of data. numpy's linear algebra ends the process by
+# itself if it cannot have its share, or tries for ever.
+_LOADING = (136 << 20, 80 << 20)
 
 
 class Stages:
@@ -71,8 +78,7 @@ class HandledStages(Stages):
 
 def run_to_end() -> NoReturn:
     """Load the command, run it, and exit with its status. Until it begins its work `leave` answers interruptions."""
-    from kvmdp.cli.main import main  # here, for this is what takes the time
-
+    main = _load()
     stages = HandledStages()
     status = main(stages=stages)
     do_last_acts()
@@ -82,6 +88,17 @@ def run_to_end() -> NoReturn:
         os._exit(status)
     atexit.register(on_interruption, signal.SIG_IGN)
     sys.exit(status)
+
+
+def _load() -> Callable[..., int]:
+    """Return the command's `main`; ends the process, with a sentence, if there is no memory to load it."""
+    try:
+        with named():
+            require_memory(*_LOADING)
+            from kvmdp.cli.main import main  # here, for this is what takes the time
+    except ShortageError as error:
+        last_words(str(error), _LACKING)
+    return main
 
 
 class Interruption(Interrupter):

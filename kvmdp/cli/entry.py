@@ -23,6 +23,9 @@ _STDERR = 2
 def entry() -> NoReturn:
     """Run the command and exit with its status."""
     on_interruption(leave)
+    # numpy's linear algebra would start a thread for each CPU as it is loaded, of which this program has no use; where
+    # it cannot have them it raises SIGINT.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from kvmdp.cli.streams import open_streams  # here and below, for loading is what takes the time
 
     open_streams()
@@ -47,11 +50,16 @@ def on_interruption(handler: signal._HANDLER) -> None:
 
 def leave(_number: int, _frame: FrameType | None) -> NoReturn:
     """End the process here and now, as interrupted: a signal handler for when there is nothing to clean up."""
+    last_words("interrupted", _INTERRUPTED)
+
+
+def last_words(sentence: str, status: int) -> NoReturn:
+    """End the process here and now, with a sentence on stderr, when there is nothing to clean up."""
     try:
         poll = select.poll()
         poll.register(_STDERR, select.POLLOUT)
         if poll.poll(0):  # a reader of stderr that takes nothing is not waited for
-            os.write(_STDERR, b"kvmdp: interrupted\n")
+            os.write(_STDERR, f"kvmdp: {sentence}\n".encode(errors="replace"))
     except OSError:
         pass  # stderr is closed: the status says it
-    os._exit(_INTERRUPTED)
+    os._exit(status)

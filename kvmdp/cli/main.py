@@ -23,6 +23,7 @@ from kvmdp.cli.result_files import OutputError
 from kvmdp.kvm import KvmError
 from kvmdp.machine.runloop import GuestError
 from kvmdp.paging.fault import PagingError, UnsupportedError
+from kvmdp.shortage import ShortageError, named
 from kvmdp.source.base import SourceError
 
 _EPILOG = """\
@@ -85,14 +86,15 @@ def main(arguments: Sequence[str] | None = None, stages: Stages = NO_STAGES) -> 
 def _outcome(arguments: list[str], stages: Stages) -> tuple[int, str]:
     """Return the exit status, and the sentence that says why a command has failed. Raises KeyboardInterrupt."""
     try:
-        options = build_parser(arguments[0] if arguments else None).parse_args(arguments)
-        stages.started()
-        return options.run(options), ""
+        with named():
+            options = build_parser(arguments[0] if arguments else None).parse_args(arguments)
+            stages.started()
+            return options.run(options), ""
     except SystemExit as end:  # argparse has printed what was asked for
         return EXIT_OK if end.code is None else int(end.code), ""
     except UsageError as error:
         return EXIT_USAGE, str(error)
-    except (UnsupportedError, KvmError) as error:
+    except (UnsupportedError, KvmError, ShortageError) as error:
         return EXIT_LACKING, str(error)
     except (PagingError, GuestError, SourceError, OutputError) as error:
         return EXIT_FAILED, str(error)

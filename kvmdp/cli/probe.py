@@ -83,16 +83,23 @@ def probe_document() -> dict[str, Any]:
 
 def _missing(document: dict[str, Any]) -> list[dict[str, str]]:
     """Return what this host lacks, each with why it is lacking and the command that mends it."""
-    missing = []
+    failed: dict[str, dict[str, list[str]]] = {}
     not_run: dict[str, str] = {}
     for trap, backings in document["traps"].items():
         for backing, accesses in backings.items():
             errors = {access["error"] for access in accesses.values() if access["status"] == "failed"}
             if errors:
-                why = "; ".join(sorted(errors))
-                missing.append({"what": f"trap {trap} on {backing}", "why": why, "remedy": ""})
+                failed.setdefault("; ".join(sorted(errors)), {}).setdefault(trap, []).append(backing)
             if all(access["status"] == "not run" for access in accesses.values()):
                 not_run[backing] = next(access["error"] for access in accesses.values())
+    missing = [
+        {
+            "what": "; ".join(f"trap {trap} on {', '.join(backings)}" for trap, backings in traps.items()),
+            "why": why,
+            "remedy": "",
+        }
+        for why, traps in failed.items()
+    ]
     for backing, why in not_run.items():
         reason, _, remedy = why.partition(": ")
         missing.append({"what": f"a proof on {backing}", "why": reason, "remedy": remedy})

@@ -43,6 +43,7 @@ from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import PagingError, UnsupportedError
+from kvmdp.shortage import ShortageError, named
 from kvmdp.source.base import PageSource, SourceError
 from kvmdp.source.image import ImageError
 from kvmdp.source.network import parse_bandwidth, parse_latency
@@ -95,9 +96,9 @@ def run(options: argparse.Namespace) -> int:
         stack.enter_context(last_act(leftovers.announce))
         document = _document(options, machine, sources)
         try:
-            with _traced(options, document, files) as on_start:
+            with named(), _traced(options, document, files) as on_start:
                 result = _execute(options, machine, workload_options, sources, on_start, detector)
-        except (PagingError, GuestError, SourceError, UnsupportedError, OSError) as error:
+        except (PagingError, GuestError, SourceError, UnsupportedError, ShortageError, OSError) as error:
             document["error"] = str(error)
             document["image_changed"] = changed = sources.image_change()
             if changed is not None:

@@ -24,19 +24,22 @@ from collections import deque
 from collections.abc import Callable
 from typing import NoReturn
 
-from kvmdp.abi.libc import libc
+from kvmdp.abi.libc import libc, named_call
 from kvmdp.abi.signal import siginfo_t
 from kvmdp.cli.ending import SAME_SECONDS, run_to_end
-from kvmdp.cli.entry import INTERRUPTING, interruptions, leave, on_interruption
-from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, say
+from kvmdp.cli.entry import INTERRUPTING, interruptions, last_words, leave, on_interruption
+from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LACKING, say
 from kvmdp.cli.streams import open_streams
 from kvmdp.machine.leaks import Leak, LeakKind
+from kvmdp.shortage import ShortageError, starting_process, starting_thread
 
 _BEAT_SECONDS = 0.2
 _STALL_BEATS = 50  # beats that may be missed in a row
 _GRACE_SECONDS = 2.0  # for faulthandler to write the stacks
 _STACKS_SIGNAL = signal.SIGUSR2
 _FATAL = (signal.SIGBUS, signal.SIGSEGV)
+_NOTE = "address "  # begins the line of what a fatal signal was about
+_STACKS_SAY = "the Python stacks above say where"
 _SA_SIGINFO = 4
 _PR_SET_PDEATHSIG = 1
 
@@ -64,9 +67,10 @@ def supervise(clear_up: Callable[[], None]) -> int:
     """Run this command once more, in a child, and watch it; returns its exit status.
 
     `clear_up` is called if the child did not come to the end of its command, and so has not cleaned up. Raises
-    TouchedError if it died of a touch of the guest view, or stalled.
+    TouchedError if it died of a touch of the guest view, or stalled; ShortageError if there can be no child.
     """
-    stacks = os.memfd_create("kvmdp-stacks", os.MFD_CLOEXEC)
+    with named_call("memfd_create"):
+        stacks = os.memfd_create("kvmdp-stacks", os.MFD_CLOEXEC)
     beats, beating = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     interrupting, asked = interruptions(), deque[int]()
     heeded = {*interrupting, signal.SIGCHLD}
@@ -77,9 +81,10 @@ def supervise(clear_up: Callable[[], None]) -> int:
     child = None
     try:
         start = _START.format(path=sys.path, stacks=stacks, beats=beating, parent=os.getpid())
-        child = subprocess.Popen(
-            [sys.executable, "-c", start, *sys.argv[1:]], pass_fds=(stacks, beating), close_fds=True
-        )
+        with starting_process():
+            child = subprocess.Popen(
+                [sys.executable, "-c", start, *sys.argv[1:]], pass_fds=(stacks, beating), close_fds=True
+            )
         end = _watch(child, beats, heeded, asked)
         if child.returncode < 0:
             clear_up()
@@ -128,14 +133,23 @@ def _watch(
         with contextlib.suppress(BlockingIOError):
             piece = os.read(beats, 4096)
         beaten = beaten or bool(piece)
-        # Counted in waits of one's own, not by the clock: a stopped job misses none.
-        missed = 0 if piece or not beaten else missed + (got is None)
+        # Counted in waits of one's own, not by the clock: a job that is stopped as a whole misses none.
+        excused = piece or not beaten or _is_stopped(child.pid)
+        missed = 0 if excused else missed + (got is None)
         if missed >= _STALL_BEATS:
             child.send_signal(_STACKS_SIGNAL)
             time.sleep(_GRACE_SECONDS)
             _kill(child)
             return _End.STALL
     return _End.OWN
+
+
+def _is_stopped(pid: int) -> bool:
+    """Return whether a child has been stopped (SIGSTOP) and not been continued: it does not beat, and does no harm."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False  # it has ended since
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
@@ -156,13 +170,24 @@ def _verdict(status: int, end: _End, stacks: int) -> int:
     os.lseek(stacks, 0, os.SEEK_SET)
     with open(stacks, "rb", closefd=False) as file:
         text = file.read().decode(errors="replace")
-    address, _, text = text.partition("\n") if text.startswith("address ") else ("", "", text)
-    where = f"host {address}, " if address else ""
-    how = f"it died of {signal.Signals(-status).name}" if end is _End.OWN else end.value
-    say(text.rstrip() or "the thread left no Python stack: a vCPU's, or one in C")
-    raise TouchedError(
-        Leak(LeakKind.TOUCH, None, "our own process", f"{where}{how}; the Python stacks above say where")
-    )
+    note, _, stack = text.partition("\n") if text.startswith(_NOTE) else ("", "", text)
+    if stack:
+        say(stack.rstrip())
+    if end is not _End.OWN:
+        raise TouchedError(_touch(f"{end.value}; {_STACKS_SAY}"))
+    died = f"it died of {signal.Signals(-status).name}"
+    if not note:
+        raise TouchedError(
+            _touch(
+                f"{died} in a vCPU's thread, or in C, which leaves no stack; or the host has taken back memory that it "
+                "had promised"
+            )
+        )
+    raise TouchedError(_touch(f"host {note}, {died}; {_STACKS_SAY}"))
+
+
+def _touch(detail: str) -> Leak:
+    return Leak(LeakKind.TOUCH, None, "our own process", detail)
 
 
 # The child
@@ -183,7 +208,11 @@ def child(stacks: int, beating: int, parent: int) -> NoReturn:
     faulthandler.enable(stacks, all_threads=True)
     faulthandler.register(_STACKS_SIGNAL, stacks, all_threads=True)
     _note_address(stacks)
-    threading.Thread(target=_beat, args=(beating,), name="heartbeat", daemon=True).start()
+    try:
+        with starting_thread():
+            threading.Thread(target=_beat, args=(beating,), name="heartbeat", daemon=True).start()
+    except ShortageError as error:
+        last_words(str(error), EXIT_LACKING)
     on_interruption(leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*INTERRUPTING, signal.SIGCHLD})
     open_streams()
@@ -221,7 +250,7 @@ def _note_address(stacks: int) -> None:
     previous = {number: _Action() for number in _FATAL}
 
     def write_address(number: int, info: ctypes._Pointer[siginfo_t], _context: int | None) -> None:
-        os.write(stacks, f"address {info.contents.si_addr:#x}\n".encode())
+        os.write(stacks, f"{_NOTE}{info.contents.si_addr:#x}\n".encode())
         for each in _FATAL:
             libc.sigaction(each, ctypes.byref(previous[signal.Signals(each)]), None)
 

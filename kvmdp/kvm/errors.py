@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+from kvmdp.shortage import ShortageError, more_threads, of_errno
+
 
 class KvmError(OSError):
     """A KVM call failed.
@@ -23,6 +25,10 @@ class KvmError(OSError):
         return str(self.strerror)
 
 
+class KvmShortageError(KvmError, ShortageError):
+    """A KVM call failed because something has run out."""
+
+
 OPEN_REMEDIES = {
     errno.ENOENT: (
         "this kernel offers no KVM: load kvm_intel or kvm_amd (modprobe), switch virtualisation on in "
@@ -38,7 +44,6 @@ OPEN_REMEDIES = {
 CREATE_VM_REMEDIES = {
     errno.EBUSY: "another hypervisor holds the CPU's virtualisation: stop it (VirtualBox, VMware, Xen)",
     errno.ENOMEM: "the kernel has no memory for another VM: close some",
-    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
 }
 
 MEMSLOT_REMEDIES = {
@@ -54,4 +59,18 @@ MEMSLOT_REMEDIES = {
 def failed(error: OSError, call: str, remedies: dict[int, str] | None = None) -> KvmError:
     """Turn `error` of a C call into a `KvmError` that names `call` and the remedy."""
     number = error.errno or 0
-    return KvmError(number, call, (remedies or {}).get(number, ""))
+    remedy = (remedies or {}).get(number, "")
+    if shortage := of_errno(number):
+        return KvmShortageError(number, call, remedy or shortage)
+    return KvmError(number, call, remedy)
+
+
+def run_failed(number: int, vcpu: int) -> KvmError:
+    """Return the error of a KVM_RUN that is no exit.
+
+    At a VM's first KVM starts a thread of its own, which counts as this process's (EAGAIN).
+    """
+    call = f"KVM_RUN of vCPU {vcpu}"
+    if number == errno.EAGAIN:
+        return KvmShortageError(number, call, more_threads())
+    return failed(OSError(number, os.strerror(number)), call)

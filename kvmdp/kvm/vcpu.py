@@ -29,7 +29,7 @@ from kvmdp.abi.kvm_x86 import (
     kvm_xsave,
 )
 from kvmdp.kvm import exits
-from kvmdp.kvm.errors import KvmError, failed
+from kvmdp.kvm.errors import KvmError, failed, run_failed
 from kvmdp.kvm.machine_check import MC_VECTOR, PoisonedAccess, memory_error
 from kvmdp.kvm.signals import KICK_SIGNAL, VcpuSignals
 from kvmdp.kvm.stats import Statistics, open_statistics
@@ -97,7 +97,7 @@ class Vcpu:
             return exits.MemoryFault(quads[first], quads[first + 1], quads[first + 2])
         if number == errno.EFAULT:
             return _BAD_ADDRESS
-        raise KvmError(number, f"KVM_RUN of vCPU {self.index}")
+        raise run_failed(number, self.index)
 
     def attach_thread(self) -> None:
         """Prepare the calling thread to run this vCPU: signals blocked, let through in KVM_RUN.

@@ -30,7 +30,6 @@ from kvmdp.machine.coverage_cell import EMULATED, Cell, Seen, seen_by, vcpu_exit
 from kvmdp.machine.coverage_programs import descriptor_store, event_frame, far_call, selector_and_flags
 from kvmdp.machine.detector import LeakDetector
 from kvmdp.machine.experiment import run_workload, usable_memory
-from kvmdp.machine.failure import in_words
 from kvmdp.machine.guest_abi import PvFlag
 from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.machine import (
@@ -49,6 +48,7 @@ from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import Origin, PageFault, PagingError, UnsupportedError
 from kvmdp.paging.trap.registry import PURE_TRAPS
 from kvmdp.paging.trap.userfaultfd import UserfaultfdTrap
+from kvmdp.shortage import in_words, named
 from kvmdp.source.base import read_pages
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
@@ -96,7 +96,8 @@ def coverage(on_cell: Callable[[str, str], None] | None = None) -> Coverage:
 def run_cell(access: str, trap: str) -> Cell:
     """Run one cell; one that fails has the reason as its note. Raises UnsupportedError if this host lacks the trap."""
     try:
-        cell = ACCESSES[access](access, trap)
+        with named():
+            cell = ACCESSES[access](access, trap)
     except UnsupportedError:
         raise
     except Exception as error:  # whatever it is, the other cells are not lost to it

@@ -23,6 +23,7 @@ from kvmdp.machine.workloads.arithmetic import Bools
 from kvmdp.memory.backing import FileBacking
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
+from kvmdp.memory.unsupported import UnsupportedError
 
 _TICK_PAGES = 1 << 16  # looked at in one tick, and at once: 256 MiB
 
@@ -118,6 +119,12 @@ def _in_memory_file(mapping: Mapping, first: int, end: int) -> Bools:
 
 
 def _mapped(mapping: Mapping, first: int, end: int) -> Bools:
-    """Tell of pages whether our page table has them."""
-    entries = pagemap.entries(mapping.hva + first * PAGE_SIZE, end - first)
+    """Tell of pages whether our page table has them. Raises UnsupportedError."""
+    try:
+        entries = pagemap.entries(mapping.hva + first * PAGE_SIZE, end - first)
+    except (FileNotFoundError, PermissionError) as error:
+        raise UnsupportedError(
+            f"leaks are looked for in {error.filename}, which cannot be read ({error.strerror}): mount /proc, or leave "
+            "--detect-leaks out"
+        ) from None
     return np.asarray(entries & pagemap.MAPPED != 0)

@@ -24,7 +24,6 @@ import contextlib
 import errno
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +35,7 @@ from kvmdp.memory.size import format_size
 from kvmdp.paging.access import MemoryAccess
 from kvmdp.paging.fault import PoisonedError
 from kvmdp.source.formats import recognise_file
+from kvmdp.temporary import unnamed_file
 
 _RING = struct.Struct("<QIIIIQ")
 _REQUEST = struct.Struct("<QIIQ")
@@ -90,9 +90,13 @@ class DiskFile:
     @classmethod
     def temporary(cls, size: int) -> Self:
         """Make a sparse file of `size` bytes that has no name, and is gone once it is closed. Raises OSError."""
-        with tempfile.TemporaryFile(prefix="kvmdp-disk-") as file:
-            file.truncate(size)
-            return cls(os.dup(file.fileno()))
+        descriptor = unnamed_file("the sectors of a disk that has no file")
+        try:
+            os.ftruncate(descriptor, size)
+            return cls(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def require(self, size: int, name: str) -> None:
         """Raise DiskError if the disk has less than `size` bytes; `name` is what to call it."""

@@ -12,8 +12,15 @@ _TDP_PARAMETERS = {"kvm_intel": "ept", "kvm_amd": "npt"}
 
 
 def _kib_field(path: str, name: str) -> int:
-    """Return the field `name` ("VmRSS", given there in kB) of a procfs file in bytes; 0 if it is not there."""
-    for line in Path(path).read_text(encoding="ascii", errors="replace").splitlines():
+    """Return the field `name` ("VmRSS", given there in kB) of a procfs file in bytes.
+
+    0 if it is not there, or there is no /proc, or it is hidden, as containers may have it.
+    """
+    try:
+        text = Path(path).read_text(encoding="ascii", errors="replace")
+    except (FileNotFoundError, PermissionError):
+        return 0
+    for line in text.splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     return 0
@@ -25,7 +32,7 @@ def vmalloc_used() -> int:
 
 
 def available_memory() -> int:
-    """Return how much memory processes could still have without swapping, as the kernel estimates it."""
+    """Return how much memory processes could still have without swapping, as the kernel estimates it; 0: unknown."""
     return _kib_field("/proc/meminfo", "MemAvailable")
 
 

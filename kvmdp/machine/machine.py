@@ -222,6 +222,8 @@ class Machine:
             raise ValueError(
                 "a machine without demand paging needs a trap by memslot and a source in this process"
             )
+        if self.backing.refusable:
+            self.backing.populate(0, self.backing.size)
         view = self.backing.vmm.view
         for offset, length in self.source.extents():
             end = offset + length

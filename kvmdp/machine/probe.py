@@ -15,17 +15,23 @@ from kvmdp.abi import userfaultfd as uffd_abi
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.experiment import run_workload
-from kvmdp.machine.failure import in_words
 from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.memory.backings import BACKINGS
-from kvmdp.memory.hugepages import can_overcommit, check_pages, check_pool, how_to_reserve
+from kvmdp.memory.hugepages import (
+    HugePageRefusedError,
+    can_overcommit,
+    check_pages,
+    check_pool,
+    how_to_reserve,
+)
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
 from kvmdp.paging.fault import UnsupportedError
 from kvmdp.paging.trap.layered import LayeredTrap
 from kvmdp.paging.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS, UFFD_TRAPS, check_backing
 from kvmdp.paging.trap.uffd import Uffd, supported_features
+from kvmdp.shortage import ShortageError, causes, in_words, named
 from kvmdp.source.synthetic import SyntheticSource
 
 # From where the memslots of `layered` (12 MiB, for 512 of them) take clearly less than the page tables that `marker`
@@ -83,12 +89,16 @@ Status = Literal["exact", "failed", "not run", "refused"]
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """How one kind of access went under one trap: `error` says why it is not exact, empty if it is."""
+    """How one kind of access went under one trap: `error` says why it is not exact, empty if it is.
+
+    `is_short`: because this process or its host has run out of something, which says nothing of the trap.
+    """
 
     access: str
     exits: dict[str, int]
     error: str
     status: Status = "failed"
+    is_short: bool = False
 
     @property
     def ok(self) -> bool:
@@ -98,22 +108,31 @@ class Proof:
 
 def prove(trap: str, backing: str, access: str) -> Proof:
     """Run a micro guest that makes one kind of access to absent pages; a run that fails is a proof that fails."""
+    try:
+        with named():
+            return _obstacle(trap, backing, access) or _run(trap, backing, access)
+    except ShortageError as error:
+        for each in causes(error):
+            if isinstance(each, HugePageRefusedError):
+                return Proof(access, {}, str(each), "not run")
+        return Proof(access, {}, str(error), is_short=True)
+    except Exception as error:  # whatever it is, the other cells of the table are not lost to it
+        return Proof(access, {}, in_words(error))
+
+
+def _run(trap: str, backing: str, access: str) -> Proof:
+    """Return what comes of a run. Raises what a machine raises."""
     name, write = ACCESSES[access]
     page_size = BACKINGS[backing].page_size
     memory = max(_MEMORY, page_size)
-    try:
-        if obstacle := _obstacle(trap, backing, access):
-            return obstacle
-        with Kvm() as kvm:
-            vector = vector_flags(kvm)
-        options = WorkloadOptions(memory_bytes=memory, pages=_PAGES, seed=_SEED, vector=vector, write=write)
-        workload = make_workload(name, options)
-        granule = max(_GRANULE, memory // _MAX_SLOTS) if trap in SLOT_TRAPS else None
-        reserve = page_size > PAGE_SIZE and can_overcommit(page_size)
-        machine = MachineOptions(memory, trap, backing, granule=granule, reserve_hugepages=reserve)
-        result = run_workload(machine, workload, SyntheticSource(memory, _SEED), timeout=_TIMEOUT)
-    except Exception as error:  # whatever it is, the other cells of the table are not lost to it
-        return Proof(access, {}, in_words(error))
+    with Kvm() as kvm:
+        vector = vector_flags(kvm)
+    options = WorkloadOptions(memory_bytes=memory, pages=_PAGES, seed=_SEED, vector=vector, write=write)
+    workload = make_workload(name, options)
+    granule = max(_GRANULE, memory // _MAX_SLOTS) if trap in SLOT_TRAPS else None
+    reserve = page_size > PAGE_SIZE and can_overcommit(page_size)
+    machine = MachineOptions(memory, trap, backing, granule=granule, reserve_hugepages=reserve)
+    result = run_workload(machine, workload, SyntheticSource(memory, _SEED), timeout=_TIMEOUT)
     exits = {kind: count for kind, count in result.exits.items() if kind != "io"}
     if not result.ok:
         return Proof(access, exits, "the guest saw other bytes than the source's")
@@ -125,10 +144,8 @@ def prove(trap: str, backing: str, access: str) -> Proof:
 def _obstacle(trap: str, backing: str, access: str) -> Proof | None:
     """Return why a cell is not to be run, None if it is."""
     page_size = BACKINGS[backing].page_size
-    try:
-        check_backing(trap, BACKINGS[backing])
-    except ValueError as error:
-        return Proof(access, {}, str(error), "refused")
+    if refusal := _refusal(trap, backing):
+        return Proof(access, {}, refusal, "refused")
     if page_size == PAGE_SIZE or can_overcommit(page_size):
         return None
     check_pool(page_size)
@@ -140,6 +157,15 @@ def _obstacle(trap: str, backing: str, access: str) -> Proof | None:
     if trap in UFFD_TRAPS and page_size > _MUCH and access != _ONE_ACCESS:
         return Proof(access, {}, f"each access would fetch {format_size(page_size)}", "not run")
     return None
+
+
+def _refusal(trap: str, backing: str) -> str:
+    """Return why a trap cannot work on such memory anywhere; empty if it can."""
+    try:
+        check_backing(trap, BACKINGS[backing])
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @functools.cache
@@ -170,14 +196,21 @@ def choose_trap(backing: str, memory_bytes: int) -> str:
     traps: tuple[str, ...] = EXIT_TRAPS if BACKINGS[backing].page_size == PAGE_SIZE else _HUGE_PAGE_TRAPS
     if memory_bytes >= _LARGE and LayeredTrap.name in traps:
         traps = (LayeredTrap.name, *(trap for trap in traps if trap != LayeredTrap.name))
+    traps = tuple(trap for trap in traps if not _refusal(trap, backing))
     tried = _SMALLER.get(backing, backing)
     if all(proof.status == "not run" for trap in traps for proof in proofs(trap, tried)):
         tried = backing
     for trap in traps:
         if works(trap, tried):
             return trap
-    reasons = "; ".join(f"{trap}: {_first_error(trap, tried)}" for trap in traps)
-    raise UnsupportedError(f"no trap works on this host ({reasons}): kvmdp probe says what would help")
+        for proof in proofs(trap, tried):
+            if proof.is_short:  # another trap that needs less is no answer
+                raise ShortageError(proof.error)
+    reasons = {trap: _first_error(trap, tried) for trap in traps}
+    if len(set(reasons.values())) == 1:  # it is not about traps
+        raise UnsupportedError(reasons[traps[0]])
+    why = "; ".join(f"{trap}: {reason}" for trap, reason in reasons.items())
+    raise UnsupportedError(f"no trap works on this host ({why}): kvmdp probe says what would help")
 
 
 def _first_error(trap: str, backing: str) -> str:

@@ -33,7 +33,8 @@ from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.fault import CancelledError, FrozenError, PagingError, broken
 from kvmdp.paging.remote import RemoteMemory
 from kvmdp.paging.session import DeviceSession
-from kvmdp.thread import JoinableThread, NoThreadError
+from kvmdp.shortage import NoThreadError
+from kvmdp.thread import JoinableThread
 from kvmdp.waiting import Latch
 from kvmdp.wire import handover
 from kvmdp.wire.endpoint import EndpointError, Listener, Peer

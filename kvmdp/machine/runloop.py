@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import time
 from array import array
@@ -33,6 +34,7 @@ from kvmdp.machine.pv import PvMsrs
 from kvmdp.paging.fault import PagingError
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.vcpu import VcpuPaging
+from kvmdp.shortage import ShortageError, in_words
 from kvmdp.thread import JoinableThread
 
 EXIT_NAMES: dict[type, str] = {
@@ -152,19 +154,19 @@ class VcpuThread:
         try:
             os.sched_setaffinity(0, {cpu})
         except OSError as error:
-            raise GuestError(
-                f"vCPU {self.vcpu.index} cannot be pinned to host CPU {cpu}: {error.strerror}; pin it to one of "
-                f"{', '.join(map(str, sorted(os.sched_getaffinity(0))))}"
-            ) from error
+            why = f"vCPU {self.vcpu.index} cannot be pinned to host CPU {cpu}: {error.strerror}"
+            if error.errno == errno.EINVAL:
+                why += f"; pin it to one of {', '.join(map(str, sorted(os.sched_getaffinity(0))))}"
+            raise GuestError(why) from error
 
     def _broke(self, error: BaseException) -> None:
         """Take note of what ended the thread. Whatever it is, the machine must stop, and the message must get out."""
-        if isinstance(error, PagingError | GuestError):
+        if isinstance(error, PagingError | GuestError | ShortageError):
             self.error = error
         elif isinstance(error, KvmError):
             self.error = GuestError(str(error))
         else:
-            self.error = GuestError(f"vCPU {self.vcpu.index}: internal error: {error!r}")
+            self.error = GuestError(f"vCPU {self.vcpu.index}: {in_words(error)}")
             self.error.__cause__ = error
         self._on_end()
 

@@ -35,7 +35,9 @@ from kvmdp.abi.mman import (
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.size import format_size
 from kvmdp.memory.unsupported import UnsupportedError
+from kvmdp.shortage import of_errno
 from kvmdp.source.base import PAGE_SIZE
+from kvmdp.temporary import temporary_folder, unnamed_file
 
 
 class Backing(ABC):
@@ -44,7 +46,8 @@ class Backing(ABC):
     Of the kind: `name`; `page_size`, bytes of the pages the host has it in, the least that userfaultfd can map;
     `shared`, whether there are two views of the same pages; `sealed`, whether it is a memory file of sealed size,
     fit to be handed to other processes; `registrable`, whether userfaultfd takes it; `transparent`, whether its pages
-    can be put together into huge ones (`thp`); `frees`, whether `forget` gives memory back to the host.
+    can be put together into huge ones (`thp`); `frees`, whether `forget` gives memory back to the host; `refusable`,
+    whether the host may refuse a page at its first touch, so that `populate` has to come before a store.
 
     Of the object: `size`; `thp`; `on_disk`, whether the kernel may put its pages on a disk, so that an access has to
     wait for one; `fd`, the sealed memory file, and `guest_memfd`, a guest_memfd that memslots are to be bound to, -1
@@ -59,6 +62,7 @@ class Backing(ABC):
     transparent: bool = False
     frees: bool = True
     on_disk: bool = False
+    refusable: bool = False
 
     def __init__(
         self,
@@ -91,6 +95,10 @@ class Backing(ABC):
 
         They read as zeros then, or as they were where nothing could be freed: nobody is to look.
         """
+
+    def populate(self, offset: int, length: int) -> None:
+        """Have a range of the VMM view in memory. Raises ShortageError where the host refuses it."""
+        self.vmm.populate(offset, length)
 
     def close(self) -> None:
         """Unmap all views; a second call does nothing."""
@@ -151,7 +159,8 @@ class MemfdBacking(Backing):
 
     def __init__(self, size: int, *, thp: bool = False) -> None:
         with contextlib.ExitStack() as stack:
-            fd = os.memfd_create("kvmdp-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            with libc.named_call("memfd_create"):
+                fd = os.memfd_create("kvmdp-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             stack.callback(os.close, fd)
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
@@ -207,12 +216,16 @@ class FileBacking(Backing):
             stack.callback(os.close, self._file)
             stack.callback(self._undo)
             try:
-                os.posix_fallocate(self._file, 0, size)
+                with libc.named_call("fallocate"):
+                    os.posix_fallocate(self._file, 0, size)
             except OSError as error:
-                where = path or "the folder of temporary files"
+                number = error.errno or 0
+                if number in (errno.EPERM, errno.ENOSYS) or of_errno(number):
+                    raise  # it is not about the disk
+                where = path or temporary_folder()
                 raise UnsupportedError(
-                    f"{where} has no room for {format_size(size)} of RAM ({error.strerror}): free some, or name a file "
-                    "on another disk with --backing-file"
+                    f"{where} has no room for {format_size(size)} of RAM ({os.strerror(number)}): free some, or "
+                    "name a file on another disk with --backing-file"
                 ) from None
             super().__init__(size, *map_twice(self._file, size, stack), thp=thp)
             stack.pop_all()
@@ -257,12 +270,7 @@ class FileBacking(Backing):
 def _open_file(path: str | None) -> tuple[int, Path | None]:
     """Return the descriptor, and the file's path if it was not there before."""
     if path is None:
-        import tempfile  # here, for few runs have a use for it
-
-        with tempfile.TemporaryFile(
-            prefix="kvmdp-ram-"
-        ) as file:  # never has a name that could be left behind
-            return os.dup(file.fileno()), None
+        return unnamed_file("the pages of RAM"), None
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), Path(path)

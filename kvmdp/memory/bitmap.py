@@ -21,6 +21,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.abi import libc
 from kvmdp.abi.mman import F_SEAL_FUTURE_WRITE
 
 Words = npt.NDArray[np.uint64]
@@ -283,7 +284,8 @@ class PresentBitmap(PresentBitmapView):
     def __init__(self, pages: int) -> None:
         if pages < 1:
             raise ValueError(f"a bitmap of {pages} pages: the least is 1")
-        fd = os.memfd_create("kvmdp-present", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with libc.named_call("memfd_create"):
+            fd = os.memfd_create("kvmdp-present", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, words_for(pages) * 8)
             super().__init__(fd, pages, writable=True)

@@ -17,6 +17,7 @@ Source: `Documentation/admin-guide/mm/hugetlbpage.rst`. Units: bytes for the siz
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -26,8 +27,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from kvmdp.cgroup import GroupLimit, tightest
+from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.size import format_size
 from kvmdp.memory.unsupported import UnsupportedError
+from kvmdp.shortage import ShortageError
 
 # The largest size of which the kernel makes pages on demand: larger ones are gigantic.
 _OVERCOMMITTED = 2 << 20
@@ -42,6 +46,8 @@ def pool_path(page_size: int) -> Path:
 
 def check_pool(page_size: int) -> None:
     """Raise UnsupportedError if this kernel has no huge pages of that size."""
+    if not pool_path(page_size).parents[1].is_dir():
+        raise UnsupportedError("the host's huge pages cannot be seen: mount /sys, or use another backing")
     if not pool_path(page_size).is_dir():
         raise UnsupportedError(
             f"this host has no huge pages of {format_size(page_size)}: use a kernel with CONFIG_HUGETLBFS, and for 1G "
@@ -73,10 +79,9 @@ def check_pages(page_size: int, count: int) -> None:
 
 
 def can_overcommit(page_size: int) -> bool:
-    """Return whether such pages can be made on demand, and we may say how many."""
-    return page_size <= _OVERCOMMITTED and os.access(
-        pool_path(page_size) / "nr_overcommit_hugepages", os.W_OK
-    )
+    """Return whether such pages can be made on demand, and we may say how many, and can leave a record of that."""
+    number = pool_path(page_size) / "nr_overcommit_hugepages"
+    return page_size <= _OVERCOMMITTED and os.access(number, os.W_OK) and _can_record()
 
 
 def how_to_reserve(page_size: int, count: int) -> str:
@@ -89,6 +94,12 @@ def how_to_reserve(page_size: int, count: int) -> str:
 def too_few(page_size: int, count: int, *, reserved: bool) -> UnsupportedError:
     """Return the error of pages that could not be mapped; `reserved` says that the pool had been enlarged for it."""
     size = format_size(page_size)
+    group = _group_limit(page_size, "rsvd.")
+    if group is not None and group.value - group.used < count * page_size:
+        return UnsupportedError(
+            f"RAM takes {count} huge page{'s' if count > 1 else ''} of {size}, and this control group may set aside "
+            f"{format_size(group.value)} of them ({group.file}): raise that, or use another backing"
+        )
     wanted = (
         f"RAM takes {count} huge page{'s' if count > 1 else ''} of {size}, {free_pages(page_size)} are free"
     )
@@ -99,6 +110,49 @@ def too_few(page_size: int, count: int, *, reserved: bool) -> UnsupportedError:
         )
     return UnsupportedError(
         f"{wanted}: reserve them ({how_to_reserve(page_size, count)}), or give --reserve-hugepages"
+    )
+
+
+class HugePageRefusedError(ShortageError):
+    """The host has no huge page for a first touch, although pages were set aside when RAM was mapped."""
+
+    def __init__(self, page_size: int) -> None:
+        size, group = format_size(page_size), _group_limit(page_size)
+        if group is not None and group.value - group.used < page_size:
+            why = (
+                f"this control group may have {format_size(group.value)} of them ({group.file}); raise that, or use "
+                "another backing"
+            )
+        else:
+            why = (
+                "a control group has a limit that cannot be seen from here, or a peer has given pages away that others "
+                "have taken; raise that limit, or use another backing"
+            )
+        super().__init__(f"the host refuses a huge page of {size} that it had set aside: {why}")
+
+
+def populate(mapping: Mapping, offset: int, length: int, page_size: int) -> None:
+    """Have a part of a mapping of such pages in memory. Raises HugePageRefusedError.
+
+    Pages that are set aside are not there yet, and a control group counts them as they are touched: the first store in
+    one that it does not get ends the process with a SIGBUS, and a system call with EFAULT. This tells, one huge page at
+    a time if it is asked so, and costs a microsecond where the page is there.
+    """
+    try:
+        mapping.populate(offset, length)
+    except OSError as error:
+        if error.errno not in (errno.EFAULT, errno.ENOMEM):
+            raise
+        raise HugePageRefusedError(page_size) from error
+
+
+def _group_limit(page_size: int, kind: str = "") -> GroupLimit | None:
+    """Return the limit of this process's control groups on such pages: on those in use, or set aside ("rsvd.")."""
+    pool = f"hugetlb.{page_size >> 20}MB" if page_size < 1 << 30 else f"hugetlb.{page_size >> 30}GB"
+    return tightest(
+        "hugetlb",
+        (f"{pool}.{kind}max", f"{pool}.{kind}current"),
+        (f"{pool}.{kind}limit_in_bytes", f"{pool}.{kind}usage_in_bytes"),
     )
 
 
@@ -125,6 +179,11 @@ class Reservation:
             raise UnsupportedError(
                 f"{format_size(self._page_size)} huge pages cannot be reserved: no permission; as root, "
                 f"{how_to_reserve(self._page_size, self._count)}"
+            )
+        if not _can_record():
+            raise UnsupportedError(
+                f"huge pages are reserved with a record of it, for which {_folder()} has to be writable and /proc "
+                f"there; or reserve them yourself ({how_to_reserve(self._page_size, self._count)})"
             )
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(_locked_folder())
@@ -216,6 +275,14 @@ def _start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def _can_record() -> bool:
+    """Return whether a record can be left, and others be judged by whether their processes live (/proc)."""
+    folder = _folder()
+    return _start_time(os.getpid()) is not None and os.access(
+        folder if folder.is_dir() else folder.parent, os.W_OK
+    )
+
+
 def _folder() -> Path:
     if os.geteuid() == 0:
         return Path("/run/kvmdp")
@@ -271,7 +338,7 @@ def _records_of_the_dead(folder: Path) -> list[Path]:
 
 def give_back_what_is_left() -> None:
     """Give back what runs have left that were killed. Raises OSError, UnsupportedError if it may not be done."""
-    if os.geteuid() and not os.environ.get("XDG_RUNTIME_DIR"):
+    if (os.geteuid() and not os.environ.get("XDG_RUNTIME_DIR")) or not _can_record():
         return  # nothing can have been recorded
     if _records_of_the_dead(_folder()):
         with _locked_folder():

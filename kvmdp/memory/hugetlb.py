@@ -3,10 +3,11 @@
 The host has such memory in whole pages of 2 MiB or 1 GiB, and so has userfaultfd. Memslots do not: a memslot of
 4 KiB in a huge page maps 4 KiB of it.
 
-All pages are set aside when RAM is mapped, so that too few are an error then, and not a SIGBUS at some later fault.
-For the same reason none is given up before the end: a page that went back to the pool could be somebody else's by
-the time it is needed. A peer that was handed the memory file can punch holes into it, and so return pages to the pool:
-if somebody takes them from there, this process ends with a SIGBUS.
+All pages are set aside when RAM is mapped, so that too few are an error then, and not at some later fault. For the same
+reason none is given up before the end: a page that went back to the pool could be somebody else's by the time it is
+needed. A control group can refuse a page all the same, at its first touch: so who fills one populates it before. A peer
+that was handed the memory file can punch holes into it, and so return pages to the pool: if somebody takes them from
+there, the next access to a page that was present ends this process with a SIGBUS.
 
 Units: bytes.
 """
@@ -18,9 +19,10 @@ import errno
 import fcntl
 import os
 
+from kvmdp.abi import libc
 from kvmdp.abi.mman import MAP_HUGE_SHIFT, MFD_HUGETLB
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.hugepages import Reservation, check_pool, too_few
+from kvmdp.memory.hugepages import Reservation, check_pool, populate, too_few
 from kvmdp.memory.mapping import Mapping
 
 
@@ -31,6 +33,7 @@ class HugetlbBacking(Backing):
     """
 
     frees = False
+    refusable = True
 
     def __init__(self, size: int, *, reserve: bool = False) -> None:
         check_pool(self.page_size)
@@ -58,7 +61,8 @@ class HugetlbBacking(Backing):
             mapping = stack.enter_context(Mapping.anonymous_huge(size, self.page_size))
             return mapping, mapping, -1
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_HUGETLB
-        fd = os.memfd_create("kvmdp-ram", flags | (self.page_size.bit_length() - 1) << MAP_HUGE_SHIFT)
+        with libc.named_call("memfd_create"):
+            fd = os.memfd_create("kvmdp-ram", flags | (self.page_size.bit_length() - 1) << MAP_HUGE_SHIFT)
         stack.callback(os.close, fd)
         os.ftruncate(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
@@ -68,6 +72,10 @@ class HugetlbBacking(Backing):
 
     def forget(self, offset: int, length: int) -> None:
         """Do nothing: part of a huge page cannot be freed, and a whole one is kept (see above)."""
+
+    def populate(self, offset: int, length: int) -> None:
+        """Have the huge pages that hold a range. Raises HugePageRefusedError."""
+        populate(self.vmm, offset, length, self.page_size)
 
     def close(self) -> None:
         """Unmap, then give back what was reserved; a second call does nothing."""

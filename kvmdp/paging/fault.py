@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvmdp.memory.unsupported import UnsupportedError
+from kvmdp.shortage import in_words
 from kvmdp.wire.records import Access, Origin, Outcome, PageFault
 
 __all__ = [
@@ -29,7 +30,7 @@ def broken(what: str, error: BaseException) -> PagingError:
     """Return what to pause with because `error` came up: a PagingError is its own sentence, else `what` begins one."""
     if isinstance(error, PagingError):
         return error
-    paused = PagingError(f"{what}: {error!r}")
+    paused = PagingError(f"{what}: {in_words(error)}")
     paused.__cause__ = error
     return paused
 

@@ -34,6 +34,7 @@ from kvmdp.memory.ram_map import RamMap
 from kvmdp.paging.asked_faults import AskedFaults, check_outcome, seconds_left
 from kvmdp.paging.fault import BusyError, CancelledError, FrozenError, PagingError
 from kvmdp.paging.machine_link import LinkEndedError, MachineLink
+from kvmdp.shortage import in_words
 from kvmdp.thread import JoinableThread
 from kvmdp.waiting import Condition
 from kvmdp.wire.endpoint import Peer
@@ -331,7 +332,7 @@ class RemoteMemory:
         self._end_once(why)
 
     def _receiver_broke(self, error: BaseException) -> None:
-        self._end_once(f"taking the machine's records broke: {error!r}")
+        self._end_once(f"taking the machine's records broke: {in_words(error)}")
 
     def _end_once(self, why: str) -> None:
         with self._mutex:

@@ -24,13 +24,14 @@ from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.access_gate import AccessGate
 from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake, notify
-from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
+from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError, broken
 from kvmdp.paging.housekeeping import Housekeeping
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.pins import Pin
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.sink import Sink
 from kvmdp.paging.trap.base import Trap
+from kvmdp.shortage import ShortageError
 from kvmdp.source.base import PageSource, SourceError, asking, fetch
 from kvmdp.waiting import Condition
 
@@ -74,6 +75,7 @@ class Resolver:
         self._source = source
         self._policy = policy
         self._fill_view = trap.fill_view
+        self._populate = trap.populate
         self.sink: Sink | None = None
         self.reminders: list[Callable[[], None]] = []
         self.room: Callable[[int], bool] = lambda _since: True
@@ -199,28 +201,33 @@ class Resolver:
         asking.fault = fault
         try:
             self.fill(claim)
-        except SourceError as error:
+        except (SourceError, ShortageError) as error:
             if self.ledger.cancelled:  # it was told to give up, and the machine stops for another reason
                 self._end(claim, claim.before)
                 return Outcome.CANCELLED
-            self.fail(claim, self._source_failed(error))
+            self.fail(claim, self._lacking(claim, error))
             return Outcome.FAILED
         except Exception as error:
-            self.fail(claim, PagingError(f"filling page {claim.first} broke: {error!r}"))
+            self.fail(claim, broken(f"filling page {claim.first} broke", error))
             raise
         finally:
             asking.fault = None
-        self.commit(claim)
+        try:
+            self.commit(claim)
+        except ShortageError:
+            return Outcome.FAILED  # the machine is paused by now, and has the reason
         if self.observer is not None:
             self.observer(fault, claim, began)
         return Outcome.ADMITTED
 
     def fill(self, claim: Claim) -> None:
-        """Put the bytes of a claim's pages where the trap wants them. Raises SourceError.
+        """Put the bytes of a claim's pages where the trap wants them. Raises SourceError, ShortageError.
 
         Pages whose bytes are in RAM already (BACKED) are left alone.
         """
         first, before = claim.first, claim.before
+        if self._populate is not None:
+            self._populate(first * PAGE_SIZE, claim.count * PAGE_SIZE)
         if before == _ONE_AT_SOURCE:  # the usual fault
             offset = first * PAGE_SIZE
             fetch(self._source, offset, self._fill_view[offset : offset + PAGE_SIZE], self._may_retry)
@@ -250,9 +257,9 @@ class Resolver:
             self.counters.retries += 1
         return True
 
-    def _source_failed(self, error: SourceError) -> PagingError:
-        gpa = self.layout.gpa_of_page(error.offset // PAGE_SIZE)
-        return PagingError(f"paused: the page at gpa {gpa:#x} cannot be fetched: {error}")
+    def _lacking(self, claim: Claim, error: SourceError | ShortageError) -> PagingError:
+        page = error.offset // PAGE_SIZE if isinstance(error, SourceError) else claim.first
+        return broken(f"paused: the page at gpa {self.layout.gpa_of_page(page):#x} cannot be fetched", error)
 
     def commit(self, claim: Claim) -> None:
         """Admit a filled claim: state and bit, then the trap, then whoever waits. Can be made again.
@@ -296,7 +303,7 @@ class Resolver:
                 self.trap.admit(claim.first, claim.count)
             except BaseException as error:
                 # The bytes are in RAM; what is broken is the trap.
-                self._end(claim, State.BACKED, PagingError(f"pages could not be admitted: {error}"))
+                self._end(claim, State.BACKED, broken("pages could not be admitted", error))
                 raise
             claim.is_admitted = True
 

@@ -18,13 +18,14 @@ from typing import Protocol
 from kvmdp.interruption import Uninterrupted
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.paging.claim import Claim, State, Wait
-from kvmdp.paging.fault import BusyError, CancelledError, PageFault, PagingError, SwitchedOffError
+from kvmdp.paging.fault import BusyError, CancelledError, PageFault, PagingError, SwitchedOffError, broken
 from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.resolver import Resolver
 from kvmdp.paging.sink import FileSink
 from kvmdp.paging.takeable import runs_to_take, takeable
 from kvmdp.paging.trap.base import Trap
+from kvmdp.shortage import ShortageError, in_words
 from kvmdp.source.base import PageSource, SourceError, WritableSource
 
 _REVOKE_BATCH = 512  # pages revoked at once: bounds how long vCPUs are kept out of KVM_RUN
@@ -183,6 +184,8 @@ class Revoker(Resolver):
         with self.mutex:
             while self.ledger.pins.hold(claim):
                 self._unpinned.wait()
+        if self._populate is not None:
+            self._populate(offset, length)
         self._fill_view[offset : offset + length] = content
         began = time.perf_counter_ns()
         self.commit(claim)
@@ -199,7 +202,7 @@ class Revoker(Resolver):
         try:
             sink = FileSink()
         except OSError as error:
-            raise PagingError(f"no page can be evicted: {error.strerror or error}") from error
+            raise PagingError(f"no page can be evicted: {in_words(error)}") from error
         with self.mutex:
             if self.sink is None:
                 self.sink = sink
@@ -305,11 +308,10 @@ class Revoker(Resolver):
                     states[start : start + count] = bytes((done,)) * count
                     claim.after = bytes(states)
                 taken += count
-        except (OSError, SourceError) as error:
+        except (OSError, ShortageError, SourceError) as error:
             gpa = self.layout.gpa_of_page(claim.first)
-            why = (isinstance(error, OSError) and error.strerror) or error
             raise PagingError(
-                f"pages from gpa {gpa:#x} on stay in RAM, they cannot be saved: {why}"
+                f"pages from gpa {gpa:#x} on stay in RAM, they cannot be saved: {in_words(error)}"
             ) from error
         finally:
             with Uninterrupted():  # or memory would not be freed of which it is said that nothing is there
@@ -322,7 +324,7 @@ class Revoker(Resolver):
             for first, count in runs:
                 self.trap.forget(first, count)
         except OSError as error:
-            return PagingError(f"the memory of pages that were taken away cannot be freed: {error}")
+            return broken("the memory of pages that were taken away cannot be freed", error)
         return None
 
     def _revoke(self, claim: Claim, deadline: float | None) -> None:
@@ -333,7 +335,7 @@ class Revoker(Resolver):
             try:
                 self.trap.revoke(claim.first, claim.count)
             except BaseException as error:
-                self._end(claim, State.BACKED, PagingError(f"pages could not be revoked: {error}"))
+                self._end(claim, State.BACKED, broken("pages could not be revoked", error))
                 raise
             claim.after = bytes((State.BACKED,)) * claim.count  # what they are until they are finished
             with self.mutex:

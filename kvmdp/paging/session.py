@@ -30,6 +30,7 @@ from kvmdp.own_clock import OwnClock
 from kvmdp.paging.fault import BusyError, Outcome, broken
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.requests import FaultRequests, PeerCounters
+from kvmdp.shortage import in_words
 from kvmdp.thread import JoinableThread
 from kvmdp.waiting import Condition
 from kvmdp.wire.endpoint import Peer
@@ -262,7 +263,7 @@ class DeviceSession:
                 self._send(Record(Kind.DONE, token, outcome=outcome))
 
     def _pager_broke(self, error: Exception) -> None:
-        self._report(f"a fault of {self} could not be resolved: {error!r}")
+        self._report(f"a fault of {self} could not be resolved: {in_words(error)}")
 
     # The reader
 
@@ -270,7 +271,7 @@ class DeviceSession:
         try:
             self._read_until_end()
         except Exception as error:  # a fault of ours: the peer must not be taken for one that is served
-            self.cut_off(f"internal error: {error!r}")
+            self.cut_off(f"serving it broke: {in_words(error)}")
         self._requests.close()
         if not self._left:
             self._await_death()

@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
+from kvmdp.shortage import ShortageError, of_errno
 from kvmdp.source.base import SourceError
-
-_REMEDY = "name a folder with room for them in TMPDIR"
+from kvmdp.temporary import REMEDY, temporary_folder, unnamed_file
 
 
 class Sink(Protocol):
     """Keeps pages. Called from several threads at once, for different pages."""
 
     def store(self, offset: int, content: memoryview) -> None:
-        """Keep the pages from `offset` on. Raises OSError; then nothing may be relied on of what was there."""
+        """Keep the pages from `offset` on. Raises OSError, ShortageError: what was there is not to be used then."""
         ...
 
     def fill(self, offset: int, destination: memoryview) -> None:
@@ -30,7 +30,7 @@ class Sink(Protocol):
 
 
 class FileSink:
-    """A `Sink` in an unlinked temporary file in `folder` (default: the system's), which goes with the process.
+    """A `Sink` in an unnamed file in `folder` (default: that of temporary files), which goes with the process.
 
     Pages that have come back keep their place in it, so that it grows to RAM's size at the most. To free each would be
     one more change of the file on the way of its fault, and most go again and would take a new place: a guest that is
@@ -40,17 +40,8 @@ class FileSink:
     """
 
     def __init__(self, folder: str | None = None) -> None:
-        import tempfile  # here, for most runs evict nothing
-
-        self._folder = folder or tempfile.gettempdir()
-        try:
-            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it stays open to the end
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{error.strerror}: {self._folder} is where evicted pages go; {_REMEDY}"
-            ) from None
-        self._fd = os.dup(file.fileno())
-        file.close()
+        self._folder = folder or temporary_folder()
+        self._fd = unnamed_file("evicted pages", self._folder)
 
     def store(self, offset: int, content: memoryview) -> None:
         """Write the pages."""
@@ -59,8 +50,10 @@ class FileSink:
             try:
                 done += os.pwrite(self._fd, content[done:], offset + done)
             except OSError as error:
+                if sentence := of_errno(error.errno or 0):
+                    raise ShortageError(f"{error.strerror} where evicted pages go: {sentence}") from error
                 raise OSError(
-                    error.errno, f"{error.strerror} in {self._folder}, where evicted pages go: {_REMEDY}"
+                    error.errno, f"{error.strerror} in {self._folder}, where evicted pages go: {REMEDY}"
                 ) from None
 
     def fill(self, offset: int, destination: memoryview) -> None:

@@ -26,6 +26,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from kvmdp.own_clock import OwnClock
+from kvmdp.shortage import in_words
 from kvmdp.source.base import SourceError, asking, check_range
 from kvmdp.source.session import Session, SessionEndedError
 from kvmdp.thread import JoinableThread
@@ -223,7 +224,7 @@ class HandlerSource:
             session = self._find_successor(session)
 
     def _supervisor_broke(self, error: BaseException) -> None:
-        self._fail(str(error) if isinstance(error, _BrokenError) else f"serving it broke: {error!r}")
+        self._fail(str(error) if isinstance(error, _BrokenError) else f"serving it broke: {in_words(error)}")
 
     def _serve(self, session: Session) -> None:
         """Hand RAM over, send what is outstanding, receive answers; returns when the session has ended."""

@@ -21,8 +21,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
+from kvmdp.shortage import NoThreadError, in_words
 from kvmdp.source.base import PageSource, SourceError, fetch
-from kvmdp.thread import JoinableThread, NoThreadError
+from kvmdp.thread import JoinableThread
 from kvmdp.wire.endpoint import Peer
 from kvmdp.wire.handover import Descriptors, Handover, HandoverError, Role
 from kvmdp.wire.records import PAGE_SIZE, RECORD_SIZE, Kind, Origin, Outcome, Record, RecordError, unpack
@@ -144,7 +145,7 @@ class MachineSession:
             self._leave()
 
     def _broke(self, error: BaseException) -> None:
-        self._report(f"serving it broke: {error!r}; it was cut off")
+        self._report(f"serving it broke: {in_words(error)}; it was cut off")
 
     def _leave(self) -> None:
         self.end()

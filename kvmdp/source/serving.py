@@ -26,9 +26,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn, Self
 
+from kvmdp.shortage import NoThreadError, in_words
 from kvmdp.source.base import PageSource
 from kvmdp.source.machine_session import MachineSession
-from kvmdp.thread import NoThreadError
 from kvmdp.wire import handover, offer
 from kvmdp.wire.endpoint import Listener
 from kvmdp.wire.handover import HandoverError
@@ -128,7 +128,7 @@ class PageServer:
         except OSError as error:
             self._give_up(arrival, str(error.strerror))
         except Exception as error:  # a fault of ours
-            self._give_up(arrival, f"serving it broke: {error!r}")
+            self._give_up(arrival, f"serving it broke: {in_words(error)}")
 
     def _give_up(self, arrival: Arrival, why: str) -> None:
         self._lobby.dismiss(arrival)

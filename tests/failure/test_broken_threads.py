@@ -94,7 +94,7 @@ def test_a_collapse_whose_thread_breaks_ends_the_run(monkeypatch):
     with (
         program_machine("mmio", LOOP_FOREVER) as machine,
         Collapser(machine.pager, "background"),
-        pytest.raises(PagingError, match="pages could not be put together: SystemExit"),
+        pytest.raises(PagingError, match="pages could not be put together: internal error: SystemExit"),
     ):
         machine.run()
 
@@ -104,7 +104,7 @@ def test_a_disk_whose_thread_breaks_ends_the_run(monkeypatch):
     monkeypatch.setattr(DiskDevice, "serve", raising(RuntimeError("odd")))
     with program_machine("mmio", LOOP_FOREVER) as machine, DiskThread(machine, None) as disk:
         disk._rung(0, 0)
-        with pytest.raises(PagingError, match="the disk's thread broke: RuntimeError"):
+        with pytest.raises(PagingError, match="the disk's thread broke: internal error: RuntimeError"):
             machine.run()
 
 
@@ -116,7 +116,7 @@ def test_the_faults_of_a_device_whose_thread_breaks_pause_the_machine():
         requests.start()
         requests.submit(1, 0, 1, Access.READ, 0)
         assert requests.join(SOON)
-        assert str(pager.error) == "the thread device-1-faults broke: RuntimeError('odd')"
+        assert str(pager.error) == "the thread device-1-faults broke: internal error: RuntimeError('odd')"
         requests.close()
 
 
@@ -126,7 +126,9 @@ def test_a_device_whose_receiver_breaks_waits_for_nothing_more(monkeypatch):
         monkeypatch.setattr(RemoteMemory, "_payable", raising(RuntimeError("odd")))
         machine.send(Record(Kind.THAW).pack(EPOCH))
         threads[0].join(SOON)
-        assert [str(error) for error in errors] == ["taking the machine's records broke: RuntimeError('odd')"]
+        assert [str(error) for error in errors] == [
+            "taking the machine's records broke: internal error: RuntimeError('odd')"
+        ]
         monkeypatch.undo()
 
 
@@ -142,7 +144,7 @@ def test_a_source_whose_supervisor_breaks_fails_the_fetches_that_wait(monkeypatc
     with (
         scripted(socket_path, session),
         bound(socket_path) as (source, memory),
-        pytest.raises(SourceError, match=r"serving it broke: RuntimeError\('odd'\)"),
+        pytest.raises(SourceError, match=r"serving it broke: internal error: RuntimeError\('odd'\)"),
     ):
         fill(source, memory, 3)
 
@@ -156,7 +158,11 @@ BREAKS = (
     ("raised", "said", "reason"),
     [
         ("RuntimeError('odd')", "the fault on gpa 0x3000 failed: RuntimeError('odd')", "see what it printed"),
-        ("SystemExit(3)", "serving it broke: SystemExit(3); it was cut off", "has closed its session"),
+        (
+            "SystemExit(3)",
+            "serving it broke: internal error: SystemExit(3); it was cut off",
+            "has closed its session",
+        ),
     ],
 )
 def test_a_handler_whose_source_breaks_says_so_and_lives_on(socket_path, raised, said, reason):

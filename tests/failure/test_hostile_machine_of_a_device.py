@@ -136,4 +136,4 @@ def test_without_threads_it_says_so(socket_path, disk):
         Running("device", "--connect", socket_path, "--file", disk, prelude=WITHOUT_THREADS) as device,
     ):
         hand_over(theirs)
-        assert "can't start new thread: raise the limit on processes" in failed(device.finish())
+        assert "processes and threads" in failed(device.finish())

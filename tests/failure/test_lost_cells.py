@@ -16,6 +16,7 @@ from kvmdp.bench.work import Work
 from kvmdp.machine import coverage, probe
 from kvmdp.machine.runloop import GuestError
 from kvmdp.paging.fault import PagingError, UnsupportedError
+from kvmdp.shortage import ShortageError
 from kvmdp.source.base import SourceError
 
 needs_kvm = pytest.mark.kvm
@@ -28,9 +29,9 @@ ERRORS = [
         SourceError("the image", 0, 4096, "no source"),
         "cannot read 4096 bytes at offset 0x0 of the image: no source",
     ),
-    (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
-    (MemoryError(), "internal error: MemoryError()"),
-    (RuntimeError("can't start new thread"), 'internal error: RuntimeError("can\'t start new thread")'),
+    (OSError(28, "No space left on device"), "No space left on device"),
+    (ZeroDivisionError("by zero"), "internal error: ZeroDivisionError('by zero')"),
+    (ShortageError("no memory"), "no memory"),
 ]
 
 

@@ -105,7 +105,9 @@ def test_an_observer_that_breaks_ends_the_run():
 
     with endless("userfaultfd", SyntheticSource(MEMORY, SEED)) as machine:
         machine.pager.observer = observe
-        with pytest.raises(PagingError, match=r"a userfaultfd reader broke: RuntimeError\('odd'\)"):
+        with pytest.raises(
+            PagingError, match=r"a userfaultfd reader broke: internal error: RuntimeError\('odd'\)"
+        ):
             machine.run(TIMEOUT)
 
 

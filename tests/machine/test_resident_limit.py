@@ -1,7 +1,6 @@
 """A guest that has a quarter of its working set in memory: slower, and exact."""
 
 import contextlib
-import tempfile
 import threading
 import time
 
@@ -260,7 +259,7 @@ def test_regions_in_too_many_pieces_are_shut_off_and_not_completed(monkeypatch, 
 def test_a_folder_that_takes_no_evicted_pages_is_named(monkeypatch):
     with make_machine("mmio") as machine:
         machine.memory.read(0, 8)
-        monkeypatch.setattr(tempfile, "tempdir", "/proc/self")
+        monkeypatch.setenv("TMPDIR", "/proc/self")
         with pytest.raises(
             PagingError, match=r"no page can be evicted: .+: /proc/self is where evicted pages go; name"
         ):

@@ -65,6 +65,7 @@ class FakeTrap:
     def __init__(self, pages, granule, memory):
         self.granule = granule
         self.fill_view = memory.view
+        self.populate = None
         self.entered = bytearray(pages)  # 1: the guest may enter
         self.calls = []
         self.armed = False

@@ -212,7 +212,7 @@ def test_a_source_that_breaks_otherwise_pauses_too_and_the_error_comes_out():
         pager.source.before = fail
         with pytest.raises(RuntimeError, match="a bug"):
             pager.resolve(PageFault(5))
-        assert "filling page 5 broke: RuntimeError('a bug')" in str(pager.error)
+        assert "filling page 5 broke: internal error: RuntimeError('a bug')" in str(pager.error)
         assert pager.bitmap.count() == 0
 
 

@@ -150,8 +150,8 @@ def test_what_is_missing_is_named(monkeypatch):
     ("number", "kernel_faults", "message"),
     [
         (errno.ENOSYS, False, "no userfaultfd: use one built with CONFIG_USERFAULTFD"),
-        (errno.EPERM, True, "vm.unprivileged_userfaultfd=1"),
-        (errno.EMFILE, False, "Too many open files"),
+        (errno.EPERM, False, "docker run --device /dev/userfaultfd"),
+        (errno.EPERM, True, "docker run --device /dev/userfaultfd"),
     ],
 )
 def test_a_refused_userfaultfd_is_said_with_its_remedy(monkeypatch, number, kernel_faults, message):
@@ -161,6 +161,27 @@ def test_a_refused_userfaultfd_is_said_with_its_remedy(monkeypatch, number, kern
     monkeypatch.setattr(uffd_module, "_open", refuse)
     with pytest.raises(UnsupportedError, match=message):
         uffd_module._open_permitted(kernel_faults)
+
+
+@pytest.mark.parametrize("user_mode", [None, errno.EINVAL])  # EINVAL: not before Linux 5.11
+def test_a_privilege_that_is_missing_is_said_with_its_remedy(monkeypatch, user_mode):
+    def refuse(user_mode_only):
+        if user_mode_only and user_mode is None:
+            return os.open(os.devnull, os.O_RDONLY)
+        raise OSError(user_mode if user_mode_only else errno.EPERM, "refused")
+
+    monkeypatch.setattr(uffd_module, "_open", refuse)
+    with pytest.raises(UnsupportedError, match=r"vm\.unprivileged_userfaultfd=1"):
+        uffd_module._open_permitted(kernel_faults=True)
+
+
+def test_a_lack_of_descriptors_is_not_taken_for_a_lack_of_userfaultfd(monkeypatch):
+    def refuse(user_mode_only):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(uffd_module, "_open", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        uffd_module._open_permitted(kernel_faults=False)
 
 
 def test_without_privilege_user_mode_faults_do(monkeypatch):

@@ -121,6 +121,14 @@ class Trap(Protocol):
         ...
 
     @property
+    def populate(self) -> Callable[[int, int], None] | None:
+        """What is to be called before bytes are put into `fill_view` (offset and length of them), if anything is.
+
+        Where the host may refuse memory at its first touch, the store would end the process; this raises ShortageError.
+        """
+        ...
+
+    @property
     def memslots(self) -> int:
         """How many memslots RAM takes now."""
         ...

@@ -10,7 +10,7 @@ Shared memory only: a device view is a further mapping of the same pages.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvmdp.paging.trap.base import Presence, Trap
 from kvmdp.paging.trap.device import DeviceFaults, DeviceView
@@ -49,6 +49,11 @@ class HybridTrap:
     def fill_view(self) -> memoryview:
         """The VMM view."""
         return self._vcpus.fill_view
+
+    @property
+    def populate(self) -> Callable[[int, int], None] | None:
+        """What the exit trap needs."""
+        return self._vcpus.populate
 
     @property
     def memslots(self) -> int:

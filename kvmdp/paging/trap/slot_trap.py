@@ -6,7 +6,7 @@ Units: RAM pages, unless a name says bytes.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,6 +69,11 @@ class SlotTrap:
     def fill_view(self) -> memoryview:
         """The VMM view: no page of it ever traps."""
         return self._backing.vmm.view
+
+    @property
+    def populate(self) -> Callable[[int, int], None] | None:
+        """What comes before a store in the VMM view."""
+        return self._backing.populate if self._backing.refusable else None
 
     @property
     def memslots(self) -> int:

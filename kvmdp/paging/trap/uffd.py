@@ -16,8 +16,10 @@ from ctypes import byref
 
 from kvmdp.abi import libc
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.memory.hugepages import HugePageRefusedError
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.fault import PagingError, UnsupportedError
+from kvmdp.shortage import of_errno
 
 _DEVICE = "/dev/userfaultfd"
 # How often a page is put back that goes from the memory file before it is mapped. Whoever punches holes has to meet
@@ -30,6 +32,11 @@ _PATIENCE_SECONDS, _EAGER_SECONDS, _PAUSE_SECONDS = 30.0, 0.001, 0.0005
 _REMEDIES = (
     "run as root, or give yourself /dev/userfaultfd (sudo setfacl -m u:$USER:rw /dev/userfaultfd), "
     "or allow it for all (sudo sysctl vm.unprivileged_userfaultfd=1)"
+)
+_REFUSED = (
+    "no userfaultfd, for this process may not make that system call ({}), as in a container: give the container the "
+    "device (docker run --device /dev/userfaultfd), or a seccomp profile that allows the call (--security-opt "
+    "seccomp=FILE), or use the trap memory-fault or mmio"
 )
 
 
@@ -49,7 +56,10 @@ def _open(user_mode_only: bool) -> int:
 
 
 def _open_permitted(kernel_faults: bool) -> tuple[int, bool]:
-    """Return a descriptor, and whether it takes kernel-mode faults too: if that is permitted or demanded."""
+    """Return a descriptor, and whether it takes kernel-mode faults too: if that is permitted or demanded.
+
+    Raises UnsupportedError; OSError if what is missing has nothing to do with userfaultfd.
+    """
     try:
         return _open(user_mode_only=False), True
     except OSError as error:
@@ -57,11 +67,20 @@ def _open_permitted(kernel_faults: bool) -> tuple[int, bool]:
             raise UnsupportedError(
                 "this kernel has no userfaultfd: use one built with CONFIG_USERFAULTFD"
             ) from None
-        if kernel_faults or error.errno != errno.EPERM:
-            raise UnsupportedError(
-                f"no userfaultfd that takes the kernel's own faults ({os.strerror(error.errno or 0)}): {_REMEDIES}"
-            ) from None
-    return _open(user_mode_only=True), False
+        if of_errno(error.errno or 0):
+            raise
+        why = os.strerror(error.errno or 0)
+    no_privilege = UnsupportedError(f"no userfaultfd that takes the kernel's own faults ({why}): {_REMEDIES}")
+    try:
+        descriptor = _open(user_mode_only=True)
+    except PermissionError:  # every user may have such a one: it is the call that is refused
+        raise UnsupportedError(_REFUSED.format(why)) from None
+    except OSError:  # EINVAL: before Linux 5.11 there is no such kind
+        raise no_privilege from None
+    if kernel_faults:
+        os.close(descriptor)
+        raise no_privilege
+    return descriptor, False
 
 
 @functools.cache
@@ -165,10 +184,21 @@ class Uffd:
             if self._ioctl(self.fd, abi.UFFDIO_COPY, byref(request)) == 0:
                 break
             step, was_there = self._progress(int(request.copy), hva + done, "UFFDIO_COPY")
+            if was_there:
+                self._check_there(hva + done)
             told = 0.0 if step else self._try_again(told, hva + done, "UFFDIO_COPY")
             done += step
             skipped += step * was_there
         return length - skipped
+
+    def _check_there(self, hva: int) -> None:
+        """Raise HugePageRefusedError if the huge page at `hva`, of which the kernel says EEXIST, is not mapped.
+
+        That is what it says too if it gets no page from the pool, and there is a page table (mm/hugetlb.c,
+        hugetlb_mfill_atomic_pte). Small pages have no such case.
+        """
+        if self._page_size > PAGE_SIZE and not libc.mincore(hva, PAGE_SIZE)[0] & 1:
+            raise HugePageRefusedError(self._page_size)
 
     def _each(
         self,
@@ -218,6 +248,8 @@ class Uffd:
             # Whoever sleeps on the page was meant to be woken by the call that found it there.
             self.wake(hva, self._page_size)
             return self._page_size, True
+        if number == errno.ENOMEM and call == "UFFDIO_COPY" and self._page_size > PAGE_SIZE:
+            raise HugePageRefusedError(self._page_size)
         raise OSError(number, f"{call} at {hva:#x}: {os.strerror(number)}")
 
     def _try_again(self, told: float, hva: int, call: str) -> float:

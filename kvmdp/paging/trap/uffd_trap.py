@@ -21,7 +21,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.backing import Backing
@@ -121,6 +121,11 @@ class UffdTrap(UffdView):
     def fill_view(self) -> memoryview:
         """The staging area, where there is one, else the VMM view."""
         return (self._staging or self._backing.vmm).view
+
+    @property
+    def populate(self) -> Callable[[int, int], None] | None:
+        """What comes before a store in the VMM view; the staging area is ordinary memory."""
+        return self._backing.populate if self._backing.refusable and self._staging is None else None
 
     @property
     def memslots(self) -> int:

@@ -22,6 +22,8 @@ from collections import deque
 from collections.abc import Callable
 
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.abi.libc import named_call
+from kvmdp.memory.hugepages import populate
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.fault import broken
@@ -82,10 +84,12 @@ class UffdView(ABC):
         """Register the view and start the readers."""
         self._presence = presence
         self.register()
-        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with named_call("eventfd"):
+            self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for shard, uffd in enumerate(self._uffds):
             for number in range(self._readers_each):
-                poll = select.epoll(flags=select.EPOLL_CLOEXEC)
+                with named_call("epoll_create1"):
+                    poll = select.epoll(flags=select.EPOLL_CLOEXEC)
                 work = functools.partial(self._read, uffd, poll)
                 name = f"uffd-reader-{shard}.{number}"
                 reader = JoinableThread(work, name, self._reader_broke)
@@ -123,9 +127,13 @@ class UffdView(ABC):
 
         A peer that was handed the file can punch holes into it at any time, as it can write zeros. It must not be able
         to stop the machine with that. A load through the VMM view, which never traps, is enough; a store could undo
-        somebody else's.
+        somebody else's. A huge page that went back to its pool may not be there any more: that is a ShortageError.
         """
-        self._vmm.view[hva - self._view.hva]
+        offset = hva - self._view.hva
+        if self._unit_bytes > PAGE_SIZE:
+            populate(self._vmm, offset, PAGE_SIZE, self._unit_bytes)
+        else:
+            self._vmm.view[offset]
 
     def _uffd_of(self, page: int) -> Uffd:
         return self._uffds[page // self._shard]
