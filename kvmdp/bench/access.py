@@ -25,8 +25,8 @@ from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
 from kvmdp.interruption import entered
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE
+from kvmdp.page import Outcome, PagingError
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import Outcome, PagingError
 from kvmdp.source.synthetic import SyntheticSource
 
 _PAGES = 64  # gone over again and again: they stay in the CPU's cache, so that copying does not hide the rest

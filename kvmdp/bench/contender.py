@@ -16,9 +16,9 @@ from kvmdp.bench.work import Work
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import parse_size
-from kvmdp.paging.trap.registry import ALL_TRAPS, TRAPS, check_backing
-from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
 from kvmdp.source.network import parse_bandwidth, parse_latency
+from kvmdp.trap.registry import ALL_TRAPS, TRAPS, check_backing
+from kvmdp.trap.uffd.userfaultfd import UffdOptions, check_mode, parse_mode
 
 PRESENT = "present"
 OFF = "off-"

@@ -10,7 +10,7 @@ from array import array
 
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import PagingError, broken
+from kvmdp.page import PagingError, broken
 from kvmdp.thread import JoinableThread
 
 

@@ -22,10 +22,10 @@ from kvmdp.machine.guest_abi import DISK_SECTOR
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.remote_disk import RemoteDisk
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.page import Outcome, PagingError
+from kvmdp.peers.wire.endpoint import Listener
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.temporary import temporary_folder
-from kvmdp.wire.endpoint import Listener
 
 _PLACES = ("in_process", "out_of_process")
 _DEVICE = "from kvmdp.cli.entry import entry; entry()"

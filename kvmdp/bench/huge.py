@@ -31,8 +31,8 @@ from kvmdp.machine.machine import Machine
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.size import format_size
+from kvmdp.page import PageFault
 from kvmdp.paging.claim import Claim
-from kvmdp.paging.fault import PageFault
 from kvmdp.source.base import PageSource
 from kvmdp.source.wrapper import SourceWrapper
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from kvmdp.kvm import KvmError
-from kvmdp.paging.fault import UnsupportedError
+from kvmdp.page import UnsupportedError
 from kvmdp.shortage import in_words, named
 
 _Measured = TypeVar("_Measured")

@@ -24,15 +24,15 @@ from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
 from kvmdp.memory.backings import check_backing_options
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.page import Outcome, PagingError
 from kvmdp.paging.policy import FaultAround
-from kvmdp.paging.trap.registry import SLOT_TRAPS
-from kvmdp.paging.trap.slots import check_granule, least_granule
 from kvmdp.source.base import PageSource
 from kvmdp.source.network import NetworkSource
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.thread import run_in_thread
+from kvmdp.trap.registry import SLOT_TRAPS
+from kvmdp.trap.slots.ram_slots import check_granule, least_granule
 
 _TIMEOUT = 300.0
 _FLOOR_EXITS = 2000

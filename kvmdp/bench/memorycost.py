@@ -25,8 +25,8 @@ from kvmdp.machine.machine import Machine
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.size import format_size
 from kvmdp.paging.policy import MAX_FAULT_AROUND
-from kvmdp.paging.trap.registry import TRAPS
-from kvmdp.paging.trap.slots import least_granule
+from kvmdp.trap.registry import TRAPS
+from kvmdp.trap.slots.ram_slots import least_granule
 
 SCHEMA = "kvmdp.bench-memory/1"
 CONTENDERS = (PRESENT, *TRAPS)

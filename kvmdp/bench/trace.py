@@ -27,8 +27,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.page import Origin, PageFault
 from kvmdp.paging.claim import Claim, State
-from kvmdp.paging.fault import Origin, PageFault
 
 SCHEMA = "kvmdp.trace/1"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvmdp.paging.trap.userfaultfd import UffdMode
+from kvmdp.trap.uffd.userfaultfd import UffdMode
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 from kvmdp.cli.output import EXIT_FAILED, EXIT_OK, check_json_target, say
 from kvmdp.cli.result_files import ResultFiles
-from kvmdp.machine.coverage import ACCESSES, Coverage, coverage
-from kvmdp.machine.coverage_cell import Seen
+from kvmdp.lab.coverage import ACCESSES, Coverage, coverage
+from kvmdp.lab.coverage_cell import Seen
 from kvmdp.machine.hostinfo import host_facts
-from kvmdp.paging.trap.registry import PURE_TRAPS
+from kvmdp.trap.registry import PURE_TRAPS
 
 SCHEMA = "kvmdp.coverage/1"
 

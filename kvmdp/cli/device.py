@@ -11,10 +11,10 @@ from kvmdp.cli.paths import check_distinct, reads, writes
 from kvmdp.machine.disk import DiskError, DiskFile
 from kvmdp.machine.remote_disk import HANDOVER_SECONDS, serve_disk
 from kvmdp.memory.size import format_size
-from kvmdp.paging.fault import PagingError
+from kvmdp.page import PagingError
+from kvmdp.peers.wire.endpoint import EndpointError, Peer, connect
+from kvmdp.peers.wire.handover import HandoverError
 from kvmdp.shortage import NoThreadError
-from kvmdp.wire.endpoint import EndpointError, Peer, connect
-from kvmdp.wire.handover import HandoverError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 from kvmdp.cli.leftovers import listening
 from kvmdp.cli.output import UsageError, say
+from kvmdp.lab.experiment import DeviceFactory, in_process_disk
 from kvmdp.machine.disk import DiskError, disk_file
-from kvmdp.machine.experiment import DeviceFactory, in_process_disk
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.remote_disk import RemoteDisk
 from kvmdp.memory.backings import BACKINGS
-from kvmdp.wire.endpoint import EndpointError
+from kvmdp.peers.wire.endpoint import EndpointError
 
 __all__ = ["add_disk_options", "add_format_option", "disk_device"]
 

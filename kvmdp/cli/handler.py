@@ -12,10 +12,10 @@ from kvmdp.cli.output import UsageError, say
 from kvmdp.cli.paths import check_distinct, reads, writes
 from kvmdp.cli.sources import over_network
 from kvmdp.memory.size import format_size, parse_size
+from kvmdp.peers.handler.server import PageServer
+from kvmdp.peers.wire.endpoint import EndpointError
 from kvmdp.source.base import PageSource
-from kvmdp.source.serving import PageServer
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.wire.endpoint import EndpointError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -11,7 +11,7 @@ from kvmdp.cli.output import say
 from kvmdp.interruption import Uninterrupted
 from kvmdp.last_acts import last_act
 from kvmdp.memory.size import format_size
-from kvmdp.wire.endpoint import EndpointError, Listener, remove_dead
+from kvmdp.peers.wire.endpoint import EndpointError, Listener, remove_dead
 
 
 class Leftovers:

@@ -21,8 +21,8 @@ from kvmdp.cli.output import (
 )
 from kvmdp.cli.result_files import OutputError
 from kvmdp.kvm import KvmError
-from kvmdp.machine.runloop import GuestError
-from kvmdp.paging.fault import PagingError, UnsupportedError
+from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.page import PagingError, UnsupportedError
 from kvmdp.shortage import ShortageError, named
 from kvmdp.source.base import SourceError
 

@@ -10,11 +10,11 @@ from kvmdp.cli.output import EXIT_LACKING, EXIT_OK, check_json_target
 from kvmdp.cli.paths import check_distinct, writes
 from kvmdp.cli.result_files import ResultFiles
 from kvmdp.kvm import Kvm, KvmError
+from kvmdp.lab.probe import ACCESSES, Status, capabilities, proofs, userfaultfd_facts, works
 from kvmdp.machine.hostinfo import host_facts, huge_page_pools
-from kvmdp.machine.probe import ACCESSES, Status, capabilities, proofs, userfaultfd_facts, works
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.size import format_size
-from kvmdp.paging.trap.registry import EXIT_TRAPS, TRAPS
+from kvmdp.trap.registry import EXIT_TRAPS, TRAPS
 
 SCHEMA = "kvmdp.probe/1"
 # A cell of the table; "refused" is a trap that is not made for such memory.

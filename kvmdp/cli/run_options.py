@@ -7,30 +7,30 @@ from typing import get_args
 
 from kvmdp.cli.disk_options import add_disk_options
 from kvmdp.cli.images import add_image_options
+from kvmdp.jobs.collapse import POLICIES
+from kvmdp.jobs.resident_limit import check_frees, check_limit
 from kvmdp.kvm import Kvm
+from kvmdp.lab.experiment import usable_memory
+from kvmdp.lab.poison import check_poison
+from kvmdp.lab.probe import choose_trap, working_traps
 from kvmdp.machine.boot import read_program, vector_flags
-from kvmdp.machine.experiment import usable_memory
 from kvmdp.machine.machine import MachineOptions
-from kvmdp.machine.poison import check_poison
-from kvmdp.machine.probe import choose_trap, working_traps
-from kvmdp.machine.pv import pv_flags
+from kvmdp.machine.pv_msrs import pv_flags
 from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions, make_workload
 from kvmdp.machine.workloads.poison import Poison
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.memory.layout import HIGH_RAM_BASE, MIN_MEMORY, PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size, parse_size
-from kvmdp.paging.collapse import POLICIES
-from kvmdp.paging.fault import UnsupportedError
+from kvmdp.page import UnsupportedError
 from kvmdp.paging.policy import FaultAround
-from kvmdp.paging.resident import check_frees, check_limit
-from kvmdp.paging.trap.memory_fault import MemoryFaultTrap
-from kvmdp.paging.trap.partial_regions import DEFAULT_SLOT_MEMORY
-from kvmdp.paging.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing, exit_trap_of
-from kvmdp.paging.trap.slot_trap import SlotOptions, Split
-from kvmdp.paging.trap.slots import check_granule, least_granule
-from kvmdp.paging.trap.userfaultfd import UffdOptions, check_mode, parse_mode
+from kvmdp.peers.handler.source import DEFAULT_TIMEOUT
 from kvmdp.source.base import PageSource
-from kvmdp.source.handler import DEFAULT_TIMEOUT
+from kvmdp.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing, exit_trap_of
+from kvmdp.trap.slots.memory_fault import MemoryFaultTrap
+from kvmdp.trap.slots.partial_slots import DEFAULT_SLOT_MEMORY
+from kvmdp.trap.slots.ram_slots import check_granule, least_granule
+from kvmdp.trap.slots.slot_trap import SlotOptions, Split
+from kvmdp.trap.uffd.userfaultfd import UffdOptions, check_mode, parse_mode
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from kvmdp.machine.collapse import CollapseResult
-from kvmdp.machine.experiment import RunResult
+from kvmdp.lab.collapse_cost import CollapseResult
+from kvmdp.lab.experiment import RunResult
+from kvmdp.lab.leaks import Leak
 from kvmdp.machine.hostinfo import emulates_ring_0
-from kvmdp.machine.leaks import Leak
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.size import format_size
-from kvmdp.paging.emulated import Form
+from kvmdp.vcpu.emulated import Form
 
 
 def results(result: RunResult) -> dict[str, Any]:

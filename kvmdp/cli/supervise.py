@@ -30,7 +30,7 @@ from kvmdp.cli.ending import SAME_SECONDS, run_to_end
 from kvmdp.cli.entry import INTERRUPTING, interruptions, last_words, leave, on_interruption
 from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LACKING, say
 from kvmdp.cli.streams import open_streams
-from kvmdp.machine.leaks import Leak, LeakKind
+from kvmdp.lab.leaks import Leak, LeakKind
 from kvmdp.shortage import ShortageError, starting_process, starting_thread
 
 _BEAT_SECONDS = 0.2

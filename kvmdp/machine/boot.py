@@ -125,7 +125,7 @@ def guest_cpuid(kvm: Kvm, pv_features: int = 0) -> list[kvm_cpuid_entry2]:
     """Return the CPUID table for the guest: what the host has, less what this machine does not provide.
 
     There is no APIC. Of KVM's paravirtual features only the bits `pv_features` of KVM_CPUID_FEATURES are shown: each
-    makes KVM write to guest memory by itself, which `kvmdp.machine.pv` has to know of.
+    makes KVM write to guest memory by itself, which `kvmdp.machine.pv_msrs` has to know of.
     """
     entries = kvm.supported_cpuid()
     for entry in entries:

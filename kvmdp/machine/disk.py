@@ -9,7 +9,7 @@ killed at whatever moment has completed exactly what that count says, and at mos
 successor begins with that request again, and that is exact: until it is completed the guest touches neither its
 buffers nor, through later requests, its sectors; a write stores the same bytes once more, a read fetches the same; and
 a status that was stored without the count has been seen by nobody. Two devices at once would not be exact, so a
-successor is let in only after its predecessor's death is confirmed (`kvmdp.wire.endpoint`).
+successor is let in only after its predecessor's death is confirmed (`kvmdp.peers.wire.endpoint`).
 
 Trust. Everything in the ring is the guest's to choose, and may change while it is read. A header or a request is
 copied once and judged by that copy; a pass does at most `DISK_MAX_ENTRIES` requests of `DISK_MAX_BYTES` each; what
@@ -32,8 +32,8 @@ from typing import Self
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.guest_abi import DiskStatus
 from kvmdp.memory.size import format_size
+from kvmdp.page import PoisonedError
 from kvmdp.paging.access import MemoryAccess
-from kvmdp.paging.fault import PoisonedError
 from kvmdp.source.formats import recognise_file
 from kvmdp.temporary import unnamed_file
 

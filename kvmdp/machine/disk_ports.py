@@ -18,8 +18,8 @@ from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.layout import PAGE_SHIFT
+from kvmdp.page import CancelledError, FrozenError, Origin, broken
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import CancelledError, FrozenError, Origin, broken
 from kvmdp.thread import JoinableThread
 
 _LONGEST_WAIT = 0.1  # of a vCPU in the wait port

@@ -14,6 +14,7 @@ from typing import Literal
 from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_MCE, KVM_CAP_SYNC_REGS
 from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs, kvm_vcpu_events
 from kvmdp.interruption import Interruptible, Uninterrupted
+from kvmdp.jobs.resident_limit import ResidentLimit, check_frees, check_limit
 from kvmdp.kvm import Interrupted, Kvm, Vcpu, Vm
 from kvmdp.kvm.machine_check import guest_mcg_cap
 from kvmdp.machine import guest_abi as guest
@@ -28,26 +29,25 @@ from kvmdp.machine.boot import (
 from kvmdp.machine.hostinfo import uses_nested_paging, vmalloc_used
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.ports import Loopback, Ports
-from kvmdp.machine.pv import PvMsrs
-from kvmdp.machine.runloop import GuestError, VcpuThread
+from kvmdp.machine.pv_msrs import PvMsrs
+from kvmdp.machine.vcpu_thread import GuestError, VcpuThread
 from kvmdp.memory.backings import create_backing
 from kvmdp.memory.layout import LOW_RAM_END, PAGE_SIZE, GuestLayout
+from kvmdp.page import BusyError, Origin, Outcome, PagingError
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import BusyError, Origin, Outcome, PagingError
-from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
-from kvmdp.paging.peers import DeviceServer, check_shareable
 from kvmdp.paging.policy import FaultAround
-from kvmdp.paging.resident import ResidentLimit, check_frees, check_limit
-from kvmdp.paging.trap.device import DeviceView
-from kvmdp.paging.trap.hybrid import HybridTrap
-from kvmdp.paging.trap.mmio import MmioTrap
-from kvmdp.paging.trap.registry import SLOT_TRAPS, create_trap, exit_trap_of
-from kvmdp.paging.trap.slot_trap import SlotOptions
-from kvmdp.paging.trap.userfaultfd import UffdOptions, UserfaultfdTrap
-from kvmdp.paging.vcpu import VcpuPaging
+from kvmdp.peers.peers import DeviceServer, check_shareable
 from kvmdp.source.base import PageSource, fetch, ram_source
 from kvmdp.source.patched import PatchedSource
+from kvmdp.trap.registry import SLOT_TRAPS, create_trap, exit_trap_of
+from kvmdp.trap.slots.mmio import MmioTrap
+from kvmdp.trap.slots.slot_trap import SlotOptions
+from kvmdp.trap.uffd.device_view import DeviceView
+from kvmdp.trap.uffd.hybrid import HybridTrap
+from kvmdp.trap.uffd.userfaultfd import UffdOptions, UserfaultfdTrap
+from kvmdp.vcpu.faults import VcpuPaging
+from kvmdp.vcpu.gate import VcpuGate
 
 _TICK_SECONDS = 0.1
 _STALL_SECONDS = 1.0
@@ -70,7 +70,7 @@ class MachineOptions:
     is for the trap userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none.
     `page_tables` is where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present
     before the guest is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see
-    what comes of it. So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv`).
+    what comes of it. So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv_msrs`).
     `resident_limit` is how many bytes of RAM may be in memory at once. `slots` is for the traps that work by memslot.
     With `demand_paging` False the guest never has it: RAM is filled before it runs. That is something to compare with,
     for a trap that works by memslot, and a source in this process.

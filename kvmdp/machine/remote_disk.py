@@ -29,17 +29,17 @@ from kvmdp.machine.disk_ports import DiskPorts
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.service_watch import ServiceWatch
 from kvmdp.own_clock import OwnClock
+from kvmdp.page import CancelledError, FrozenError, PagingError, broken
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import CancelledError, FrozenError, PagingError, broken
-from kvmdp.paging.remote import RemoteMemory
-from kvmdp.paging.session import DeviceSession
+from kvmdp.peers.remote import RemoteMemory
+from kvmdp.peers.session import DeviceSession
+from kvmdp.peers.wire import handover
+from kvmdp.peers.wire.endpoint import EndpointError, Listener, Peer
+from kvmdp.peers.wire.handover import HandoverError
+from kvmdp.peers.wire.lobby import Arrival, Lobby
 from kvmdp.shortage import NoThreadError
 from kvmdp.thread import JoinableThread
 from kvmdp.waiting import Latch
-from kvmdp.wire import handover
-from kvmdp.wire.endpoint import EndpointError, Listener, Peer
-from kvmdp.wire.handover import HandoverError
-from kvmdp.wire.lobby import Arrival, Lobby
 
 _TICK_SECONDS = 0.1
 HANDOVER_SECONDS: float = 60  # that a device waits for its turn

@@ -18,8 +18,7 @@ import numpy.typing as npt
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE, GuestLayout
 from kvmdp.memory.mapping import Mapping
-from kvmdp.paging.cancellation import Cancellation
-from kvmdp.paging.fault import (
+from kvmdp.page import (
     Access,
     BusyError,
     CancelledError,
@@ -29,6 +28,7 @@ from kvmdp.paging.fault import (
     PagingError,
     PoisonedError,
 )
+from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.pins import Pin
 

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from kvmdp.interruption import undone
+from kvmdp.page import BusyError, FrozenError, PagingError
 from kvmdp.paging.claim import State
-from kvmdp.paging.fault import BusyError, FrozenError, PagingError
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.pins import Pin
 from kvmdp.waiting import Condition

@@ -12,7 +12,7 @@ that state INFLIGHT in the same step.
 
 Why an exception between any two steps (an interruption) harms nothing: a claim is listed before its pages' states
 change, and taken off the list after that; each call that does so can be made again, and then does what is left of it.
-Its owner, who has made the `Claim`, does so (`kvmdp.paging.resolver`). What must not be done twice, the sums, comes in
+Its owner, who has made the `Claim`, does so (`kvmdp.paging.admission`). What must not be done twice, the sums, comes in
 one row with the end of the list's entry, in which there is no call at which Python would look for a signal.
 
 Units: RAM pages. A *unit* is the block of pages the trap can flip on its own (1 page, or a granule).
@@ -23,8 +23,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvmdp.memory.bitmap import PresentBitmap
+from kvmdp.page import Outcome
 from kvmdp.paging.claim import Claim, Counters, State, Waiter, Wake
-from kvmdp.paging.fault import Outcome
 from kvmdp.paging.pins import Pins
 from kvmdp.paging.takeable import REVOKE, WAIT
 

@@ -1,4 +1,4 @@
-"""The pager: the one way in which a page becomes present (`kvmdp.paging.resolver`) or stops being so (`revoker`).
+"""The pager: the one way in which a page becomes present (`kvmdp.paging.admission`) or stops being so (`revoker`).
 
 Here is what concerns all of RAM: switching demand paging on and off, freezing accesses, marking, stopping.
 
@@ -16,14 +16,14 @@ import numpy as np
 from kvmdp.interruption import Uninterrupted, undone
 from kvmdp.memory.bitmap import Words, runs_of
 from kvmdp.memory.layout import REGION, GuestLayout
+from kvmdp.page import BusyError, Outcome, PageFault, PagingError, SwitchedOffError
 from kvmdp.paging.claim import State, Wait, notify
-from kvmdp.paging.fault import BusyError, Outcome, PageFault, PagingError, SwitchedOffError
-from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.policy import FaultPolicy
-from kvmdp.paging.revoker import Peers, Revoker
+from kvmdp.paging.removal import Peers, Revoker
 from kvmdp.paging.takeable import takeable
-from kvmdp.paging.trap.base import Trap
 from kvmdp.source.base import PageSource, ram_source
+from kvmdp.trap.base import Trap
+from kvmdp.vcpu.gate import VcpuGate
 from kvmdp.waiting import Condition
 
 __all__ = ["DemandPager", "Peers"]

@@ -14,8 +14,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from kvmdp.page import Outcome
 from kvmdp.paging.claim import Claim, State
-from kvmdp.paging.fault import Outcome
 
 _PRESENT = bytes((State.PRESENT,))
 _PRESENT_BYTE, _POISON_BYTE = int(State.PRESENT), int(State.POISON)

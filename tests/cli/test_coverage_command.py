@@ -104,12 +104,12 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_runs(tmp_path):
 
 
 _ONLY_READ = """
-from kvmdp.machine import coverage
+from kvmdp.lab import coverage
 for access in list(coverage.ACCESSES):
     if access != "read":
         del coverage.ACCESSES[access]
 """
 _NEVER_TRAPS = """
-from kvmdp.paging.trap.mmio import MmioTrap
+from kvmdp.trap.slots.mmio import MmioTrap
 MmioTrap.arm = lambda trap, presence: trap._slots.map_plain()
 """

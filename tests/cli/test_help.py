@@ -9,7 +9,7 @@ from command import kvmdp
 from kvmdp import __version__
 from kvmdp.cli.main import build_parser
 from kvmdp.machine.workloads import WORKLOADS
-from kvmdp.paging.trap.registry import ALL_TRAPS
+from kvmdp.trap.registry import ALL_TRAPS
 
 UNITS = r"\b(bytes|pages|vCPUs|seconds|ring|number|accesses|passes|rounds|threads|microseconds)\b"
 

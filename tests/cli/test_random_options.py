@@ -126,7 +126,7 @@ def test_a_command_that_goes_on_for_ever_is_ended_and_its_stacks_are_shown(tmp_p
         fork.start(["handler", "--listen", "sock", "--synthetic", "2M"], tmp_path, "0", 1)
         end = fork.finish()
     assert (end.status, end.hung) == (-9, True)
-    assert "kvmdp/source/serving.py" in (tmp_path / "0.stacks").read_text()
+    assert "kvmdp/peers/handler/server.py" in (tmp_path / "0.stacks").read_text()
 
 
 def test_a_failure_shows_the_command_lines(tmp_path):

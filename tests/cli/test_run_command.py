@@ -169,8 +169,8 @@ def test_a_run_that_fails_replaces_an_older_result_as_a_whole(tmp_path, program)
 
 def test_a_machine_that_cannot_be_made_says_so_in_the_file_too(tmp_path):
     prelude = """
-from kvmdp.paging.fault import UnsupportedError
-from kvmdp.paging.trap import registry
+from kvmdp.page import UnsupportedError
+from kvmdp.trap import registry
 def cannot_be_made(*arguments):
     raise UnsupportedError("this host has no mmio: get one")
 registry.TRAPS["mmio"] = cannot_be_made

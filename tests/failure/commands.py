@@ -16,7 +16,7 @@ MEASURING = {
 # To be run before `probe` and `compare --coverage`, whose tables would take long.
 FEW_CELLS = """
 from kvmdp.cli import probe
-from kvmdp.machine import coverage
+from kvmdp.lab import coverage
 probe.TRAPS = probe.EXIT_TRAPS = ("mmio",)
 probe.BACKINGS = {"memfd": probe.BACKINGS["memfd"]}
 for access in {*coverage.ACCESSES} - {"read", "device thread"}:

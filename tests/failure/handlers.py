@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-from kvmdp.wire import handover, offer
-from kvmdp.wire.endpoint import Listener
+from kvmdp.peers.wire import handover, offer
+from kvmdp.peers.wire.endpoint import Listener
 
 MEMORY = 2 << 20
 SEED = 11

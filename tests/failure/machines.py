@@ -12,12 +12,12 @@ from handlers import MEMORY, SEED
 
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.bitmap import PresentBitmap
-from kvmdp.source.handler import HandlerSource
+from kvmdp.peers.handler.source import HandlerSource
+from kvmdp.peers.wire import handover, offer
+from kvmdp.peers.wire.endpoint import connect
+from kvmdp.peers.wire.handover import Handover, Role
+from kvmdp.peers.wire.records import Kind, Record, unpack
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.wire import handover, offer
-from kvmdp.wire.endpoint import connect
-from kvmdp.wire.handover import Handover, Role
-from kvmdp.wire.records import Kind, Record, unpack
 
 PAGE = 4096
 TERMS = Handover(1, Role.HANDLER, 64, MEMORY // PAGE, ((0, MEMORY, 0),))
@@ -91,7 +91,7 @@ _PRELUDE = """
 import contextlib, os, signal, socket, sys, time
 sys.path[:0] = sys.argv[2:]
 from machines import *
-from kvmdp.wire.records import *
+from kvmdp.peers.wire.records import *
 path, stack = sys.argv[1], contextlib.ExitStack()
 def say(what):
     print(what, flush=True)

@@ -12,11 +12,11 @@ from handlers import MEMORY, scripted
 
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.bitmap import PresentBitmap
+from kvmdp.peers.handler.source import HandlerSource
+from kvmdp.peers.wire import handover, offer
+from kvmdp.peers.wire.endpoint import EndpointError, Listener
+from kvmdp.peers.wire.records import Kind, Outcome, Record, unpack
 from kvmdp.source.base import SourceError
-from kvmdp.source.handler import HandlerSource
-from kvmdp.wire import handover, offer
-from kvmdp.wire.endpoint import EndpointError, Listener
-from kvmdp.wire.records import Kind, Outcome, Record, unpack
 
 PAGE = 4096
 

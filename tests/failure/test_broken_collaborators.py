@@ -10,10 +10,10 @@ import pytest
 from fakes import PAGES, content, page_of, pager_of, started
 
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging import gate
+from kvmdp.page import BusyError, Outcome, PageFault, PagingError
 from kvmdp.paging.claim import State, Waiter
-from kvmdp.paging.fault import BusyError, Outcome, PageFault, PagingError
-from kvmdp.paging.sink import FileSink
+from kvmdp.paging.store import FileSink
+from kvmdp.vcpu import gate
 
 SOON = 5.0  # seconds that nothing here needs, unless something was left behind
 TIMEOUT = 60

@@ -11,18 +11,18 @@ from test_bad_handler import bound, fill
 from test_remote import EPOCH, device, readers
 
 import kvmdp
+from kvmdp.jobs.collapse import Collapser
+from kvmdp.jobs.resident_limit import ResidentLimit
 from kvmdp.kvm import KvmError, Vcpu
 from kvmdp.machine.disk import DiskDevice
 from kvmdp.machine.disk_ports import DiskThread
-from kvmdp.machine.runloop import GuestError
-from kvmdp.paging.collapse import Collapser
-from kvmdp.paging.fault import Access, PagingError
-from kvmdp.paging.remote import RemoteMemory
-from kvmdp.paging.requests import FaultRequests, PeerCounters
-from kvmdp.paging.resident import ResidentLimit
+from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.page import Access, PagingError
+from kvmdp.peers.handler.source import HandlerSource
+from kvmdp.peers.remote import RemoteMemory
+from kvmdp.peers.requests import FaultRequests, PeerCounters
+from kvmdp.peers.wire.records import Kind, Record
 from kvmdp.source.base import SourceError
-from kvmdp.source.handler import HandlerSource
-from kvmdp.wire.records import Kind, Record
 
 SOON = 20
 # Its end is noticed elsewhere: another process counts its beats.

@@ -12,10 +12,10 @@ from harness import MEMORY, SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, 
 
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import Origin
-from kvmdp.paging.trap.userfaultfd import UffdOptions
+from kvmdp.page import Origin
 from kvmdp.source.base import asking
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.uffd.userfaultfd import UffdOptions
 
 pytestmark = pytest.mark.kvm
 

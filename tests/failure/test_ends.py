@@ -231,7 +231,7 @@ def test_a_second_signal_while_python_waits_for_a_thread_keeps_the_first_ones_st
     prelude = """
 import threading, time
 import kvmdp.cli.entry, kvmdp.cli.ending
-from kvmdp.source.serving import PageServer
+from kvmdp.peers.handler.server import PageServer
 def run(server):
     threading.Thread(target=time.sleep, args=(1000,)).start()
     server._report("started")

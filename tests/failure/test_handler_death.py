@@ -9,11 +9,11 @@ from command import Running, require_trap
 from effort import by_effort
 from handlers import MEMORY, SEED, HandlerProcess
 
-from kvmdp.machine.experiment import run_workload
+from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.paging.fault import Origin, Outcome, PageFault, PagingError
-from kvmdp.source.handler import HandlerSource
+from kvmdp.page import Origin, Outcome, PageFault, PagingError
+from kvmdp.peers.handler.source import HandlerSource
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm

@@ -13,9 +13,9 @@ from handlers import MEMORY, SEED, HandlerProcess
 from machines import PAGE, Machine, MachineProcess, answer, check_served, fault, memfd
 
 from kvmdp.memory.hugepages import Reservation
+from kvmdp.peers.wire.handover import Handover, Role
+from kvmdp.peers.wire.records import Outcome
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.wire.handover import Handover, Role
-from kvmdp.wire.records import Outcome
 
 IMPATIENT = "from kvmdp.source import serving\nserving._PATIENCE_SECONDS = 0.2"
 HUGE_PAGE = 2 << 20
@@ -151,7 +151,7 @@ def test_one_that_says_nothing_has_its_place_for_a_while(tmp_path):
 
 
 FLOOD = """
-from kvmdp.wire.endpoint import connect
+from kvmdp.peers.wire.endpoint import connect
 connections = [connect(path) for _ in range(300)]
 say("flooded")
 wait_for_the_end()

@@ -11,9 +11,9 @@ from machines import MachineProcess
 
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.bitmap import PresentBitmap
-from kvmdp.wire import handover
-from kvmdp.wire.endpoint import Listener
-from kvmdp.wire.handover import Descriptors, Handover, Role
+from kvmdp.peers.wire import handover
+from kvmdp.peers.wire.endpoint import Listener
+from kvmdp.peers.wire.handover import Descriptors, Handover, Role
 
 PAGES = 512
 TERMS = Handover(1, Role.DEVICE, 64, PAGES, ((0, PAGES * 4096, 0),))
@@ -79,8 +79,8 @@ def test_a_time_that_makes_no_sense(disk):
 
 
 LEAVES_A_CHILD = """
-from kvmdp.wire.endpoint import Listener
-from kvmdp.wire.notifier import notifier_pair
+from kvmdp.peers.wire.endpoint import Listener
+from kvmdp.peers.wire.notifier import notifier_pair
 def leave_a_child():
     if not os.fork():
         wait_for_the_end()

@@ -16,10 +16,10 @@ from fakes import content
 from harness import MEMORY, SEED, make_machine, plan
 
 from kvmdp.machine.remote_disk import RemoteDisk
-from kvmdp.paging.fault import BusyError, Origin, PagingError
+from kvmdp.page import BusyError, Origin, PagingError
+from kvmdp.peers.wire.endpoint import Listener
 from kvmdp.source.base import asking
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.wire.endpoint import Listener
 
 pytestmark = pytest.mark.kvm
 
@@ -50,8 +50,9 @@ DiskFile.read = read_slowly
 """
 RAW = """
 import os, socket, sys, time
-from kvmdp.wire import endpoint, handover
-from kvmdp.wire.records import *
+from kvmdp.peers.wire import endpoint
+from kvmdp.peers.wire import handover
+from kvmdp.peers.wire.records import *
 connection = endpoint.connect(sys.argv[2])
 given, descriptors = handover.receive(connection)
 notifier = socket.socket(fileno=descriptors.notifier)
@@ -263,7 +264,7 @@ def test_one_that_was_cut_off_and_lives_keeps_its_successor_from_nothing_but_the
 
 
 def test_there_is_a_bound_on_those_that_were_cut_off_and_live(monkeypatch):
-    monkeypatch.setattr("kvmdp.paging.peers._MOST_LIVING", 2)
+    monkeypatch.setattr("kvmdp.peers.peers._MOST_LIVING", 2)
     with bench() as here:
         living = [here.child("heard()", raw=True) for _ in range(2)]
         for each in living:

@@ -8,7 +8,7 @@ import pytest
 from command import Running
 
 ONLY_TOUCHES = """
-from kvmdp.machine import coverage
+from kvmdp.lab import coverage
 for access in {*coverage.ACCESSES} - {"user touch"}:
     del coverage.ACCESSES[access]
 """

@@ -10,16 +10,17 @@ from command import NOBODY
 from device_process import SOON, bench, child_of
 from handlers import MEMORY, SEED, HandlerProcess
 
-from kvmdp.source.handler import HandlerSource
-from kvmdp.wire.endpoint import EndpointError, Listener, connect
+from kvmdp.peers.handler.source import HandlerSource
+from kvmdp.peers.wire.endpoint import EndpointError, Listener, connect
 
 pytestmark = pytest.mark.root
 
 OTHER = f"""
 import os, sys
-from kvmdp.source.handler import HandlerSource
-from kvmdp.wire import handover, offer
-from kvmdp.wire.endpoint import EndpointError, Listener, connect
+from kvmdp.peers.handler.source import HandlerSource
+from kvmdp.peers.wire import handover
+from kvmdp.peers.wire import offer
+from kvmdp.peers.wire.endpoint import EndpointError, Listener, connect
 def become_nobody():
     os.setgroups([])
     os.setresgid({NOBODY}, {NOBODY}, {NOBODY})

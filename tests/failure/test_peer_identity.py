@@ -17,8 +17,8 @@ pytestmark = pytest.mark.root
 REUSED = """
 import ctypes, os, signal, socket, sys, time
 from pathlib import Path
-from kvmdp.wire import endpoint
-from kvmdp.wire.endpoint import EndpointError, Listener, Peer, connect
+from kvmdp.peers.wire import endpoint
+from kvmdp.peers.wire.endpoint import EndpointError, Listener, Peer, connect
 
 def fork(body):
     if child := os.fork():

@@ -8,12 +8,12 @@ from fakes import content, page_of
 from handlers import HandlerProcess
 from harness import MEMORY, TIMEOUT, make_machine, meanwhile, plan, require_trap, without_kernel_faults
 
-from kvmdp.machine.runloop import GuestError
+from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import CancelledError
-from kvmdp.paging.trap.registry import ALL_TRAPS
-from kvmdp.paging.trap.userfaultfd import UffdOptions
-from kvmdp.source.handler import HandlerSource
+from kvmdp.page import CancelledError
+from kvmdp.peers.handler.source import HandlerSource
+from kvmdp.trap.registry import ALL_TRAPS
+from kvmdp.trap.uffd.userfaultfd import UffdOptions
 
 PAGES = MEMORY // PAGE_SIZE
 # All of RAM at times, else a page: MADV_REMOVE is fallocate's PUNCH_HOLE by way of a mapping.
@@ -26,7 +26,7 @@ for number in itertools.count():
 """
 PUNCHING_HANDLER = f"""
 import itertools, mmap, threading
-from kvmdp.source import machine_session
+from kvmdp.peers.handler import machine_session
 map_ram = machine_session._map
 def map_and_punch(terms, ram):
     memory = map_ram(terms, ram)

@@ -158,7 +158,7 @@ MEMORY = {
 NO_COMPARISON = """
 import sys; sys.path.insert(0, 'tests')
 import limits
-from kvmdp.machine import experiment
+from kvmdp.lab import experiment
 compare = experiment._compare
 def compare_without_memory(*arguments):
     limits.limit_data(0)

@@ -10,9 +10,9 @@ from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan
 
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import BusyError
-from kvmdp.paging.trap.userfaultfd import UffdOptions
+from kvmdp.page import BusyError
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.uffd.userfaultfd import UffdOptions
 
 pytestmark = pytest.mark.kvm
 
@@ -102,7 +102,7 @@ heard()
 def test_a_device_that_acknowledges_too_early_loses_what_it_writes(early, monkeypatch):
     # In this mode the bytes of a page that is taken away are moved elsewhere, and come back: a late write shows. It is
     # refused to devices, because it fills pages elsewhere too; here nothing is filled while there is one.
-    monkeypatch.setattr("kvmdp.paging.peers.check_shareable", lambda *_: None)
+    monkeypatch.setattr("kvmdp.peers.peers.check_shareable", lambda *_: None)
     with make_machine("userfaultfd", uffd=UffdOptions(mode="missing")) as machine:
         server = machine.serve_devices(print)
         with child_of(server, (EARLY_ACK if early else "") + WRITER) as child:

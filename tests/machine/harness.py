@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from kvmdp.kvm import Kvm
+from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.boot import vector_flags
-from kvmdp.machine.experiment import run_workload
 from kvmdp.machine.guest_abi import VectorFlag
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.machine.pv import pv_flags
+from kvmdp.machine.pv_msrs import pv_flags
 from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import UnsupportedError
 from kvmdp.paging.claim import State
-from kvmdp.paging.fault import UnsupportedError
-from kvmdp.paging.trap import uffd
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.uffd import descriptor as uffd
 
 TRAPS = ("memory-fault", "marker", "mmio")
 BACKINGS = ("memfd", "anonymous")

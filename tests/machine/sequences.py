@@ -19,14 +19,16 @@ import pytest
 from harness import MEMORY, SEED, TIMEOUT, program_machine
 
 from kvmdp.kvm import BusError, InternalError, MemoryFault, Mmio
+from kvmdp.lab.invariants import violations
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import BusyError, Outcome, PagingError, PoisonedError
 from kvmdp.paging.claim import Counters, State
-from kvmdp.paging.fault import BusyError, Outcome, PagingError, PoisonedError
-from kvmdp.paging.invariants import violations
-from kvmdp.paging.trap import memory_fault, partial_regions, slots
 from kvmdp.source.base import read_pages
 from kvmdp.source.image import WritableImageSource
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.slots import memory_fault
+from kvmdp.trap.slots import partial_slots as partial_regions
+from kvmdp.trap.slots import ram_slots as slots
 
 PAGES = MEMORY // PAGE_SIZE
 IMAGE = read_pages(SyntheticSource(MEMORY, SEED), np.arange(PAGES)).tobytes()

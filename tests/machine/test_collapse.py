@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan
 
+from kvmdp.jobs.collapse import Collapser
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.layout import REGION
-from kvmdp.paging.collapse import Collapser
-from kvmdp.paging.fault import Outcome, PagingError
+from kvmdp.page import Outcome, PagingError
 from kvmdp.paging.pager import DemandPager
-from kvmdp.paging.trap import collapse as trap_collapse
-from kvmdp.paging.trap.collapse import can_collapse
-from kvmdp.paging.trap.userfaultfd import UffdOptions
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap import collapse as trap_collapse
+from kvmdp.trap.collapse import can_collapse
+from kvmdp.trap.uffd.userfaultfd import UffdOptions
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 
@@ -407,7 +407,7 @@ def test_holes_of_a_shared_memory_file_are_never_in_a_huge_page(machine_of):
 def test_a_kernel_that_cannot_collapse_leaves_all_as_it_is(machine_of, monkeypatch, trap):
     machine = machine_of(trap, workload=atomic())
     machine.pager.mark_present(0, PAGES)
-    monkeypatch.setattr("kvmdp.paging.trap.uffd_trap.can_collapse", lambda view: False)
+    monkeypatch.setattr("kvmdp.trap.uffd.guest_view.can_collapse", lambda view: False)
     assert machine.pager.collapse(0, PAGES) == 0
     assert machine.pager.mark_nonpresent(7, 1) == 1
     machine.run(TIMEOUT)

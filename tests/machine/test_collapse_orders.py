@@ -1,4 +1,4 @@
-"""What is lost if a collapse is not made as `kvmdp.paging.trap.collapse` has it: why its order is the only one."""
+"""What is lost if a collapse is not made as `kvmdp.trap.collapse` has it: why its order is the only one."""
 
 import ctypes
 import os
@@ -9,8 +9,8 @@ from kvmdp.abi import userfaultfd as abi
 from kvmdp.abi.mman import MADV_COLLAPSE, MADV_HUGEPAGE
 from kvmdp.memory.layout import HUGE_PAGE
 from kvmdp.memory.mapping import Mapping
-from kvmdp.paging.trap.collapse import can_collapse
-from kvmdp.paging.trap.uffd import Uffd, supported_features
+from kvmdp.trap.collapse import can_collapse
+from kvmdp.trap.uffd.descriptor import Uffd, supported_features
 
 PAGE = 4096
 PLAIN = abi.UFFDIO_REGISTER_MODE_MISSING | abi.UFFDIO_REGISTER_MODE_MINOR

@@ -14,9 +14,9 @@ from kvmdp.kvm import Mmio
 from kvmdp.machine.hostinfo import cpu_model
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE
-from kvmdp.paging.emulated import Emulation
-from kvmdp.paging.fault import PagingError
+from kvmdp.page import PagingError
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.vcpu.emulated import Emulation
 
 pytestmark = pytest.mark.kvm
 

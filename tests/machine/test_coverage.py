@@ -6,17 +6,17 @@ import os
 import pytest
 from harness import TRAPS, require_trap
 
-from kvmdp.machine import coverage as module
-from kvmdp.machine.coverage import ACCESSES, coverage, run_cell
-from kvmdp.machine.coverage_cell import Seen
+from kvmdp.lab import coverage as module
+from kvmdp.lab.coverage import ACCESSES, coverage, run_cell
+from kvmdp.lab.coverage_cell import Seen
 from kvmdp.machine.hostinfo import emulates_ring_0, uses_nested_paging
 from kvmdp.machine.machine import catches_page_walks
+from kvmdp.page import UnsupportedError
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import UnsupportedError
-from kvmdp.paging.trap import registry
-from kvmdp.paging.trap.mmio import MmioTrap
-from kvmdp.paging.trap.registry import PURE_TRAPS as ALL_TRAPS
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap import registry
+from kvmdp.trap.registry import PURE_TRAPS as ALL_TRAPS
+from kvmdp.trap.slots.mmio import MmioTrap
 
 pytestmark = pytest.mark.kvm
 

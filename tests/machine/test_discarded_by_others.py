@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from harness import MEMORY, SEED, TIMEOUT, make_machine, meanwhile, plan, without_kernel_faults
 
+from kvmdp.lab.invariants import violations
 from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.paging.fault import BusyError, Outcome
-from kvmdp.paging.invariants import violations
-from kvmdp.paging.trap import uffd, userfaultfd
-from kvmdp.paging.trap.collapse import can_collapse
-from kvmdp.paging.trap.userfaultfd import UffdOptions
+from kvmdp.page import BusyError, Outcome
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.collapse import can_collapse
+from kvmdp.trap.uffd import descriptor as uffd
+from kvmdp.trap.uffd import userfaultfd
+from kvmdp.trap.uffd.userfaultfd import UffdOptions
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 

@@ -10,13 +10,13 @@ from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, all_of_ram, make_mac
 from plain_guest import PlainMemory
 
 from kvmdp.kvm import Io
+from kvmdp.lab.experiment import in_process_disk, run_workload
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskError, DiskFile
 from kvmdp.machine.disk_ports import DiskThread
-from kvmdp.machine.experiment import in_process_disk, run_workload
 from kvmdp.machine.guest_abi import DiskStatus
 from kvmdp.machine.machine import MachineOptions
-from kvmdp.machine.runloop import GuestError
+from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource

@@ -9,8 +9,8 @@ import pytest
 from harness import MEMORY, SEED, TIMEOUT, every_trap, every_trap_and_backing, make_machine
 
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import BusyError, PagingError, PoisonedError
 from kvmdp.paging.claim import State
-from kvmdp.paging.fault import BusyError, PagingError, PoisonedError
 from kvmdp.source.base import read_pages
 from kvmdp.source.image import WritableImageSource
 from kvmdp.source.synthetic import SyntheticSource

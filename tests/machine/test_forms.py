@@ -15,7 +15,7 @@ from forms.survey import FORMS, chosen, program, reference, survey
 from forms.trapped import Setting
 from harness import every_trap, require_trap
 
-from kvmdp.paging.trap.encoding import may_load_vectors
+from kvmdp.vcpu.encoding import may_load_vectors
 
 pytestmark = [pytest.mark.kvm, pytest.mark.assembled]
 

@@ -25,7 +25,7 @@ from harness import (
 from kvmdp.machine.hostinfo import cpu_model
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END, PAGE_SIZE
-from kvmdp.paging.fault import BusyError, FrozenError, Origin, PagingError
+from kvmdp.page import BusyError, FrozenError, Origin, PagingError
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 

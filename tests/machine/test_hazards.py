@@ -23,13 +23,13 @@ from harness import (
 from kvmdp.kvm import BusError, Kvm, MemoryFault, Mmio
 from kvmdp.machine.boot import guest_cpuid
 from kvmdp.machine.guest_abi import BOOT_BASE
-from kvmdp.machine.runloop import GuestError
-from kvmdp.paging.fault import PageFault
-from kvmdp.paging.trap.marker import MarkerTrap
-from kvmdp.paging.trap.memory_fault import MemoryFaultTrap
-from kvmdp.paging.trap.slots import RamSlots
-from kvmdp.paging.vcpu import LivelockError, VcpuPaging
+from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.page import PageFault
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.slots.memory_fault import MemoryFaultTrap
+from kvmdp.trap.slots.ram_slots import RamSlots
+from kvmdp.trap.uffd.marker import MarkerTrap
+from kvmdp.vcpu.faults import LivelockError, VcpuPaging
 
 pytestmark = pytest.mark.kvm
 

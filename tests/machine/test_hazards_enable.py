@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan
 
+from kvmdp.lab.invariants import violations
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import Outcome, PagingError
-from kvmdp.paging.invariants import violations
-from kvmdp.paging.trap import slots
-from kvmdp.paging.trap.slot_trap import SlotOptions
-from kvmdp.paging.trap.slots import RamSlots
+from kvmdp.page import Outcome, PagingError
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.slots import ram_slots as slots
+from kvmdp.trap.slots.ram_slots import RamSlots
+from kvmdp.trap.slots.slot_trap import SlotOptions
 
 pytestmark = pytest.mark.kvm
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from harness import SEED, TIMEOUT, every_trap, host_vectors, make_machine, plan, require_trap
 
-from kvmdp.machine.experiment import run_workload, usable_memory
+from kvmdp.lab.experiment import run_workload, usable_memory
 from kvmdp.machine.guest_abi import BOOT_BASE
 from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.page_tables import PageTables
@@ -18,8 +18,8 @@ from kvmdp.memory.layout import (
     PAGE_SIZE,
     GuestLayout,
 )
-from kvmdp.paging.trap.slots import check_granule
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.slots.ram_slots import check_granule
 
 MiB, GiB = 1 << 20, 1 << 30
 HOLE = 2 * MiB  # so early that a small machine has RAM on both sides

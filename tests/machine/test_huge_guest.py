@@ -11,13 +11,13 @@ import pytest
 from effort import by_effort
 from harness import SEED, TIMEOUT, plan, require_trap
 
+from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import Outcome, UnsupportedError
-from kvmdp.paging.invariants import violations
-from kvmdp.paging.trap import slots
+from kvmdp.page import Outcome, UnsupportedError
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.slots import ram_slots as slots
 
 pytestmark = [pytest.mark.kvm, pytest.mark.root, pytest.mark.hugepages]
 

@@ -21,10 +21,10 @@ from harness import (
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END, PAGE_SIZE
-from kvmdp.paging.fault import Origin, PagingError
-from kvmdp.paging.trap.userfaultfd import UffdOptions
+from kvmdp.page import Origin, PagingError
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.uffd.userfaultfd import UffdOptions
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 

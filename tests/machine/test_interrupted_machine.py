@@ -12,14 +12,14 @@ from harness import MEMORY, SEED, TIMEOUT, all_of_ram, contents, make_machine, p
 from interruptions import interrupt, points
 
 from kvmdp.interruption import entered
-from kvmdp.machine.experiment import run_workload
+from kvmdp.lab.experiment import run_workload
+from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.paging.fault import CancelledError, Outcome
-from kvmdp.paging.invariants import violations
-from kvmdp.paging.trap.registry import ALL_TRAPS
+from kvmdp.page import CancelledError, Outcome
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.registry import ALL_TRAPS
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 

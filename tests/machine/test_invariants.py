@@ -3,9 +3,9 @@
 import pytest
 from harness import TRAPS, every_trap_and_backing, make_machine, require_trap
 
+from kvmdp.lab.invariants import violations
 from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.paging.claim import State
-from kvmdp.paging.invariants import violations
 
 pytestmark = pytest.mark.kvm
 

@@ -9,12 +9,12 @@ import pytest
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, prove, require_trap
 
 from kvmdp.kvm import BadAddress
+from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.invariants import violations
-from kvmdp.paging.trap.marker import MarkerTrap
-from kvmdp.paging.trap.slots import RamSlots
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.slots.ram_slots import RamSlots
+from kvmdp.trap.uffd.marker import MarkerTrap
 
 pytestmark = pytest.mark.kvm
 

@@ -10,16 +10,16 @@ import pytest
 from harness import BACKINGS, LOOP_FOREVER, SEED, TIMEOUT, TRAPS, make_machine, plan, program_machine
 
 from kvmdp.machine.machine import GuestTimeoutError, Machine, MachineOptions
-from kvmdp.machine.runloop import GuestError
-from kvmdp.paging.fault import PagingError
+from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.page import PagingError
 from kvmdp.paging.pager import DemandPager
-from kvmdp.paging.trap.device import DeviceFaults
-from kvmdp.paging.trap.marker import MarkerTrap
-from kvmdp.paging.trap.mmio import MmioTrap
-from kvmdp.paging.trap.slots import RamSlots
-from kvmdp.paging.trap.view import UffdView
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.slots.mmio import MmioTrap
+from kvmdp.trap.slots.ram_slots import RamSlots
+from kvmdp.trap.uffd.device_view import DeviceFaults
+from kvmdp.trap.uffd.marker import MarkerTrap
+from kvmdp.trap.uffd.registered_view import UffdView
 
 pytestmark = pytest.mark.kvm
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from harness import MEMORY, TIMEOUT, host_pv, make_machine, plan, program_machine
 
-from kvmdp.machine.detector import LeakDetector
+from kvmdp.lab.detector import LeakDetector
+from kvmdp.lab.leaks import LeakKind, absent_msr_pages, runs_with_data, spurious_page_fault
 from kvmdp.machine.guest_abi import PROGRAM_BASE, ParameterBlock, PvFlag
-from kvmdp.machine.leaks import LeakKind, absent_msr_pages, runs_with_data, spurious_page_fault
-from kvmdp.machine.runloop import GuestError
+from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.paging.claim import State
 

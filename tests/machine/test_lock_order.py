@@ -7,9 +7,9 @@ import pytest
 from harness import SEED, make_machine
 
 from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.paging.fault import Outcome
-from kvmdp.paging.trap.slots import MAX_GRANULE_SLOTS
+from kvmdp.page import Outcome
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.slots.ram_slots import MAX_GRANULE_SLOTS
 
 pytestmark = pytest.mark.kvm
 

@@ -11,10 +11,10 @@ from kvmdp.abi import libc
 from kvmdp.abi.mman import MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, PROT_NONE
 from kvmdp.memory.layout import PAGE_SIZE, REGION
 from kvmdp.memory.mapping import mappings_left
-from kvmdp.paging.fault import PagingError
-from kvmdp.paging.trap import collapse as trap_collapse
-from kvmdp.paging.trap.collapse import can_collapse
+from kvmdp.page import PagingError
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap import collapse as trap_collapse
+from kvmdp.trap.collapse import can_collapse
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from harness import BACKINGS, TRAPS, host_vectors, plan, prove
 
-from kvmdp.machine.experiment import usable_memory
+from kvmdp.lab.experiment import usable_memory
 from kvmdp.machine.guest_abi import VectorFlag
 from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.memory.layout import GuestLayout
-from kvmdp.paging.trap.registry import HYBRID_TRAPS
-from kvmdp.paging.trap.userfaultfd import UffdOptions
+from kvmdp.trap.registry import HYBRID_TRAPS
+from kvmdp.trap.uffd.userfaultfd import UffdOptions
 
 pytestmark = pytest.mark.kvm
 

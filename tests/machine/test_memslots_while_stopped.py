@@ -13,7 +13,7 @@ from harness import TIMEOUT, make_machine, meanwhile, plan
 
 from kvmdp.kvm import Mmio, Vcpu, Vm
 from kvmdp.memory.layout import REGION
-from kvmdp.paging.vcpu import VcpuPaging
+from kvmdp.vcpu.faults import VcpuPaging
 
 pytestmark = pytest.mark.kvm
 

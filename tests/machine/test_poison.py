@@ -21,22 +21,23 @@ from harness import (
     program_machine,
 )
 
+from kvmdp.lab.experiment import run_program, run_workload
+from kvmdp.lab.poison import PoisonResult, check_poison, poison_pages
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.disk_ports import DiskThread
-from kvmdp.machine.experiment import run_program, run_workload
 from kvmdp.machine.guest_abi import DiskStatus
 from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.machine import MachineOptions
-from kvmdp.machine.poison import PoisonResult, check_poison, poison_pages
-from kvmdp.machine.runloop import GuestError
+from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, program_blocks
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.emulated import Emulation
-from kvmdp.paging.fault import PagingError
-from kvmdp.paging.trap import uffd, userfaultfd
+from kvmdp.page import PagingError
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.uffd import descriptor as uffd
+from kvmdp.trap.uffd import userfaultfd
+from kvmdp.vcpu.emulated import Emulation
 
 pytestmark = pytest.mark.kvm
 

@@ -9,7 +9,7 @@ from harness import SEED, TIMEOUT, TRAPS, all_of_ram, program_machine
 from kvmdp.kvm import Io
 from kvmdp.machine.guest_abi import LOOPBACK_PORT
 from kvmdp.machine.ports import Loopback, Ports
-from kvmdp.machine.runloop import GuestError
+from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.source.synthetic import SyntheticSource
 
 RET = b"\xc3"

@@ -6,13 +6,13 @@ import os
 import pytest
 from harness import BACKINGS, MEMORY, TRAPS, require_trap
 
-from kvmdp.machine import probe
-from kvmdp.machine.probe import ACCESSES, choose_trap, prove, userfaultfd_facts, working_traps, works
-from kvmdp.paging.fault import UnsupportedError
-from kvmdp.paging.trap import registry
-from kvmdp.paging.trap.mmio import MmioTrap
-from kvmdp.paging.trap.registry import EXIT_TRAPS
+from kvmdp.lab import probe
+from kvmdp.lab.probe import ACCESSES, choose_trap, prove, userfaultfd_facts, working_traps, works
+from kvmdp.page import UnsupportedError
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap import registry
+from kvmdp.trap.registry import EXIT_TRAPS
+from kvmdp.trap.slots.mmio import MmioTrap
 
 pytestmark = pytest.mark.kvm
 

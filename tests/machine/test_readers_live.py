@@ -10,12 +10,12 @@ import time
 import pytest
 from harness import MEMORY, SEED, TIMEOUT, make_machine, meanwhile, plan, program_machine, require_trap
 
-from kvmdp.machine.runloop import GuestError
+from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import PagingError
-from kvmdp.paging.trap import marker
-from kvmdp.paging.trap.uffd import Uffd
+from kvmdp.page import PagingError
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.uffd import marker
+from kvmdp.trap.uffd.descriptor import Uffd
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 

@@ -19,20 +19,20 @@ from harness import (
     require_trap,
 )
 
-from kvmdp.machine.experiment import run_workload
+from kvmdp.jobs import resident_limit as resident
+from kvmdp.jobs.resident_limit import ResidentLimit, check_limit
+from kvmdp.lab.experiment import run_workload
+from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging import resident
-from kvmdp.paging.fault import Outcome, PagingError
-from kvmdp.paging.invariants import violations
-from kvmdp.paging.resident import ResidentLimit, check_limit
-from kvmdp.paging.sink import FileSink
-from kvmdp.paging.trap import slots
-from kvmdp.paging.trap.partial_regions import SLOT_BYTES
-from kvmdp.paging.trap.slot_trap import LEAST_SLOT_MEMORY, SlotOptions
+from kvmdp.page import Outcome, PagingError
+from kvmdp.paging.store import FileSink
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.slots import ram_slots as slots
+from kvmdp.trap.slots.partial_slots import SLOT_BYTES
+from kvmdp.trap.slots.slot_trap import LEAST_SLOT_MEMORY, SlotOptions
 
 pytestmark = pytest.mark.kvm
 

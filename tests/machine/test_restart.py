@@ -14,9 +14,9 @@ from harness import (
     program_machine,
 )
 
-from kvmdp.machine.runloop import GuestError
-from kvmdp.paging.trap.registry import ALL_TRAPS
+from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.registry import ALL_TRAPS
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 

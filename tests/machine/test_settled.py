@@ -10,13 +10,13 @@ from kvmdp.abi.kvm_x86 import kvm_segment
 from kvmdp.abi.signal import BUS_MCEERR_AR
 from kvmdp.kvm import BusError, InternalError
 from kvmdp.machine.machine import GuestTimeoutError
-from kvmdp.machine.runloop import GuestError
+from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.emulated import Emulation, Form
-from kvmdp.paging.instruction import InstructionReader
-from kvmdp.paging.vcpu import VcpuPaging
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.vcpu.emulated import Emulation, Form
+from kvmdp.vcpu.faults import VcpuPaging
+from kvmdp.vcpu.instruction import InstructionReader
 
 pytestmark = pytest.mark.kvm
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, program_machine, require_trap
 
+from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import Outcome
-from kvmdp.paging.invariants import violations
-from kvmdp.paging.trap import slots
-from kvmdp.paging.trap.partial_regions import SLOT_BYTES
-from kvmdp.paging.trap.slot_trap import SlotOptions
+from kvmdp.page import Outcome
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.slots import ram_slots as slots
+from kvmdp.trap.slots.partial_slots import SLOT_BYTES
+from kvmdp.trap.slots.slot_trap import SlotOptions
 
 pytestmark = pytest.mark.kvm
 

@@ -15,10 +15,10 @@ from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, wi
 
 from kvmdp.abi.mman import PROT_NONE
 from kvmdp.kvm import BadAddress, BusError
-from kvmdp.machine.runloop import GuestError
+from kvmdp.lab.invariants import violations
+from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.paging.fault import Outcome
-from kvmdp.paging.invariants import violations
+from kvmdp.page import Outcome
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm

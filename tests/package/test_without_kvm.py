@@ -49,7 +49,7 @@ def python(program, *arguments):
 def test_every_module_imports():
     done = python(HIDE_DEVICES + IMPORT_ALL)
     assert done.returncode == 0, done.stderr
-    assert {"kvmdp.kvm", "kvmdp.machine.probe", "kvmdp.cli.main"} <= set(done.stdout.split())
+    assert {"kvmdp.kvm", "kvmdp.lab.probe", "kvmdp.cli.main"} <= set(done.stdout.split())
 
 
 def test_probe_explains():

@@ -11,11 +11,11 @@ from fakes import PAGES, FakeSource, FakeTrap
 
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
-from kvmdp.paging.peers import DeviceServer
 from kvmdp.paging.policy import FaultAround
-from kvmdp.wire.endpoint import Listener
+from kvmdp.peers.peers import DeviceServer
+from kvmdp.peers.wire.endpoint import Listener
+from kvmdp.vcpu.gate import VcpuGate
 
 SOON = 20  # seconds: long past anything here
 
@@ -23,10 +23,11 @@ SOON = 20  # seconds: long past anything here
 _PRELUDE = """
 import fcntl, json, mmap, os, random, signal, socket, sys, threading, time
 from pathlib import Path
-from kvmdp.paging.fault import *
-from kvmdp.paging.remote import RemoteMemory
-from kvmdp.wire import endpoint, handover
-from kvmdp.wire.records import *
+from kvmdp.page import *
+from kvmdp.peers.remote import RemoteMemory
+from kvmdp.peers.wire import endpoint
+from kvmdp.peers.wire import handover
+from kvmdp.peers.wire.records import *
 def say(what):
     print(json.dumps(what), flush=True)
 def heard():

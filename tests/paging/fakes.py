@@ -5,10 +5,10 @@ import threading
 
 from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
 from kvmdp.memory.mapping import Mapping
-from kvmdp.paging.gate import VcpuGate
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround
 from kvmdp.source.base import SourceError
+from kvmdp.vcpu.gate import VcpuGate
 
 PAGES = 512  # the least memory there is
 

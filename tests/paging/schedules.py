@@ -11,8 +11,8 @@ import collections
 import random
 
 from kvmdp.memory.bitmap import PresentBitmap
+from kvmdp.page import Outcome
 from kvmdp.paging.claim import State, Waiter, Wake
-from kvmdp.paging.fault import Outcome
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.pins import Pin
 from kvmdp.paging.takeable import takeable

@@ -10,9 +10,9 @@ import pytest
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error, started
 
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import Access, BusyError, CancelledError, FrozenError, Origin, PagingError
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.cancellation import Cancellation
-from kvmdp.paging.fault import Access, BusyError, CancelledError, FrozenError, Origin, PagingError
 
 RAM = PAGES * PAGE_SIZE
 SOON = 0.02  # seconds until a wait in vain is over

@@ -16,9 +16,9 @@ from kvmdp.memory import backing as backing_module
 from kvmdp.memory.backing import AnonymousBacking, FileBacking, MemfdBacking
 from kvmdp.memory.hugetlb import HugetlbBacking
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import BusyError, PagingError
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.fault import BusyError, PagingError
-from kvmdp.paging.trap.uffd import Uffd
+from kvmdp.trap.uffd.descriptor import Uffd
 
 PAGE = 7
 GPA = PAGE * PAGE_SIZE

@@ -9,7 +9,7 @@ from fakes import content, pager_of, source_error, started
 from test_access import LONG, SOON, memory_of
 
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import Access, BusyError, Origin, Outcome, PageFault, PagingError
+from kvmdp.page import Access, BusyError, Origin, Outcome, PageFault, PagingError
 from kvmdp.paging.pins import Pin
 
 THREE_PAGES = (PAGE_SIZE - 4, PAGE_SIZE + 8)  # gpa, length

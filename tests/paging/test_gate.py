@@ -6,9 +6,9 @@ import time
 import pytest
 from fakes import started
 
-from kvmdp.paging import gate as gate_module
-from kvmdp.paging.fault import PagingError
-from kvmdp.paging.gate import VcpuGate
+from kvmdp.page import PagingError
+from kvmdp.vcpu import gate as gate_module
+from kvmdp.vcpu.gate import VcpuGate
 
 SOON = 5
 

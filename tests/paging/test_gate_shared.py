@@ -6,9 +6,9 @@ import pytest
 from fakes import started
 from test_gate import SOON, FakeVcpu, join, running
 
-from kvmdp.paging import gate as gate_module
-from kvmdp.paging.fault import PagingError
-from kvmdp.paging.gate import VcpuGate
+from kvmdp.page import PagingError
+from kvmdp.vcpu import gate as gate_module
+from kvmdp.vcpu.gate import VcpuGate
 
 
 def await_turns(gate, number):

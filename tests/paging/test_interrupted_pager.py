@@ -8,9 +8,9 @@ from fakes import PAGES, content, page_of, pager_of
 from interruptions import interrupt_everywhere
 
 from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import Origin, Outcome, PageFault
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.claim import State, Waiter
-from kvmdp.paging.fault import Origin, Outcome, PageFault
 from kvmdp.paging.pager import DemandPager
 
 # Of steps, which are many, every so manieth is interrupted; all of them where that is asked for.

@@ -3,8 +3,8 @@
 import pytest
 from schedules import Schedule
 
+from kvmdp.page import Outcome
 from kvmdp.paging.claim import State, Wake
-from kvmdp.paging.fault import Outcome
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.pins import Pins
 

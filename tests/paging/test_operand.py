@@ -3,8 +3,8 @@
 import pytest
 
 from kvmdp.abi.kvm_x86 import kvm_regs
-from kvmdp.paging.trap.encoding import MAX_INSTRUCTION, TruncatedError
-from kvmdp.paging.trap.operand import Operand, memory_operands
+from kvmdp.vcpu.encoding import MAX_INSTRUCTION, TruncatedError
+from kvmdp.vcpu.operand import Operand, memory_operands
 
 RIP = 0x5000
 FS, GS = 0x10000000, 0x20000000

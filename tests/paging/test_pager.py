@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from fakes import PAGES, content, page_of, pager_of, source_error
 
+from kvmdp.page import Outcome, PageFault, PagingError
 from kvmdp.paging.claim import Claim, Wait
-from kvmdp.paging.fault import Outcome, PageFault, PagingError
 from kvmdp.paging.policy import FaultAround
 
 LOW_PAGES = (3 << 30) // 4096

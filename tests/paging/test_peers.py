@@ -9,9 +9,9 @@ from fakes import PAGES, content, in_threads, page_of, source_error
 
 from kvmdp.memory.backing import AnonymousBacking
 from kvmdp.memory.mapping import Mapping
-from kvmdp.paging.fault import BusyError, Outcome, PageFault
-from kvmdp.paging.peers import DeviceServer
-from kvmdp.wire.records import Kind
+from kvmdp.page import BusyError, Outcome, PageFault
+from kvmdp.peers.peers import DeviceServer
+from kvmdp.peers.wire.records import Kind
 
 
 def test_a_device_reads_and_writes_what_is_absent():

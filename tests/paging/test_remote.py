@@ -11,12 +11,12 @@ from fakes import PAGES
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.paging.fault import CancelledError, FrozenError, PagingError
-from kvmdp.paging.remote import RemoteMemory
-from kvmdp.wire.endpoint import Peer
-from kvmdp.wire.handover import Descriptors, Handover, Role
-from kvmdp.wire.notifier import notifier_pair
-from kvmdp.wire.records import RECORD_SIZE, Kind, Record, unpack
+from kvmdp.page import CancelledError, FrozenError, PagingError
+from kvmdp.peers.remote import RemoteMemory
+from kvmdp.peers.wire.endpoint import Peer
+from kvmdp.peers.wire.handover import Descriptors, Handover, Role
+from kvmdp.peers.wire.notifier import notifier_pair
+from kvmdp.peers.wire.records import RECORD_SIZE, Kind, Record, unpack
 
 SOON = 20
 EPOCH = 3

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kvmdp.paging.trap.slot_map import Block, Kind, Piece, SlotMap, SlotsExhaustedError
+from kvmdp.trap.slots.slot_map import Block, Kind, Piece, SlotMap, SlotsExhaustedError
 
 PAGES = 400
 BORDER = 150

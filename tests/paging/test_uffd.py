@@ -10,9 +10,9 @@ from kvmdp.abi import libc
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.mapping import Mapping
-from kvmdp.paging.fault import UnsupportedError
-from kvmdp.paging.trap import uffd as uffd_module
-from kvmdp.paging.trap.uffd import Uffd, supported_features
+from kvmdp.page import UnsupportedError
+from kvmdp.trap.uffd import descriptor as uffd_module
+from kvmdp.trap.uffd.descriptor import Uffd, supported_features
 
 PAGE = 4096
 PAGES = 8

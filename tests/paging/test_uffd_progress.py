@@ -6,9 +6,9 @@ import errno
 import pytest
 
 from kvmdp.abi import userfaultfd as abi
-from kvmdp.paging.fault import PagingError, UnsupportedError
-from kvmdp.paging.trap import uffd as uffd_module
-from kvmdp.paging.trap.uffd import Uffd
+from kvmdp.page import PagingError, UnsupportedError
+from kvmdp.trap.uffd import descriptor as uffd_module
+from kvmdp.trap.uffd.descriptor import Uffd
 
 PAGE = 4096
 PAGES = 6

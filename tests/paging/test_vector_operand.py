@@ -6,8 +6,8 @@ import struct
 import pytest
 
 from kvmdp.abi.kvm_x86 import kvm_regs, kvm_xsave
-from kvmdp.paging.trap.operand import memory_operands
-from kvmdp.paging.trap.vector_operand import VectorRegisters
+from kvmdp.vcpu.operand import memory_operands
+from kvmdp.vcpu.vector_operand import VectorRegisters
 
 REGISTERS = kvm_regs(rax=0x100000, rbx=0x300000, r8=0x800000)
 XMM, XSTATE_BV, YMM_HIGH = 160, 512, 576

@@ -18,10 +18,10 @@ from device_process import bench
 from effort import by_effort
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error
 
+from kvmdp.page import Access, BusyError, Outcome, PageFault
 from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.claim import Claim, Waiter, Wake
-from kvmdp.paging.fault import Access, BusyError, Outcome, PageFault
-from kvmdp.paging.requests import FaultRequests, PeerCounters
+from kvmdp.peers.requests import FaultRequests, PeerCounters
 
 SECONDS = by_effort(0.2, 1, 30)  # of hammering, for each test
 ROUNDS = 200

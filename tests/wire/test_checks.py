@@ -1,4 +1,4 @@
-"""Every check of the wire fires: each `raise` in `kvmdp/wire` is met by a message, a descriptor or a path."""
+"""Every check of the wire fires: each `raise` in `kvmdp/peers/wire` is met by a message, a descriptor or a path."""
 
 import ast
 import contextlib
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from kvmdp.wire import endpoint, handover, offer, records
-from kvmdp.wire.endpoint import EndpointError, Listener, Peer, connect
-from kvmdp.wire.handover import Handover, HandoverError, Role
-from kvmdp.wire.offer import OfferError
-from kvmdp.wire.records import Access, Kind, Origin, Outcome, Record, RecordError, unpack
+from kvmdp.peers.wire import endpoint, handover, offer, records
+from kvmdp.peers.wire.endpoint import EndpointError, Listener, Peer, connect
+from kvmdp.peers.wire.handover import Handover, HandoverError, Role
+from kvmdp.peers.wire.offer import OfferError
+from kvmdp.peers.wire.records import Access, Kind, Origin, Outcome, Record, RecordError, unpack
 
 PAGE = 4096
 EPOCH = 7

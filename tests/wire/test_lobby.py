@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from kvmdp.wire.endpoint import Listener, connect
-from kvmdp.wire.lobby import Lobby
+from kvmdp.peers.wire.endpoint import Listener, connect
+from kvmdp.peers.wire.lobby import Lobby
 
 CONNECTS = """
 import sys
-from kvmdp.wire.endpoint import connect
+from kvmdp.peers.wire.endpoint import connect
 connections = [connect(sys.argv[1]) for _ in range(int(sys.argv[2]))]
 print(flush=True)
 sys.stdin.read()

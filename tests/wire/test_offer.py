@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from kvmdp.wire import offer
-from kvmdp.wire.offer import Offer, OfferError
+from kvmdp.peers.wire import offer
+from kvmdp.peers.wire.offer import Offer, OfferError
 
 
 @pytest.fixture

@@ -33,10 +33,10 @@ from forms.survey import chosen, survey
 from forms.trapped import Setting
 
 from kvmdp.cli.main import main as kvmdp
-from kvmdp.machine.runloop import GuestError
+from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WORKLOADS
-from kvmdp.paging.fault import PagingError
-from kvmdp.paging.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS
+from kvmdp.page import PagingError
+from kvmdp.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS
 
 _FAILED, _REFUSED = 1, 4
 _ROUNDS = 3

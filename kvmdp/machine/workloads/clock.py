@@ -1,7 +1,7 @@
 """clock: kvmclock and steal time, which KVM writes to guest memory by itself.
 
 Each vCPU has kvmclock in its first page and steal time in its second. What KVM writes there is no business of this
-module: `kvmdp.machine.pv` knows where it does. The structures are zero before, as an operating system leaves them.
+module: `kvmdp.machine.pv_msrs` knows where it does. The structures are zero before, as an operating system leaves them.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from kvmdp.bench.contender import MISSING, OFF, PRESENT, SHARDED
 from kvmdp.machine.workloads import WORKLOADS
-from kvmdp.paging.trap.registry import ALL_TRAPS, TRAPS
+from kvmdp.trap.registry import ALL_TRAPS, TRAPS
 from random_options import files
 from random_options.machine_options import HUGE, PAGE_OPTIONS
 from random_options.options import NO_NUMBER, NO_SIZE, Option, choices_of, flag

@@ -2,8 +2,8 @@
 
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.size import parse_size
-from kvmdp.paging.trap.registry import ALL_TRAPS, HYBRID_TRAPS, SLOT_TRAPS, check_backing, exit_trap_of
-from kvmdp.paging.trap.userfaultfd import check_mode
+from kvmdp.trap.registry import ALL_TRAPS, HYBRID_TRAPS, SLOT_TRAPS, check_backing, exit_trap_of
+from kvmdp.trap.uffd.userfaultfd import check_mode
 from random_options import files
 from random_options.options import NO_NUMBER, NO_SIZE, Option, choices_of, flag, has, is_one_of
 

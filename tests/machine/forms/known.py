@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from kvmdp.machine.hostinfo import cpu_model, emulates_ring_0, uses_nested_paging
-from kvmdp.paging.trap.registry import EXIT_TRAPS
+from kvmdp.trap.registry import EXIT_TRAPS
 
 from .form import Form
 

@@ -13,8 +13,8 @@ from harness import meanwhile
 
 from kvmdp.kvm import Io
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.machine.runloop import GuestError
-from kvmdp.paging.fault import PagingError
+from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.page import PagingError
 from kvmdp.source.synthetic import SyntheticSource
 
 from .exchange import (

@@ -1,0 +1,242 @@
+"""What this host can do: each trap proven by a micro guest that really faults, never by a version number.
+
+A trap counts as working on a backing if every kind of access (read, write, fetch, atomic, vector) that the CPU
+offers traps, and brings the guest exactly the bytes of the source.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvmdp.abi import kvm as kvm_abi
+from kvmdp.abi import userfaultfd as uffd_abi
+from kvmdp.kvm import Kvm
+from kvmdp.lab.experiment import run_workload
+from kvmdp.machine.boot import vector_flags
+from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.workloads import WorkloadOptions, make_workload
+from kvmdp.memory.backings import BACKINGS
+from kvmdp.memory.hugepages import (
+    HugePageRefusedError,
+    can_overcommit,
+    check_pages,
+    check_pool,
+    how_to_reserve,
+)
+from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.memory.size import format_size
+from kvmdp.page import UnsupportedError
+from kvmdp.shortage import ShortageError, causes, in_words, named
+from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.layered import LayeredTrap
+from kvmdp.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS, UFFD_TRAPS, check_backing
+from kvmdp.trap.uffd.descriptor import Uffd, supported_features
+
+# From where the memslots of `layered` (12 MiB, for 512 of them) take clearly less than the page tables that `marker`
+# makes for absent memory at once (2 MiB a GiB): both as `kvmdp bench --memory-cost` measured them.
+_LARGE = 8 << 30
+_MEMORY = 2 << 20
+_PAGES = 8
+_SEED = 2023
+_TIMEOUT = 20.0
+_GRANULE = 16384  # few memslots, so that a proof takes milliseconds
+_MAX_SLOTS = 1024
+_MUCH = 32 << 20  # bytes to fetch for one access
+_ONE_ACCESS = "write"  # made even if it fetches as much
+
+# HugeTLB is wanted by who wants huge pages later and faults of 4 KiB now: memslots have those.
+_HUGE_PAGE_TRAPS = ("memory-fault", "mmio", "marker")
+# What a trap is proven on for a run on gigantic pages, of which there may be one.
+_SMALLER = {"hugetlb-1g": "hugetlb-2m", "private-hugetlb-1g": "private-hugetlb-2m"}
+
+_CAPABILITIES = {
+    "USER_MEMORY2": kvm_abi.KVM_CAP_USER_MEMORY2,
+    "MEMORY_FAULT_INFO": kvm_abi.KVM_CAP_MEMORY_FAULT_INFO,
+    "GUEST_MEMFD": kvm_abi.KVM_CAP_GUEST_MEMFD,
+    "GUEST_MEMFD_FLAGS": kvm_abi.KVM_CAP_GUEST_MEMFD_FLAGS,
+    "EXIT_ON_EMULATION_FAILURE": kvm_abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE,
+    "SYNC_REGS": kvm_abi.KVM_CAP_SYNC_REGS,
+    "DISABLE_QUIRKS2": kvm_abi.KVM_CAP_DISABLE_QUIRKS2,
+    "X86_MSR_FILTER": kvm_abi.KVM_CAP_X86_MSR_FILTER,
+    "MCE": kvm_abi.KVM_CAP_MCE,
+    "NR_MEMSLOTS": kvm_abi.KVM_CAP_NR_MEMSLOTS,
+}
+_UFFD_FEATURES = {
+    "MISSING_SHMEM": uffd_abi.UFFD_FEATURE_MISSING_SHMEM,
+    "MINOR_SHMEM": uffd_abi.UFFD_FEATURE_MINOR_SHMEM,
+    "MINOR_HUGETLBFS": uffd_abi.UFFD_FEATURE_MINOR_HUGETLBFS,
+    "WP_HUGETLBFS_SHMEM": uffd_abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+    "POISON": uffd_abi.UFFD_FEATURE_POISON,
+    "MOVE": uffd_abi.UFFD_FEATURE_MOVE,
+}
+
+# kind of access -> the workload that makes it, and whether it writes
+ACCESSES = {
+    "read": ("touch", False),
+    "write": ("touch", True),
+    "fetch": ("execute", False),
+    "atomic": ("atomic", True),
+    "vector": ("vector", True),
+}
+
+
+# What became of a cell of the matrix: the guest got exactly the source's bytes; it did not, or the host lacks what the
+# trap needs; there is nothing to run it on; the trap is not made for this backing.
+Status = Literal["exact", "failed", "not run", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How one kind of access went under one trap: `error` says why it is not exact, empty if it is.
+
+    `is_short`: because this process or its host has run out of something, which says nothing of the trap.
+    """
+
+    access: str
+    exits: dict[str, int]
+    error: str
+    status: Status = "failed"
+    is_short: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether the guest got exactly the source's bytes."""
+        return self.status == "exact"
+
+
+def prove(trap: str, backing: str, access: str) -> Proof:
+    """Run a micro guest that makes one kind of access to absent pages; a run that fails is a proof that fails."""
+    try:
+        with named():
+            return _obstacle(trap, backing, access) or _run(trap, backing, access)
+    except ShortageError as error:
+        for each in causes(error):
+            if isinstance(each, HugePageRefusedError):
+                return Proof(access, {}, str(each), "not run")
+        return Proof(access, {}, str(error), is_short=True)
+    except Exception as error:  # whatever it is, the other cells of the table are not lost to it
+        return Proof(access, {}, in_words(error))
+
+
+def _run(trap: str, backing: str, access: str) -> Proof:
+    """Return what comes of a run. Raises what a machine raises."""
+    name, write = ACCESSES[access]
+    page_size = BACKINGS[backing].page_size
+    memory = max(_MEMORY, page_size)
+    with Kvm() as kvm:
+        vector = vector_flags(kvm)
+    options = WorkloadOptions(memory_bytes=memory, pages=_PAGES, seed=_SEED, vector=vector, write=write)
+    workload = make_workload(name, options)
+    granule = max(_GRANULE, memory // _MAX_SLOTS) if trap in SLOT_TRAPS else None
+    reserve = page_size > PAGE_SIZE and can_overcommit(page_size)
+    machine = MachineOptions(memory, trap, backing, granule=granule, reserve_hugepages=reserve)
+    result = run_workload(machine, workload, SyntheticSource(memory, _SEED), timeout=_TIMEOUT)
+    exits = {kind: count for kind, count in result.exits.items() if kind != "io"}
+    if not result.ok:
+        return Proof(access, exits, "the guest saw other bytes than the source's")
+    if not exits and not result.counters.claims:
+        return Proof(access, exits, "no access trapped: the guest ran on memory that nobody had filled")
+    return Proof(access, exits, "", "exact")
+
+
+def _obstacle(trap: str, backing: str, access: str) -> Proof | None:
+    """Return why a cell is not to be run, None if it is."""
+    page_size = BACKINGS[backing].page_size
+    if refusal := _refusal(trap, backing):
+        return Proof(access, {}, refusal, "refused")
+    if page_size == PAGE_SIZE or can_overcommit(page_size):
+        return None
+    check_pool(page_size)
+    try:
+        check_pages(page_size, 1)
+    except UnsupportedError:
+        reason = f"no huge page of {format_size(page_size)} is free: {how_to_reserve(page_size, 1)}"
+        return Proof(access, {}, reason, "not run")
+    if trap in UFFD_TRAPS and page_size > _MUCH and access != _ONE_ACCESS:
+        return Proof(access, {}, f"each access would fetch {format_size(page_size)}", "not run")
+    return None
+
+
+def _refusal(trap: str, backing: str) -> str:
+    """Return why a trap cannot work on such memory anywhere; empty if it can."""
+    try:
+        check_backing(trap, BACKINGS[backing])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@functools.cache
+def proofs(trap: str, backing: str) -> tuple[Proof, ...]:
+    """Return a proof for each kind of access; asked for once a process."""
+    return tuple(prove(trap, backing, access) for access in ACCESSES)
+
+
+def works(trap: str, backing: str) -> bool:
+    """Return whether `trap` is proven on `backing`: all that was run is exact."""
+    run = [proof for proof in proofs(trap, backing) if proof.status != "not run"]
+    return bool(run) and all(proof.ok for proof in run)
+
+
+def working_traps(backing: str) -> list[str]:
+    """Return the traps proven on `backing`, in the order of the registry."""
+    return [trap for trap in TRAPS if works(trap, backing)]
+
+
+def choose_trap(backing: str, memory_bytes: int) -> str:
+    """Return the fastest exit-style trap that a micro guest proves on `backing`; on HugeTLB one with 4 KiB faults.
+
+    For large RAM the first that is tried is `layered`, which leaves untouched memory without page tables. Raises
+    UnsupportedError if there is none.
+    """
+    if backing not in BACKINGS:
+        raise ValueError(f"there is no backing {backing!r}: choose from {', '.join(BACKINGS)}")
+    traps: tuple[str, ...] = EXIT_TRAPS if BACKINGS[backing].page_size == PAGE_SIZE else _HUGE_PAGE_TRAPS
+    if memory_bytes >= _LARGE and LayeredTrap.name in traps:
+        traps = (LayeredTrap.name, *(trap for trap in traps if trap != LayeredTrap.name))
+    traps = tuple(trap for trap in traps if not _refusal(trap, backing))
+    tried = _SMALLER.get(backing, backing)
+    if all(proof.status == "not run" for trap in traps for proof in proofs(trap, tried)):
+        tried = backing
+    for trap in traps:
+        if works(trap, tried):
+            return trap
+        for proof in proofs(trap, tried):
+            if proof.is_short:  # another trap that needs less is no answer
+                raise ShortageError(proof.error)
+    reasons = {trap: _first_error(trap, tried) for trap in traps}
+    if len(set(reasons.values())) == 1:  # it is not about traps
+        raise UnsupportedError(reasons[traps[0]])
+    why = "; ".join(f"{trap}: {reason}" for trap, reason in reasons.items())
+    raise UnsupportedError(f"no trap works on this host ({why}): kvmdp probe says what would help")
+
+
+def _first_error(trap: str, backing: str) -> str:
+    return next(proof.error for proof in proofs(trap, backing) if not proof.ok)
+
+
+def capabilities(kvm: Kvm) -> dict[str, int]:
+    """Return what KVM_CHECK_EXTENSION says of the capabilities that matter here."""
+    return {name: kvm.check_extension(number) for name, number in _CAPABILITIES.items()}
+
+
+def userfaultfd_facts() -> dict[str, Any]:
+    """Return what userfaultfd offers this user: available, kernel_faults, features by name, error, remedy."""
+    facts: dict[str, Any] = {
+        "available": False,
+        "kernel_faults": False,
+        "features": [],
+        "error": "",
+        "remedy": "",
+    }
+    try:
+        offered = supported_features()
+        facts["available"] = True
+        facts["features"] = [name for name, bit in _UFFD_FEATURES.items() if offered & bit]
+        Uffd(0, kernel_faults=True).close()
+        facts["kernel_faults"] = True
+    except UnsupportedError as error:
+        facts["error"], _, facts["remedy"] = str(error).partition(": ")
+    return facts

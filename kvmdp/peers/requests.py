@@ -1,0 +1,194 @@
+"""The faults of one peer: resolved in a thread of its own, so that whoever reads the peer's notifier never waits.
+
+A fault on a page that somebody else is at is parked: the end of that claim puts it into the queue again. A fault of
+several pages ends when each of them has been present once since it was asked for; what is taken away meanwhile is
+asked for again by the peer, which looks at the bitmap.
+
+Units: RAM pages.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from kvmdp.page import Access, Origin, Outcome, PageFault, broken
+from kvmdp.paging.claim import Waiter
+from kvmdp.paging.pager import DemandPager
+from kvmdp.thread import JoinableThread
+
+_HELD_SECONDS = 0.001  # from one look whether there is room for a page to the next
+
+
+class PeerCounters:
+    """What has passed between a machine and its peers. The first two are equal whenever no fault is open."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()  # sessions count at the same time
+        self.requests = 0  # FAULTs
+        self.replies = 0  # DONEs, and FAULTs that ended with their session
+        self.invalidates = 0  # INVALIDATEs and FREEZEs
+        self.acks = 0
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Add to one of them."""
+        with self._mutex:
+            setattr(self, name, getattr(self, name) + number)
+
+
+class _Request:
+    """One FAULT for the pages [page, end), and how far it is. Changed by the thread that has it in hand."""
+
+    __slots__ = ("access", "asked", "end", "number", "outcome", "page", "released", "token", "waiter")
+
+    def __init__(self, token: int, first: int, count: int, access: Access, number: int) -> None:
+        self.token = token
+        self.page = first
+        self.end = first + count
+        self.access = access
+        self.number = number
+        self.asked = time.perf_counter_ns()  # for the page it is at
+        self.outcome = Outcome.PRESENT
+        self.released = False  # under the mutex
+        self.waiter: Waiter | None = None  # of the last parking; under the mutex
+
+
+class FaultRequests:
+    """The open faults of one peer, and the thread that resolves them.
+
+    `answer(token, outcome)` is called from that thread when a fault has ended, `broke(error)` if the pager raised;
+    neither may block.
+    """
+
+    def __init__(
+        self,
+        pager: DemandPager,
+        counters: PeerCounters,
+        answer: Callable[[int, Outcome], None],
+        broke: Callable[[Exception], None],
+        name: str,
+    ) -> None:
+        self._pager = pager
+        self._counters = counters
+        self._answer = answer
+        self._broke = broke
+        self._todo: SimpleQueue[_Request | None] = SimpleQueue()
+        self._mutex = threading.Lock()  # guards what follows
+        self._open: dict[int, _Request] = {}
+        self._closed = False
+        self._thread = JoinableThread(
+            self._work, name, lambda error: pager.abort(broken(f"the thread {name} broke", error))
+        )
+
+    def start(self) -> None:
+        """Begin to resolve."""
+        self._thread.start()
+
+    @property
+    def open(self) -> int:
+        """How many faults have not been answered."""
+        return len(self._open)
+
+    @property
+    def oldest(self) -> int | None:
+        """Since when the oldest unanswered fault has waited for its page, in perf_counter_ns; None if there is none."""
+        with self._mutex:
+            request = next(iter(self._open.values()), None)
+        return None if request is None else request.asked
+
+    def is_open(self, token: int) -> bool:
+        """Whether there is an unanswered fault `token`."""
+        return token in self._open
+
+    def submit(self, token: int, first: int, count: int, access: Access, number: int) -> None:
+        """Have a fault resolved."""
+        request = _Request(token, first, count, access, number)
+        with self._mutex:
+            self._open[token] = request
+        self._todo.put(request)
+
+    def release(self, token: int) -> None:
+        """End a fault as CANCELLED, unless it has been answered; a fetch of its own that is under way ends first."""
+        with self._mutex:
+            request = self._open.get(token)
+            if request is None:
+                return
+            request.released = True
+            waiter = request.waiter
+        if waiter is not None:
+            self._pager.withdraw(waiter)
+
+    def close(self) -> None:
+        """Answer nothing more and withdraw all; does not wait."""
+        with self._mutex:
+            if self._closed:
+                return
+            self._closed = True
+            left = list(self._open)
+        for token in left:
+            self.release(token)
+        self._todo.put(None)
+        self._counters.count("replies", self._abandon())
+
+    def _abandon(self) -> int:
+        with self._mutex:
+            count = len(self._open)
+            self._open.clear()
+        return count
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread's end; False if a fetch holds it for longer than `timeout` seconds."""
+        return self._thread.join(timeout)
+
+    def _work(self) -> None:
+        while (request := self._todo.get()) is not None:
+            outcome = self._resolve(request)
+            if outcome is not None:
+                self._end(request, outcome)
+
+    def _end(self, request: _Request, outcome: Outcome) -> None:
+        with self._mutex:
+            # The peer's credit is given back before the answer: it may ask again the moment it has that.
+            if self._open.pop(request.token, None) is None:
+                return
+        self._counters.count("replies")
+        self._answer(request.token, outcome)
+
+    def _resolve(self, request: _Request) -> Outcome | None:
+        """Go on with a request; returns how it ended, or None if it is parked."""
+        while request.page < request.end:
+            while not (self._may_begin(request) or self._released(request)):
+                time.sleep(_HELD_SECONDS)
+            waiter = Waiter(lambda: self._todo.put(request))
+            with self._mutex:
+                request.waiter = waiter
+            if self._released(request):
+                return Outcome.CANCELLED
+            fault = PageFault(request.page, Origin.DEVICE, request.number, request.access)
+            try:
+                outcome = self._pager.resolve_or_park(fault, waiter)
+            except Exception as error:  # the pager is paused by now; the machine must not lose this thread
+                self._broke(error)
+                return Outcome.FAILED
+            if outcome is None:
+                # `release` may have come before there was anything to withdraw. Whichever of the two is later finds
+                # the other's mark; if both withdraw, the pager lets one of them.
+                if self._released(request):
+                    self._pager.withdraw(waiter)
+                return None
+            if outcome not in (Outcome.PRESENT, Outcome.ADMITTED):
+                return outcome
+            if outcome is Outcome.ADMITTED:
+                request.outcome = outcome
+                request.asked = time.perf_counter_ns()
+            request.page += 1
+        return request.outcome
+
+    def _may_begin(self, request: _Request) -> bool:
+        return self._pager.bitmap.test(request.page) or self._pager.room(request.asked)
+
+    def _released(self, request: _Request) -> bool:
+        with self._mutex:
+            return request.released

@@ -1,0 +1,204 @@
+"""What every trap can do, and what it may ask of the pager.
+
+Units: RAM pages, unless a name says bytes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from kvmdp.memory.bitmap import PresentBitmapView
+from kvmdp.page import Outcome, PageFault, PagingError
+from kvmdp.paging.claim import Waiter
+from kvmdp.trap.picture import Picture
+
+
+class Presence(Protocol):
+    """What a trap may ask of the pager."""
+
+    @property
+    def bitmap(self) -> PresentBitmapView:
+        """Which pages are present."""
+        ...
+
+    def hold(self, page: int) -> bool:
+        """Pin a page that is present and admitted; False if it is not. Undo with `release`."""
+        ...
+
+    def release(self, page: int) -> None:
+        """Undo one `hold`."""
+        ...
+
+    def resolve_or_park(self, fault: PageFault, waiter: Waiter) -> Outcome | None:
+        """Resolve a fault without ever waiting for a claim.
+
+        Returns None if somebody else is at the page: then `waiter` is notified when that has ended.
+        """
+        ...
+
+    @property
+    def room(self) -> Callable[[int], bool]:
+        """Tells, without waiting, whether a fault that nobody keeps house after may bring pages in now.
+
+        It is asked with the time of the fault (time.perf_counter_ns). If there is no room somebody is taking other
+        pages out: ask again by and by. It comes true before long, whatever becomes of that.
+        """
+        ...
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether pages are taken away again because there must not be too many of them."""
+        ...
+
+    @property
+    def housekeeping(self) -> list[Callable[[], None]]:
+        """What is called after a commit by threads that may sleep, with no claim held; for a trap to add to.
+
+        Such a call may stop the vCPUs, but waits for no claim and no pin, for more than a moment: its thread may hold
+        a view of pages, and who disarms the trap waits until nobody is in such a call.
+        """
+        ...
+
+    def complete(self, first: int, count: int) -> Outcome:
+        """Make present what nobody is at of a range, and pass over the rest. Waits for no claim.
+
+        PRESENT, or the outcome that ended it (FAILED, CANCELLED).
+        """
+        ...
+
+    def shut_off(self, first: int, count: int) -> None:
+        """Make a range absent, up to the first page that somebody is at, and keep its bytes. Waits for no claim."""
+        ...
+
+    def discarded(self, first: int, count: int) -> None:
+        """Take note that the bytes of these pages have gone, or are going: they read as zeros from now on."""
+        ...
+
+    def quiesced(self) -> AbstractContextManager[None]:
+        """Keep every vCPU out of KVM_RUN for the time of the block."""
+        ...
+
+    def while_stopped(self, work: Callable[[], None]) -> None:
+        """Call `work` while every vCPU is out of KVM_RUN, in a stop that threads share (`VcpuGate.while_stopped`).
+
+        `work` waits for nothing but the kernel, so for no claim on memslots either.
+        """
+        ...
+
+    def abort(self, error: PagingError) -> None:
+        """Pause the pager: the trap can no longer serve faults."""
+        ...
+
+
+class Trap(Protocol):
+    """Makes absent pages trap.
+
+    The pager calls `admit` and `revoke` under a claim on exactly these pages, from any thread, for different
+    pages at the same time; `arm` and `disarm` with every vCPU out of KVM_RUN, no claim left and nobody keeping house.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        ...
+
+    @property
+    def granule(self) -> int:
+        """Bytes that become present or absent as one; a power of two, a page or more."""
+        ...
+
+    @property
+    def needs_quiesce(self) -> bool:
+        """Whether every vCPU must be out of KVM_RUN while pages are revoked."""
+        ...
+
+    @property
+    def fill_view(self) -> memoryview:
+        """All of RAM as bytes: where the content of an absent page is to be put before it is admitted."""
+        ...
+
+    @property
+    def populate(self) -> Callable[[int, int], None] | None:
+        """What is to be called before bytes are put into `fill_view` (offset and length of them), if anything is.
+
+        Where the host may refuse memory at its first touch, the store would end the process; this raises ShortageError.
+        """
+        ...
+
+    @property
+    def memslots(self) -> int:
+        """How many memslots RAM takes now."""
+        ...
+
+    @property
+    def latencies(self) -> Sequence[array[int]]:
+        """Nanoseconds from event to wake of vCPUs' faults served by threads of the trap's own, an array a thread."""
+        ...
+
+    def arm(self, presence: Presence) -> None:
+        """Make every page trap that is not present in `presence.bitmap`; RAM may have been plain before."""
+        ...
+
+    def disarm(self) -> None:
+        """Make RAM plain memory; every page is present."""
+        ...
+
+    def admit(self, first: int, count: int) -> None:
+        """Let the guest into absent pages whose content is in place."""
+        ...
+
+    def revoke(self, first: int, count: int) -> None:
+        """Shut the guest out of present pages and keep their bytes, so that `admit` brings them back."""
+        ...
+
+    def forget(self, first: int, count: int) -> None:
+        """Give up the bytes of pages that are revoked, and the memory behind them where it can be freed.
+
+        What is read there afterwards is undefined. Nobody is at the pages: they are claimed.
+        """
+        ...
+
+    @property
+    def collapses(self) -> bool:
+        """Whether `collapse` can do anything, with this memory and on this kernel; else it is not called."""
+        ...
+
+    def collapse(self, first: int, count: int) -> bool:
+        """Put present pages, whole regions of 2 MiB, together into as large pieces as can be; True if it has.
+
+        Called under a claim on these pages; vCPUs may run, and views of the pages may be open.
+        """
+        ...
+
+    def reassert(self, first: int, count: int) -> bool:
+        """Mend what made present pages trap, if this trap knows how that can be; True if it found any such thing."""
+        ...
+
+    def picture(self) -> Picture:
+        """Return what is set up now, to be checked; nobody else is active."""
+        ...
+
+    def release_sleepers(self) -> None:
+        """Wake every vCPU that sleeps in the kernel on an absent page: the machine is stopping."""
+        ...
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until threads of the trap's own have counted what they did for vCPUs; False after `timeout` seconds.
+
+        With every vCPU out of KVM_RUN for good, and the pager cancelled.
+        """
+        ...
+
+    def hold_sleepers(self, absent: Iterable[tuple[int, int]]) -> None:
+        """Undo `release_sleepers`, with every vCPU out of KVM_RUN: the machine runs again.
+
+        `absent` has the runs of absent pages, (first, count), each of which is claimed until the next is asked for.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop what serves the trap and give back what it holds; memslots go with the VM."""
+        ...

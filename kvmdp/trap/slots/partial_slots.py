@@ -1,0 +1,124 @@
+"""The 2 MiB regions whose memslots are in pieces: merged when they are full, bounded in what they take of the kernel.
+
+A region of which some pages are present and some absent takes a memslot for each of its pieces. When its last page
+comes it is merged, with its neighbours as far as they are full too. When all partial regions together take more kernel
+memory than they may, or more memslots than KVM can spare, the fullest are completed: what they lack is fetched, and
+they are merged. Where not all of RAM may be present at once (`Presence.is_limited`) others would have to go for that,
+and leave pieces: there the emptiest are shut off, which makes one memslot of each, if nobody is at a page of it.
+
+That is not done where the page becomes present, but by `housekeep`, with no claim held: it stops the vCPUs and may
+fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`complete`, `shut_off`), because
+whoever calls it may hold a pin on which the owner of a claim waits.
+
+Units: RAM pages; memory in bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from kvmdp.memory.layout import REGION
+from kvmdp.page import Outcome
+from kvmdp.trap.base import Presence
+from kvmdp.trap.slots.ram_slots import RamSlots
+from kvmdp.trap.slots.slot_map import Kind
+
+SLOT_BYTES = 26 << 10  # kernel memory of a memslot, the most that was measured
+DEFAULT_SLOT_MEMORY = 256 << 20
+# What several threads may cut up before the one that keeps house has merged something: regions, each to its pages.
+_MARGIN = 4 * REGION
+
+
+class PartialRegions:
+    """Keeps count of the partial regions of `slots`, whose memslots may take `memory` bytes of the kernel's."""
+
+    def __init__(self, slots: RamSlots, presence: Presence, pages: int, memory: int) -> None:
+        self._slots = slots
+        self._presence = presence
+        self._pages = pages
+        self._most = min(memory // SLOT_BYTES, slots.spare - _MARGIN)
+        self._mutex = threading.Lock()  # guards all that follows
+        self._partial: dict[int, int] = {}  # region -> memslots that have pages of it
+        self._taken = 0  # the sum of them
+        self._full: set[int] = set()  # to be merged
+        self._kept = False  # a thread is keeping house
+
+    def changed(self, first: int, count: int) -> None:
+        """Take note that the memslots of these pages are others now, or may be."""
+        for region in range(first // REGION, (first + count - 1) // REGION + 1):
+            # Pages whose trap is still being told count as there too: who tells it comes here afterwards.
+            if self._recount(region):
+                with self._mutex:
+                    self._full.add(region)
+
+    def _recount(self, region: int) -> bool:
+        """Count a region's memslots anew; True if all its pages are present, and in more than one."""
+        low, size = self._run(region)
+        taken = self._slots.blocks_in(low, size)
+        present = self._presence.bitmap.count_range(low, size)
+        with self._mutex:
+            self._taken -= self._partial.pop(region, 0)
+            if taken > 1 or 0 < present < size:
+                self._partial[region] = taken
+                self._taken += taken
+        return present == size and taken > 1
+
+    def _run(self, region: int) -> tuple[int, int]:
+        """Return (first, count) of a region's pages; the last may be smaller."""
+        low = region * REGION
+        return low, min(REGION, self._pages - low)
+
+    def housekeep(self) -> None:
+        """Merge the regions that are full, and complete some if too much is in pieces."""
+        if (
+            not self._full and self._taken <= self._most
+        ):  # the usual case; a stale look is made good by the next
+            return
+        with self._mutex:
+            if self._kept:
+                return  # that thread looks again before it leaves
+            self._kept = True
+        try:
+            if self._taken > self._most:
+                self._reduce()
+            while self._merge_full():
+                pass
+        except BaseException:
+            with self._mutex:
+                self._kept = False
+            raise
+
+    def _merge_full(self) -> bool:
+        """Merge one full region; False if there was none, and then this thread keeps house no longer."""
+        with self._mutex:
+            if not self._full:
+                self._kept = False
+                return False
+            region = self._full.pop()
+        low, size = self._run(region)
+        self._slots.merge_upward(low, size, self._presence.quiesced)
+        self._recount(region)  # a page on its way in comes to `changed` itself
+        return True
+
+    def _reduce(self) -> None:
+        """Complete the fullest regions, or shut off the emptiest, until there are a good part fewer pieces."""
+        with self._mutex:
+            partial = dict(self._partial)
+            left = self._taken
+        present, is_limited = self._presence.bitmap.count_range, self._presence.is_limited
+        for region in sorted(partial, key=lambda each: present(*self._run(each)), reverse=not is_limited):
+            if left <= self._most * 7 // 8:
+                return
+            low, size = self._run(region)
+            if is_limited:
+                self._presence.shut_off(low, size)
+                self._slots.merge(low, size, self._presence.quiesced, Kind.CLOSED)
+                self._recount(region)
+                left += self._partial.get(region, 0) - partial[region]
+                continue
+            if self._presence.complete(low, size) is not Outcome.PRESENT:
+                return  # the machine stops, or the source has failed
+            if self._recount(region):
+                with self._mutex:
+                    self._full.add(region)
+                left -= partial[region]
