@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kvmdp import cgroup
-from kvmdp.memory.size import format_size
-from kvmdp.memory.unsupported import UnsupportedError
+from kvmdp.errors import KvmdpError, UnsupportedError
+from kvmdp.size import format_size
 
 _NO_THREAD = "can't start new thread"  # all that Python says
 _UNMAPPED = "failed to map segment"  # and the loader of libraries, in an ImportError
@@ -32,7 +32,7 @@ _SCARCE = 64 << 20  # memory left of a control group that may well be too little
 _UNSEEN_MAPPINGS = 64  # that /proc/self/maps may have less than the kernel counts
 
 
-class ShortageError(Exception):
+class ShortageError(KvmdpError):
     """This process or its host has run out of something: the message says of what, its limit, and what to do."""
 
 
@@ -117,7 +117,7 @@ def of_errno(number: int) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    return type(error).__module__.startswith("kvmdp.")
+    return isinstance(error, KvmdpError)
 
 
 def _shortage_itself(error: BaseException) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmdp import shortage
-from kvmdp.page import PagingError, UnsupportedError
+from kvmdp.errors import PagingError, UnsupportedError
 from kvmdp.shortage import NoThreadError, ShortageError, named
 
 MEMORY = "the host has no more to give: free some, or ask for less"

@@ -22,10 +22,11 @@ from kvmdp.bench.contender import Contender
 from kvmdp.bench.disk import measure_disk
 from kvmdp.bench.measure import machine_options, source_of
 from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
+from kvmdp.errors import PagingError
 from kvmdp.interruption import entered
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE
-from kvmdp.page import Outcome, PagingError
+from kvmdp.memory.layout import MIN_MEMORY
+from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.paging.access import GuestMemory
 from kvmdp.source.synthetic import SyntheticSource
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from kvmdp.bench.work import Work
 from kvmdp.memory.backings import BACKINGS
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.memory.size import parse_size
+from kvmdp.page import PAGE_SIZE
+from kvmdp.size import parse_size
 from kvmdp.source.network import parse_bandwidth, parse_latency
 from kvmdp.trap.registry import ALL_TRAPS, TRAPS, check_backing
 from kvmdp.trap.uffd.userfaultfd import UffdOptions, check_mode, parse_mode

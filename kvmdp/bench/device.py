@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from array import array
 
+from kvmdp.errors import PagingError
 from kvmdp.machine.machine import Machine
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import PagingError, broken
+from kvmdp.page import PAGE_SIZE
+from kvmdp.paging.broken import broken
 from kvmdp.thread import JoinableThread
 
 

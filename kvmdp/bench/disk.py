@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvmdp.child import ChildProcess
+from kvmdp.errors import PagingError
 from kvmdp.interruption import entered
 from kvmdp.last_acts import last_act
 from kvmdp.machine.disk import DiskFile
@@ -22,7 +23,7 @@ from kvmdp.machine.guest_abi import DISK_SECTOR
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.remote_disk import RemoteDisk
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.page import Outcome, PagingError
+from kvmdp.page import Outcome
 from kvmdp.peers.wire.endpoint import Listener
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.temporary import temporary_folder

@@ -29,10 +29,9 @@ from kvmdp.interruption import entered
 from kvmdp.machine.hostinfo import host_facts
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.backings import BACKINGS
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.memory.size import format_size
-from kvmdp.page import PageFault
+from kvmdp.page import PAGE_SIZE, PageFault
 from kvmdp.paging.claim import Claim
+from kvmdp.size import format_size
 from kvmdp.source.base import PageSource
 from kvmdp.source.wrapper import SourceWrapper
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import KvmError
-from kvmdp.page import UnsupportedError
 from kvmdp.shortage import in_words, named
 
 _Measured = TypeVar("_Measured")

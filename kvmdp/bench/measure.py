@@ -16,6 +16,7 @@ from kvmdp.bench.contender import Contender
 from kvmdp.bench.device import DeviceThread
 from kvmdp.bench.trace import Record, Tracer
 from kvmdp.bench.work import Work
+from kvmdp.errors import PagingError
 from kvmdp.interruption import entered
 from kvmdp.kvm import BusError, Interrupted, Kvm, MemoryFault
 from kvmdp.machine.boot import vector_flags
@@ -23,8 +24,8 @@ from kvmdp.machine.hostinfo import page_table_memory, proportional_memory, vmall
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
 from kvmdp.memory.backings import check_backing_options
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.page import Outcome, PagingError
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.paging.policy import FaultAround
 from kvmdp.source.base import PageSource
 from kvmdp.source.network import NetworkSource

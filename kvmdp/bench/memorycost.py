@@ -23,8 +23,8 @@ from kvmdp.interruption import entered
 from kvmdp.machine.hostinfo import host_facts, page_table_memory, vmalloc_used
 from kvmdp.machine.machine import Machine
 from kvmdp.memory.layout import GuestLayout
-from kvmdp.memory.size import format_size
 from kvmdp.paging.policy import MAX_FAULT_AROUND
+from kvmdp.size import format_size
 from kvmdp.trap.registry import TRAPS
 from kvmdp.trap.slots.ram_slots import least_granule
 

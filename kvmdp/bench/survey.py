@@ -35,8 +35,9 @@ from kvmdp.bench.memorycost import memory_contender, memory_cost
 from kvmdp.bench.report.results import SCHEMA, Place, place_name
 from kvmdp.bench.work import Work
 from kvmdp.machine.hostinfo import available_memory, host_facts
-from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE, GuestLayout
-from kvmdp.memory.size import format_size
+from kvmdp.memory.layout import MIN_MEMORY, GuestLayout
+from kvmdp.page import PAGE_SIZE
+from kvmdp.size import format_size
 
 # About what a fault takes without a network. The longer a fault waits, the less RAM is gone through.
 _FAULT_SECONDS = 150e-6

@@ -26,8 +26,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.page import Origin, PageFault
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE, Origin, PageFault
 from kvmdp.paging.claim import Claim, State
 
 SCHEMA = "kvmdp.trace/1"

@@ -31,7 +31,7 @@ from kvmdp.cli.output import (
 from kvmdp.cli.paths import check_distinct, reads, writes
 from kvmdp.cli.result_files import ResultFiles
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
-from kvmdp.memory.size import format_size, parse_size
+from kvmdp.size import format_size, parse_size
 from kvmdp.source.network import parse_bandwidth, parse_latency
 from kvmdp.trap.registry import ALL_TRAPS, TRAPS
 from kvmdp.trap.uffd.userfaultfd import parse_mode

@@ -30,7 +30,7 @@ from kvmdp.cli.paths import check_distinct, fills, writes
 from kvmdp.cli.report import write_folder
 from kvmdp.cli.result_files import ResultFiles
 from kvmdp.cli.streams import terminal_columns
-from kvmdp.memory.size import format_size, parse_size
+from kvmdp.size import format_size, parse_size
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
 # What is measured if the user does not say otherwise: at length, and with --quick.

@@ -8,13 +8,13 @@ import os
 from kvmdp.cli.disk_options import add_format_option
 from kvmdp.cli.output import EXIT_OK, UsageError, say
 from kvmdp.cli.paths import check_distinct, reads, writes
+from kvmdp.errors import PagingError
 from kvmdp.machine.disk import DiskError, DiskFile
 from kvmdp.machine.remote_disk import HANDOVER_SECONDS, serve_disk
-from kvmdp.memory.size import format_size
-from kvmdp.page import PagingError
 from kvmdp.peers.wire.endpoint import EndpointError, Peer, connect
 from kvmdp.peers.wire.handover import HandoverError
 from kvmdp.shortage import NoThreadError
+from kvmdp.size import format_size
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

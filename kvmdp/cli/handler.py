@@ -11,9 +11,9 @@ from kvmdp.cli.leftovers import listening
 from kvmdp.cli.output import UsageError, say
 from kvmdp.cli.paths import check_distinct, reads, writes
 from kvmdp.cli.sources import over_network
-from kvmdp.memory.size import format_size, parse_size
 from kvmdp.peers.handler.server import PageServer
 from kvmdp.peers.wire.endpoint import EndpointError
+from kvmdp.size import format_size, parse_size
 from kvmdp.source.base import PageSource
 from kvmdp.source.synthetic import SyntheticSource
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from kvmdp.cli.output import say
 from kvmdp.memory.holes import HOLES, OUR_HOLE, Hole, parse_hole
-from kvmdp.memory.layout import HIGH_RAM_BASE, PAGE_SIZE, GuestLayout
-from kvmdp.memory.size import format_size
+from kvmdp.memory.layout import HIGH_RAM_BASE, GuestLayout
+from kvmdp.page import PAGE_SIZE
+from kvmdp.size import format_size
 from kvmdp.source.base import PageSource, read_pages
 from kvmdp.source.image import ImageError, ImageSource
 from kvmdp.source.without_hole import WithoutHole

@@ -10,8 +10,8 @@ from pathlib import Path
 from kvmdp.cli.output import say
 from kvmdp.interruption import Uninterrupted
 from kvmdp.last_acts import last_act
-from kvmdp.memory.size import format_size
 from kvmdp.peers.wire.endpoint import EndpointError, Listener, remove_dead
+from kvmdp.size import format_size
 
 
 class Leftovers:

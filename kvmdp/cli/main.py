@@ -20,9 +20,9 @@ from kvmdp.cli.output import (
     say,
 )
 from kvmdp.cli.result_files import OutputError
+from kvmdp.errors import PagingError, UnsupportedError
 from kvmdp.kvm import KvmError
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.page import PagingError, UnsupportedError
 from kvmdp.shortage import ShortageError, named
 from kvmdp.source.base import SourceError
 

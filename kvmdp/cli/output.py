@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from kvmdp.errors import KvmdpError
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -13,7 +15,7 @@ EXIT_LACKING = 4
 EXIT_INTERRUPTED = 130
 
 
-class UsageError(Exception):
+class UsageError(KvmdpError):
     """The command line asks for something that makes no sense; the message is one sentence."""
 
 

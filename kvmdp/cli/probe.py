@@ -13,7 +13,7 @@ from kvmdp.kvm import Kvm, KvmError
 from kvmdp.lab.probe import ACCESSES, Status, capabilities, proofs, userfaultfd_facts, works
 from kvmdp.machine.hostinfo import host_facts, huge_page_pools
 from kvmdp.memory.backings import BACKINGS
-from kvmdp.memory.size import format_size
+from kvmdp.size import format_size
 from kvmdp.trap.registry import EXIT_TRAPS, TRAPS
 
 SCHEMA = "kvmdp.probe/1"

@@ -8,7 +8,7 @@ import time
 from kvmdp.cli.output import say
 from kvmdp.cli.streams import terminal_columns
 from kvmdp.machine.machine import Machine
-from kvmdp.memory.size import format_size
+from kvmdp.size import format_size
 
 _SHADES = " ░▒▓█"
 _MAP_ROWS = 8

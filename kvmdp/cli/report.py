@@ -13,7 +13,7 @@ from kvmdp.bench.report.table import claim_lines, table
 from kvmdp.cli.output import EXIT_OK, UsageError, say
 from kvmdp.cli.paths import check_distinct, fills, reads
 from kvmdp.cli.result_files import OutputError, ResultFiles
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

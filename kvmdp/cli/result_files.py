@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from kvmdp.cli.output import EXIT_OK, is_stream, say
+from kvmdp.errors import KvmdpError
 from kvmdp.interruption import Uninterrupted
 from kvmdp.last_acts import last_act
 
 _TEMPORARY = ".kvmdp-"  # and eight characters: fits beside any name
 
 
-class OutputError(Exception):
+class OutputError(KvmdpError):
     """A result that was asked for was not written; the message is one sentence with a remedy."""
 
 

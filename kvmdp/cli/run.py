@@ -27,6 +27,7 @@ from kvmdp.cli.run_options import add_options, machine_options, plan
 from kvmdp.cli.sources import Sources, open_sources
 from kvmdp.cli.summary import leak_records, print_leaks, print_summary, results
 from kvmdp.cli.supervise import TouchedError, is_supervised, supervise
+from kvmdp.errors import PagingError, UnsupportedError
 from kvmdp.lab.detector import LeakDetector
 from kvmdp.lab.experiment import RunResult, run_program, run_workload
 from kvmdp.last_acts import last_act
@@ -40,11 +41,10 @@ from kvmdp.machine.workloads import (
 )
 from kvmdp.machine.workloads.poison import choose_pages
 from kvmdp.memory.backings import BACKINGS
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.memory.size import format_size
-from kvmdp.page import PagingError, UnsupportedError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.peers.wire.endpoint import EndpointError
 from kvmdp.shortage import ShortageError, named
+from kvmdp.size import format_size
 from kvmdp.source.base import PageSource, SourceError
 from kvmdp.source.image import ImageError
 from kvmdp.source.network import parse_bandwidth, parse_latency

@@ -7,6 +7,7 @@ from typing import get_args
 
 from kvmdp.cli.disk_options import add_disk_options
 from kvmdp.cli.images import add_image_options
+from kvmdp.errors import UnsupportedError
 from kvmdp.jobs.collapse import POLICIES
 from kvmdp.jobs.resident_limit import check_frees, check_limit
 from kvmdp.kvm import Kvm
@@ -19,11 +20,11 @@ from kvmdp.machine.pv_msrs import pv_flags
 from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions, make_workload
 from kvmdp.machine.workloads.poison import Poison
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
-from kvmdp.memory.layout import HIGH_RAM_BASE, MIN_MEMORY, PAGE_SIZE, GuestLayout
-from kvmdp.memory.size import format_size, parse_size
-from kvmdp.page import UnsupportedError
+from kvmdp.memory.layout import HIGH_RAM_BASE, MIN_MEMORY, GuestLayout
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.policy import FaultAround
 from kvmdp.peers.handler.source import DEFAULT_TIMEOUT
+from kvmdp.size import format_size, parse_size
 from kvmdp.source.base import PageSource
 from kvmdp.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing, exit_trap_of
 from kvmdp.trap.slots.memory_fault import MemoryFaultTrap

@@ -11,8 +11,8 @@ from kvmdp.cli.output import say
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.layout import GuestLayout
-from kvmdp.memory.size import format_size, parse_size
 from kvmdp.peers.handler.source import HandlerSource
+from kvmdp.size import format_size, parse_size
 from kvmdp.source.base import PageSource
 from kvmdp.source.network import NetworkSource, parse_bandwidth, parse_latency
 from kvmdp.source.synthetic import SyntheticSource

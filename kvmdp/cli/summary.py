@@ -10,8 +10,9 @@ from kvmdp.lab.collapse_cost import CollapseResult
 from kvmdp.lab.experiment import RunResult
 from kvmdp.lab.leaks import Leak
 from kvmdp.machine.hostinfo import emulates_ring_0
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.memory.size import format_size
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE
+from kvmdp.size import format_size
 from kvmdp.vcpu.emulated import Form
 
 

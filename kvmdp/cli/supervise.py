@@ -30,6 +30,7 @@ from kvmdp.cli.ending import SAME_SECONDS, run_to_end
 from kvmdp.cli.entry import INTERRUPTING, interruptions, last_words, leave, on_interruption
 from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LACKING, say
 from kvmdp.cli.streams import open_streams
+from kvmdp.errors import KvmdpError
 from kvmdp.lab.leaks import Leak, LeakKind
 from kvmdp.shortage import ShortageError, starting_process, starting_thread
 
@@ -47,7 +48,7 @@ _supervised = False
 _START = "import sys; sys.path[:] = {path!r}; from kvmdp.cli.supervise import child; child({stacks}, {beats}, {parent})"
 
 
-class TouchedError(Exception):
+class TouchedError(KvmdpError):
     """The supervised run was ended by a touch of memory that is not there; `leak` says what is known."""
 
     def __init__(self, leak: Leak) -> None:

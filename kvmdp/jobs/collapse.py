@@ -13,8 +13,8 @@ import time
 from types import TracebackType
 from typing import Literal, Self, get_args
 
-from kvmdp.memory.layout import REGION
-from kvmdp.page import PageFault, broken
+from kvmdp.page import REGION, PageFault
+from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import Claim
 from kvmdp.paging.pager import DemandPager
 from kvmdp.thread import JoinableThread

@@ -20,12 +20,13 @@ from __future__ import annotations
 import threading
 import time
 
+from kvmdp.errors import BusyError, SwitchedOffError
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.memory.size import format_size
-from kvmdp.page import BusyError, SwitchedOffError, broken
+from kvmdp.page import PAGE_SIZE
+from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import State
 from kvmdp.paging.pager import ANSWER_SECONDS, DemandPager
+from kvmdp.size import format_size
 from kvmdp.thread import JoinableThread
 
 _BACKED = int(State.BACKED)

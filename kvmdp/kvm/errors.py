@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 
+from kvmdp.errors import KvmdpError
 from kvmdp.shortage import ShortageError, more_threads, of_errno
 
 
-class KvmError(OSError):
+class KvmError(KvmdpError, OSError):
     """A KVM call failed.
 
     `errno` is the kernel's; `call` names the ioctl; `remedy` says what the user can do, or

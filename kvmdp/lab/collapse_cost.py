@@ -13,7 +13,7 @@ from kvmdp.jobs.collapse import CollapsePolicy, Collapser
 from kvmdp.kvm import KvmError
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 
 _TIMED_TOUCHES = 1 << 20  # of each vCPU: enough to see the cost of a TLB miss
 

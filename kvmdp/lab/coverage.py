@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvmdp.child import ChildProcess
+from kvmdp.errors import PagingError, UnsupportedError
 from kvmdp.interruption import entered
 from kvmdp.kvm import Kvm
 from kvmdp.lab.coverage_cell import EMULATED, Cell, Seen, seen_by, vcpu_exits
@@ -43,8 +44,7 @@ from kvmdp.machine.machine import (
 from kvmdp.machine.pv_msrs import pv_flags
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import Origin, PageFault, PagingError, UnsupportedError
+from kvmdp.page import PAGE_SIZE, Origin, PageFault
 from kvmdp.paging.access import GuestMemory
 from kvmdp.shortage import in_words, named
 from kvmdp.source.base import read_pages

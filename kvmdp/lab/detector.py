@@ -14,6 +14,7 @@ import numpy as np
 
 from kvmdp.abi import pagemap
 from kvmdp.abi.libc import mincore
+from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Vcpu
 from kvmdp.lab.leaks import Leak, absent_msr_pages, data_leak, runs_with_data, spurious_page_fault
 from kvmdp.machine.hostinfo import tmpfs_has_huge_pages
@@ -21,9 +22,8 @@ from kvmdp.machine.machine import Machine
 from kvmdp.machine.pv_msrs import PV_MSRS
 from kvmdp.machine.workloads.arithmetic import Bools
 from kvmdp.memory.backing import FileBacking
-from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
-from kvmdp.memory.unsupported import UnsupportedError
+from kvmdp.page import PAGE_SIZE
 
 _TICK_PAGES = 1 << 16  # looked at in one tick, and at once: 256 MiB
 

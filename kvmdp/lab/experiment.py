@@ -29,7 +29,8 @@ from kvmdp.machine.page_tables import page_table_bytes
 from kvmdp.machine.vcpu_thread import EXIT_NAMES
 from kvmdp.machine.workloads import Workload, combined_checksum
 from kvmdp.machine.workloads.arithmetic import Pages
-from kvmdp.memory.layout import LOW_RAM_END, PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import LOW_RAM_END, GuestLayout
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.claim import Counters, State
 from kvmdp.source.base import PageSource, ram_source, read_pages
 from kvmdp.source.patched import PatchedSource

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from kvmdp.abi import pagemap
 from kvmdp.abi.libc import mincore
-from kvmdp.memory.layout import PAGE_SIZE, REGION, GuestLayout
+from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
+from kvmdp.page import PAGE_SIZE, REGION
 from kvmdp.paging.claim import State
 from kvmdp.paging.pager import DemandPager
 from kvmdp.trap.picture import Picture

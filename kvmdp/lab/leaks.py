@@ -19,7 +19,8 @@ import numpy as np
 from kvmdp.machine.guest_abi import ParameterBlock
 from kvmdp.machine.pv_msrs import PV_MSRS
 from kvmdp.machine.workloads.arithmetic import Bools
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.claim import State
 
 _PAGE_FAULT = 14

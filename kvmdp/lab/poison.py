@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.errors import UnsupportedError
 from kvmdp.machine.guest_abi import MC_ADDRESSES, ParameterBlock
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.workloads.arithmetic import Pages
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.memory.size import format_size
-from kvmdp.page import UnsupportedError
+from kvmdp.page import PAGE_SIZE
+from kvmdp.size import format_size
 from kvmdp.trap.uffd.descriptor import supported_features
 from kvmdp.trap.uffd.userfaultfd import NO_POISON, UserfaultfdTrap
 

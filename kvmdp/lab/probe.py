@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from kvmdp.abi import kvm as kvm_abi
 from kvmdp.abi import userfaultfd as uffd_abi
+from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Kvm
 from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.boot import vector_flags
@@ -25,10 +26,9 @@ from kvmdp.memory.hugepages import (
     check_pool,
     how_to_reserve,
 )
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.memory.size import format_size
-from kvmdp.page import UnsupportedError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.shortage import ShortageError, causes, in_words, named
+from kvmdp.size import format_size
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.layered import LayeredTrap
 from kvmdp.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS, UFFD_TRAPS, check_backing

@@ -16,12 +16,13 @@ from pathlib import Path
 from kvmdp.abi.kvm import KVM_CAP_XCRS
 from kvmdp.abi.kvm_para import KVM_CPUID_FEATURES
 from kvmdp.abi.kvm_x86 import kvm_cpuid_entry2, kvm_regs, kvm_segment
+from kvmdp.errors import KvmdpError
 from kvmdp.kvm import Kvm, Vcpu, Vm
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.page_tables import PageTables
-from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
-from kvmdp.memory.size import format_size
+from kvmdp.page import PAGE_SIZE
+from kvmdp.size import format_size
 from kvmdp.source.formats import HEAD_BYTES, TAIL_BYTES, recognise
 
 BOOT_MEMSLOT, EMPTY_TABLE_MEMSLOT = 0, 7
@@ -39,7 +40,7 @@ _CPUID1_ECX_X2APIC, _CPUID1_ECX_TSC_DEADLINE, _CPUID1_EDX_APIC = 1 << 21, 1 << 2
 _CPUID1_ECX_XSAVE, _CPUID1_ECX_AVX, _CPUID7_EBX_AVX2 = 1 << 26, 1 << 28, 1 << 5
 
 
-class GuestImageError(ValueError):
+class GuestImageError(KvmdpError, ValueError):
     """A guest program cannot be loaded; the message says why and what would do."""
 
 

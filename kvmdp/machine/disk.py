@@ -29,11 +29,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from kvmdp.errors import KvmdpError, PoisonedError
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.guest_abi import DiskStatus
-from kvmdp.memory.size import format_size
-from kvmdp.page import PoisonedError
 from kvmdp.paging.access import MemoryAccess
+from kvmdp.size import format_size
 from kvmdp.source.formats import recognise_file
 from kvmdp.temporary import unnamed_file
 
@@ -44,7 +44,7 @@ _COUNT_MASK = (1 << 64) - 1
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class DiskError(Exception):
+class DiskError(KvmdpError):
     """A file cannot be a disk; the message says why and what to do."""
 
 

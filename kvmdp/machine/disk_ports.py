@@ -13,13 +13,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from kvmdp.errors import CancelledError, FrozenError
 from kvmdp.kvm import Io
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.machine import Machine
-from kvmdp.memory.layout import PAGE_SHIFT
-from kvmdp.page import CancelledError, FrozenError, Origin, broken
+from kvmdp.page import PAGE_SHIFT, Origin
 from kvmdp.paging.access import GuestMemory
+from kvmdp.paging.broken import broken
 from kvmdp.thread import JoinableThread
 
 _LONGEST_WAIT = 0.1  # of a vCPU in the wait port

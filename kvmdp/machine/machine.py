@@ -13,6 +13,7 @@ from typing import Literal
 
 from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_MCE, KVM_CAP_SYNC_REGS
 from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs, kvm_vcpu_events
+from kvmdp.errors import BusyError, PagingError
 from kvmdp.interruption import Interruptible, Uninterrupted
 from kvmdp.jobs.resident_limit import ResidentLimit, check_frees, check_limit
 from kvmdp.kvm import Interrupted, Kvm, Vcpu, Vm
@@ -32,8 +33,8 @@ from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.machine.pv_msrs import PvMsrs
 from kvmdp.machine.vcpu_thread import GuestError, VcpuThread
 from kvmdp.memory.backings import create_backing
-from kvmdp.memory.layout import LOW_RAM_END, PAGE_SIZE, GuestLayout
-from kvmdp.page import BusyError, Origin, Outcome, PagingError
+from kvmdp.memory.layout import LOW_RAM_END, GuestLayout
+from kvmdp.page import PAGE_SIZE, Origin, Outcome
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround

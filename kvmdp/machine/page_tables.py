@@ -14,7 +14,8 @@ import numpy as np
 
 from kvmdp.machine.guest_abi import BOOT_BASE, PAGE_TABLES_BASE
 from kvmdp.machine.workloads.arithmetic import Pages, Words
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE
 
 LARGE_PAGE = 2 << 20
 

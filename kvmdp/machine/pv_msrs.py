@@ -37,11 +37,12 @@ from kvmdp.abi.kvm_para import (
     TIME_INFO_BYTES,
     WALL_CLOCK_BYTES,
 )
+from kvmdp.errors import PagingError
 from kvmdp.kvm import DeniedMsrs, Kvm, KvmError, MsrWrite, Vcpu, Vm
 from kvmdp.machine.guest_abi import PvFlag
 from kvmdp.machine.workloads.arithmetic import Pages, Words
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.page import Origin, Outcome, PageFault, PagingError
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE, Origin, Outcome, PageFault
 from kvmdp.paging.pager import DemandPager
 
 _ENABLED = 1 << 0

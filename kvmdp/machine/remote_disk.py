@@ -22,6 +22,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from kvmdp.errors import CancelledError, FrozenError, PagingError
 from kvmdp.interruption import entered
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
@@ -29,8 +30,8 @@ from kvmdp.machine.disk_ports import DiskPorts
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.service_watch import ServiceWatch
 from kvmdp.own_clock import OwnClock
-from kvmdp.page import CancelledError, FrozenError, PagingError, broken
 from kvmdp.paging.access import GuestMemory
+from kvmdp.paging.broken import broken
 from kvmdp.peers.remote import RemoteMemory
 from kvmdp.peers.session import DeviceSession
 from kvmdp.peers.wire import handover

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from kvmdp.abi.kvm_x86 import kvm_regs
+from kvmdp.errors import KvmdpError, PagingError
 from kvmdp.kvm import (
     BadAddress,
     BusError,
@@ -31,7 +32,6 @@ from kvmdp.kvm import (
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.ports import Ports
 from kvmdp.machine.pv_msrs import PvMsrs
-from kvmdp.page import PagingError
 from kvmdp.shortage import ShortageError, in_words
 from kvmdp.thread import JoinableThread
 from kvmdp.vcpu.faults import VcpuPaging
@@ -75,7 +75,7 @@ _PAGE_FAULT = 14
 _NO_REQUEST = (1 << 64) - 1
 
 
-class GuestError(Exception):
+class GuestError(KvmdpError):
     """The guest did something that ends the run; the message says what and where."""
 
 

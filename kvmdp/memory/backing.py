@@ -32,11 +32,11 @@ from kvmdp.abi.mman import (
     MADV_HUGEPAGE,
     MADV_NOHUGEPAGE,
 )
+from kvmdp.errors import UnsupportedError
 from kvmdp.memory.mapping import Mapping
-from kvmdp.memory.size import format_size
-from kvmdp.memory.unsupported import UnsupportedError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.shortage import of_errno
-from kvmdp.source.base import PAGE_SIZE
+from kvmdp.size import format_size
 from kvmdp.temporary import temporary_folder, unnamed_file
 
 

@@ -15,7 +15,7 @@ from kvmdp.memory.hugetlb import (
     PrivateHugetlb1gBacking,
     PrivateHugetlb2mBacking,
 )
-from kvmdp.memory.size import format_size
+from kvmdp.size import format_size
 
 _HUGETLB: tuple[type[HugetlbBacking], ...] = (
     Hugetlb2mBacking,

@@ -13,8 +13,8 @@ import os
 from typing import Protocol
 
 from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS
+from kvmdp.errors import UnsupportedError
 from kvmdp.memory.backing import Backing, map_twice, punch_hole
-from kvmdp.memory.unsupported import UnsupportedError
 
 
 class MemoryMaker(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END, MAX_LOW_RAM_END, check_low_ram_end
-from kvmdp.memory.size import format_size, parse_size
+from kvmdp.size import format_size, parse_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,10 @@ from types import TracebackType
 from typing import Self
 
 from kvmdp.cgroup import GroupLimit, tightest
+from kvmdp.errors import UnsupportedError
 from kvmdp.memory.mapping import Mapping
-from kvmdp.memory.size import format_size
-from kvmdp.memory.unsupported import UnsupportedError
 from kvmdp.shortage import ShortageError
+from kvmdp.size import format_size
 
 # The largest size of which the kernel makes pages on demand: larger ones are gigantic.
 _OVERCOMMITTED = 2 << 20

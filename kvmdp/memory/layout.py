@@ -11,26 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvmdp.memory.size import format_size
-from kvmdp.source.base import PAGE_SIZE
+from kvmdp.page import HUGE_PAGE, PAGE_SHIFT, PAGE_SIZE
+from kvmdp.size import format_size
 
-__all__ = [
-    "HIGH_RAM_BASE",
-    "HUGE_PAGE",
-    "LOW_RAM_END",
-    "MAX_LOW_RAM_END",
-    "MAX_MEMORY",
-    "MIN_MEMORY",
-    "PAGE_SHIFT",
-    "PAGE_SIZE",
-    "REGION",
-    "GuestLayout",
-    "Region",
-]
-
-PAGE_SHIFT = PAGE_SIZE.bit_length() - 1
-HUGE_PAGE = 2 << 20  # bytes that one entry of the second level of page tables can map
-REGION = HUGE_PAGE // PAGE_SIZE  # the same in pages: what the host maps as one where it can
 LOW_RAM_END = 3 << 30  # where the hole begins unless a machine is made with another map
 MAX_LOW_RAM_END = 0xD000_0000  # 3.25 GiB: there is the boot slot
 HIGH_RAM_BASE = 4 << 30

@@ -27,7 +27,7 @@ from kvmdp.abi.mman import (
     PROT_READ,
     PROT_WRITE,
 )
-from kvmdp.memory.layout import HUGE_PAGE, PAGE_SIZE
+from kvmdp.page import HUGE_PAGE, PAGE_SIZE
 
 
 def _reserve_aligned(length: int) -> int:

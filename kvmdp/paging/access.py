@@ -15,19 +15,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvmdp.errors import BusyError, CancelledError, PagingError, PoisonedError
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
-from kvmdp.page import (
-    Access,
-    BusyError,
-    CancelledError,
-    Origin,
-    Outcome,
-    PageFault,
-    PagingError,
-    PoisonedError,
-)
+from kvmdp.page import PAGE_SHIFT, PAGE_SIZE, Access, Origin, Outcome, PageFault
 from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.pins import Pin

@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+from kvmdp.errors import BusyError, FrozenError, PagingError
 from kvmdp.interruption import undone
-from kvmdp.page import BusyError, FrozenError, PagingError
 from kvmdp.paging.claim import State
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.pins import Pin

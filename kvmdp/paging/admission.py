@@ -18,11 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from kvmdp.errors import PagingError
 from kvmdp.interruption import Uninterrupted, undone
 from kvmdp.memory.bitmap import PresentBitmap
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.page import Origin, Outcome, PageFault, PagingError, broken
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE, Origin, Outcome, PageFault
 from kvmdp.paging.access_gate import AccessGate
+from kvmdp.paging.broken import broken
 from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake, notify
 from kvmdp.paging.housekeeping import Housekeeping

@@ -13,10 +13,11 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
+from kvmdp.errors import BusyError, PagingError, SwitchedOffError
 from kvmdp.interruption import Uninterrupted, undone
 from kvmdp.memory.bitmap import Words, runs_of
-from kvmdp.memory.layout import REGION, GuestLayout
-from kvmdp.page import BusyError, Outcome, PageFault, PagingError, SwitchedOffError
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import REGION, Outcome, PageFault
 from kvmdp.paging.claim import State, Wait, notify
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.removal import Peers, Revoker

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from kvmdp.errors import BusyError, CancelledError, PagingError, SwitchedOffError
 from kvmdp.interruption import Uninterrupted
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.page import BusyError, CancelledError, PageFault, PagingError, SwitchedOffError, broken
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE, PageFault
 from kvmdp.paging.admission import Resolver
+from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import Claim, State, Wait
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.store import FileSink

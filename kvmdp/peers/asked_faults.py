@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import time
 
-from kvmdp.page import CancelledError, FrozenError, PagingError, PoisonedError
-from kvmdp.peers.wire.records import Outcome, RecordError
+from kvmdp.errors import CancelledError, FrozenError, PagingError, PoisonedError
+from kvmdp.page import Outcome
+from kvmdp.peers.wire.records import RecordError
 from kvmdp.waiting import Latch
 
 

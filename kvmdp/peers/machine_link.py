@@ -13,13 +13,14 @@ import contextlib
 import select
 import socket
 
+from kvmdp.errors import KvmdpError
 from kvmdp.peers.wire.endpoint import Peer
 from kvmdp.peers.wire.records import RECORD_SIZE, Record, unpack
 
 _GONE = "the machine has closed the notifier, or died: its memory cannot be used any more"
 
 
-class LinkEndedError(Exception):
+class LinkEndedError(KvmdpError):
     """Nothing can be received any more; the message says why."""
 
 

@@ -23,9 +23,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from kvmdp.errors import PagingError
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.page import PagingError
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.pager import DemandPager
 from kvmdp.peers.requests import PeerCounters
 from kvmdp.peers.session import DeviceSession

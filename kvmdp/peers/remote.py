@@ -27,16 +27,16 @@ from types import TracebackType
 from typing import Self
 
 from kvmdp.abi.mman import MADV_DONTFORK
+from kvmdp.errors import BusyError, CancelledError, FrozenError, PagingError
 from kvmdp.memory.bitmap import PresentBitmapView
-from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.ram_map import RamMap
-from kvmdp.page import BusyError, CancelledError, FrozenError, PagingError
+from kvmdp.page import PAGE_SHIFT, PAGE_SIZE, Access, Origin
 from kvmdp.peers.asked_faults import AskedFaults, check_outcome, seconds_left
 from kvmdp.peers.machine_link import LinkEndedError, MachineLink
 from kvmdp.peers.wire.endpoint import Peer
 from kvmdp.peers.wire.handover import Descriptors, Handover
-from kvmdp.peers.wire.records import Access, Kind, Origin, Record, RecordError
+from kvmdp.peers.wire.records import Kind, Record, RecordError
 from kvmdp.shortage import in_words
 from kvmdp.thread import JoinableThread
 from kvmdp.waiting import Condition

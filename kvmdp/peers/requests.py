@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from kvmdp.page import Access, Origin, Outcome, PageFault, broken
+from kvmdp.page import Access, Origin, Outcome, PageFault
+from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import Waiter
 from kvmdp.paging.pager import DemandPager
 from kvmdp.thread import JoinableThread

@@ -25,9 +25,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from kvmdp.memory.layout import PAGE_SHIFT, GuestLayout
+from kvmdp.errors import BusyError
+from kvmdp.memory.layout import GuestLayout
 from kvmdp.own_clock import OwnClock
-from kvmdp.page import BusyError, Outcome, broken
+from kvmdp.page import PAGE_SHIFT, Outcome
+from kvmdp.paging.broken import broken
 from kvmdp.paging.pager import DemandPager
 from kvmdp.peers.requests import FaultRequests, PeerCounters
 from kvmdp.peers.wire.endpoint import Peer

@@ -17,9 +17,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from kvmdp.peers.wire.records import PageFault
+from kvmdp.errors import KvmdpError
+from kvmdp.page import PAGE_SIZE, PageFault
 
-PAGE_SIZE = 4096
 WORDS_PER_PAGE = PAGE_SIZE // 8
 
 _RETRY_SECONDS = (0.001, 0.004, 0.016, 0.064, 0.256)
@@ -34,7 +34,7 @@ class _Asking(threading.local):
 asking = _Asking()
 
 
-class SourceError(Exception):
+class SourceError(KvmdpError):
     """A source could not deliver pages; whatever it wrote to the destination is not their content.
 
     Arguments, which are attributes too: `source` (the source's name), `offset` and `length` (bytes asked

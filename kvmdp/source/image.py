@@ -12,7 +12,9 @@ import os
 import stat
 from pathlib import Path
 
-from kvmdp.source.base import PAGE_SIZE, SourceError, check_range, page_extents
+from kvmdp.errors import KvmdpError
+from kvmdp.page import PAGE_SIZE
+from kvmdp.source.base import SourceError, check_range, page_extents
 from kvmdp.source.formats import recognise_file
 
 # The read did not take place. EIO is not among them: by the time the kernel says so, it has made its own
@@ -23,7 +25,7 @@ _REFUSED = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "
 _WANTED = "give a regular file or a block device that holds raw memory"
 
 
-class ImageError(ValueError):
+class ImageError(KvmdpError, ValueError):
     """A path cannot serve as an image, for a reason its user can mend; the text is one sentence."""
 
 

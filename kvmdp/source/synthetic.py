@@ -12,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvmdp.source.base import PAGE_SIZE, WORDS_PER_PAGE, check_range
+from kvmdp.page import PAGE_SIZE
+from kvmdp.source.base import WORDS_PER_PAGE, check_range
 
 _MASK = (1 << 64) - 1
 # The increment and the two multipliers of SplitMix64.

@@ -5,7 +5,8 @@ Units: bytes.
 
 from __future__ import annotations
 
-from kvmdp.source.base import PAGE_SIZE, PageSource, SourceError, check_range, page_extents
+from kvmdp.page import PAGE_SIZE
+from kvmdp.source.base import PageSource, SourceError, check_range, page_extents
 from kvmdp.source.wrapper import SourceWrapper
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from kvmdp.errors import PagingError
 from kvmdp.memory.bitmap import PresentBitmapView
-from kvmdp.page import Outcome, PageFault, PagingError
+from kvmdp.page import Outcome, PageFault
 from kvmdp.paging.claim import Waiter
 from kvmdp.trap.picture import Picture
 

@@ -50,9 +50,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from kvmdp.abi.mman import MADV_COLLAPSE, MADV_HUGEPAGE, MADV_NOHUGEPAGE
-from kvmdp.memory.layout import HUGE_PAGE, PAGE_SIZE, REGION
+from kvmdp.errors import PagingError
 from kvmdp.memory.mapping import Mapping, mappings_left
-from kvmdp.page import PagingError
+from kvmdp.page import HUGE_PAGE, PAGE_SIZE, REGION
 from kvmdp.waiting import Condition
 
 # The kernel says "again" while somebody looks at one of the pages, as KVM does for a moment at every fault.

@@ -16,7 +16,8 @@ import dataclasses
 
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import HUGE_PAGE, PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import HUGE_PAGE, PAGE_SIZE
 from kvmdp.trap.base import Presence
 from kvmdp.trap.picture import Picture
 from kvmdp.trap.slots.memory_fault import prepare_closed_slots

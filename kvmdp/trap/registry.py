@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE
 from kvmdp.trap.base import Trap
 from kvmdp.trap.layered import LayeredTrap, region_size
 from kvmdp.trap.slots.memory_fault import MemoryFaultTrap

@@ -46,7 +46,7 @@ from collections.abc import Sequence
 
 from kvmdp.abi.kvm_x86 import kvm_regs, kvm_sregs
 from kvmdp.kvm import Exit, InternalError, Interrupted, Io, Mmio, Vcpu
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 from kvmdp.vcpu.encoding import (
     address_mask,
     far_return,

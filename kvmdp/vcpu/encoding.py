@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmdp.abi.kvm_x86 import kvm_regs
+from kvmdp.errors import KvmdpError
 
 MAX_INSTRUCTION = 15  # bytes
 ADDRESS_MASK = (1 << 64) - 1
@@ -28,7 +29,7 @@ _VECTORS_TWO_BYTE = frozenset(
 _VECTORS_TWO_BYTE |= frozenset(range(0xD0, 0x100))
 
 
-class TruncatedError(Exception):
+class TruncatedError(KvmdpError):
     """The instruction goes on beyond the bytes at hand."""
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 
 from kvmdp.abi.kvm_x86 import kvm_regs
 from kvmdp.abi.signal import BUS_MCEERR_AR
+from kvmdp.errors import PagingError
 from kvmdp.kvm import (
     BadAddress,
     BusError,
@@ -34,8 +35,7 @@ from kvmdp.kvm import (
 )
 from kvmdp.kvm.machine_check import PoisonedAccess
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SHIFT, PAGE_SIZE
-from kvmdp.page import Access, Origin, Outcome, PageFault, PagingError
+from kvmdp.page import PAGE_SHIFT, PAGE_SIZE, Access, Origin, Outcome, PageFault
 from kvmdp.paging.pager import DemandPager
 from kvmdp.vcpu.emulated import Emulation, Form, Store
 from kvmdp.vcpu.instruction import InstructionReader

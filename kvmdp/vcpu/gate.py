@@ -27,9 +27,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from kvmdp.errors import PagingError
 from kvmdp.interruption import undone
 from kvmdp.kvm import Vcpu
-from kvmdp.page import PagingError
 from kvmdp.waiting import Condition
 
 _REKICK_SECONDS = 0.1

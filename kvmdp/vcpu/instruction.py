@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from kvmdp.abi.kvm_x86 import kvm_regs
 from kvmdp.kvm import Vcpu
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE
 from kvmdp.vcpu.encoding import LEGACY_PREFIXES, MAX_INSTRUCTION, TruncatedError
 from kvmdp.vcpu.operand import Operand, memory_operands
 from kvmdp.vcpu.vector_operand import VectorRegisters

@@ -169,7 +169,7 @@ def test_a_run_that_fails_replaces_an_older_result_as_a_whole(tmp_path, program)
 
 def test_a_machine_that_cannot_be_made_says_so_in_the_file_too(tmp_path):
     prelude = """
-from kvmdp.page import UnsupportedError
+from kvmdp.errors import UnsupportedError
 from kvmdp.trap import registry
 def cannot_be_made(*arguments):
     raise UnsupportedError("this host has no mmio: get one")

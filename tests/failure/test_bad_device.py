@@ -7,7 +7,8 @@ import pytest
 from device_process import SOON, bench
 from fakes import PAGES, content, page_of
 
-from kvmdp.page import BusyError, Outcome, PageFault
+from kvmdp.errors import BusyError
+from kvmdp.page import Outcome, PageFault
 
 SLEEP = "\ntime.sleep(60)"
 FAULT = "send(Record(Kind.FAULT, {}, {}, 4096))"

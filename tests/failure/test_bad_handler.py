@@ -12,10 +12,11 @@ from handlers import MEMORY, scripted
 
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.bitmap import PresentBitmap
+from kvmdp.page import Outcome
 from kvmdp.peers.handler.source import HandlerSource
 from kvmdp.peers.wire import handover, offer
 from kvmdp.peers.wire.endpoint import EndpointError, Listener
-from kvmdp.peers.wire.records import Kind, Outcome, Record, unpack
+from kvmdp.peers.wire.records import Kind, Record, unpack
 from kvmdp.source.base import SourceError
 
 PAGE = 4096

@@ -12,8 +12,9 @@ import pytest
 from handlers import MEMORY, HandlerProcess
 from machines import PAGE, TERMS, Machine, check_served, memfd
 
+from kvmdp.page import Outcome
 from kvmdp.peers.wire.handover import Handover, Role
-from kvmdp.peers.wire.records import Kind, Outcome, Record, unpack
+from kvmdp.peers.wire.records import Kind, Record, unpack
 
 IMPATIENT = "from kvmdp.source import serving\nserving._PATIENCE_SECONDS = 0.2"
 

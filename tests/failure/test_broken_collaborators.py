@@ -9,8 +9,8 @@ import threading
 import pytest
 from fakes import PAGES, content, page_of, pager_of, started
 
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import BusyError, Outcome, PageFault, PagingError
+from kvmdp.errors import BusyError, PagingError
+from kvmdp.page import PAGE_SIZE, Outcome, PageFault
 from kvmdp.paging.claim import State, Waiter
 from kvmdp.paging.store import FileSink
 from kvmdp.vcpu import gate

@@ -11,13 +11,14 @@ from test_bad_handler import bound, fill
 from test_remote import EPOCH, device, readers
 
 import kvmdp
+from kvmdp.errors import PagingError
 from kvmdp.jobs.collapse import Collapser
 from kvmdp.jobs.resident_limit import ResidentLimit
 from kvmdp.kvm import KvmError, Vcpu
 from kvmdp.machine.disk import DiskDevice
 from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.page import Access, PagingError
+from kvmdp.page import Access
 from kvmdp.peers.handler.source import HandlerSource
 from kvmdp.peers.remote import RemoteMemory
 from kvmdp.peers.requests import FaultRequests, PeerCounters

@@ -11,8 +11,7 @@ from effort import by_effort
 from harness import MEMORY, SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, require_trap
 
 from kvmdp.machine.workloads.arithmetic import place_in_page
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import Origin
+from kvmdp.page import PAGE_SIZE, Origin
 from kvmdp.source.base import asking
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd.userfaultfd import UffdOptions

@@ -9,10 +9,11 @@ from command import Running, require_trap
 from effort import by_effort
 from handlers import MEMORY, SEED, HandlerProcess
 
+from kvmdp.errors import PagingError
 from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.page import Origin, Outcome, PageFault, PagingError
+from kvmdp.page import Origin, Outcome, PageFault
 from kvmdp.peers.handler.source import HandlerSource
 from kvmdp.source.synthetic import SyntheticSource
 

@@ -13,7 +13,7 @@ from command import Running
 from handlers import MEMORY, SEED, HandlerProcess
 from machines import Machine, answer, check_served, fault
 
-from kvmdp.peers.wire.records import Outcome
+from kvmdp.page import Outcome
 
 # Root's processes are not limited: it becomes a user that has no other. SIGUSR1 allows it one thread more.
 WITHOUT_THREADS = """

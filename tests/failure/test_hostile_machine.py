@@ -13,8 +13,8 @@ from handlers import MEMORY, SEED, HandlerProcess
 from machines import PAGE, Machine, MachineProcess, answer, check_served, fault, memfd
 
 from kvmdp.memory.hugepages import Reservation
+from kvmdp.page import Outcome
 from kvmdp.peers.wire.handover import Handover, Role
-from kvmdp.peers.wire.records import Outcome
 from kvmdp.source.synthetic import SyntheticSource
 
 IMPATIENT = "from kvmdp.source import serving\nserving._PATIENCE_SECONDS = 0.2"

@@ -15,8 +15,9 @@ from device_process import SOON, bench
 from fakes import content
 from harness import MEMORY, SEED, make_machine, plan
 
+from kvmdp.errors import BusyError, PagingError
 from kvmdp.machine.remote_disk import RemoteDisk
-from kvmdp.page import BusyError, Origin, PagingError
+from kvmdp.page import Origin
 from kvmdp.peers.wire.endpoint import Listener
 from kvmdp.source.base import asking
 from kvmdp.source.synthetic import SyntheticSource

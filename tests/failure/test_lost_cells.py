@@ -13,9 +13,9 @@ from kvmdp.bench.losses import Losses
 from kvmdp.bench.report.results import from_bench
 from kvmdp.bench.report.table import table
 from kvmdp.bench.work import Work
+from kvmdp.errors import PagingError, UnsupportedError
 from kvmdp.lab import coverage, probe
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.page import PagingError, UnsupportedError
 from kvmdp.shortage import ShortageError
 from kvmdp.source.base import SourceError
 
@@ -120,7 +120,7 @@ def test_an_interruption_is_no_loss():
 # A contender whose second run fails.
 SECOND_RUN = """
 from kvmdp.bench import comparison
-from kvmdp.page import PagingError
+from kvmdp.errors import PagingError
 runs, measure = [], comparison.measure
 def failing(contender, **options):
     runs.append(contender.name)
@@ -167,7 +167,7 @@ def test_a_contender_at_one_place_of_a_comparison(tmp_path):
 def test_the_memory_of_one_contender():
     prelude = """
 from kvmdp.bench import memorycost
-from kvmdp.page import PagingError
+from kvmdp.errors import PagingError
 memory_cost = memorycost.memory_cost
 def failing(contender):
     if contender.name == "mmio":

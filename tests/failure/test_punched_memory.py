@@ -8,9 +8,9 @@ from fakes import content, page_of
 from handlers import HandlerProcess
 from harness import MEMORY, TIMEOUT, make_machine, meanwhile, plan, require_trap, without_kernel_faults
 
+from kvmdp.errors import CancelledError
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import CancelledError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.peers.handler.source import HandlerSource
 from kvmdp.trap.registry import ALL_TRAPS
 from kvmdp.trap.uffd.userfaultfd import UffdOptions

@@ -168,7 +168,7 @@ def test_why_a_run_failed_comes_before_that_its_document_was_not_written(leaks):
 def test_a_host_that_lacks_something_is_told_before_a_document_that_was_not_written():
     prelude = """
 from kvmdp.cli import run
-from kvmdp.page import UnsupportedError
+from kvmdp.errors import UnsupportedError
 def run_workload(*arguments, **options):
     raise UnsupportedError("this host has no such thing: get one")
 run.run_workload = run_workload

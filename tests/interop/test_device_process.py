@@ -8,9 +8,9 @@ from device_process import child_of
 from effort import by_effort
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan
 
+from kvmdp.errors import BusyError
 from kvmdp.machine.workloads.arithmetic import place_in_page
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import BusyError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd.userfaultfd import UffdOptions
 

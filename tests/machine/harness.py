@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 
+from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Kvm
 from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.boot import vector_flags
@@ -16,8 +17,7 @@ from kvmdp.machine.guest_abi import VectorFlag
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.pv_msrs import pv_flags
 from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import UnsupportedError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.claim import State
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource

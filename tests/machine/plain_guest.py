@@ -14,8 +14,9 @@ from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.guest_abi import DISK_DOORBELL_PORT, LOOPBACK_PORT
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.ports import Loopback, Ports
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
+from kvmdp.page import PAGE_SIZE
 
 TIMEOUT_SECONDS = 60
 

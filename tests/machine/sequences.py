@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from harness import MEMORY, SEED, TIMEOUT, program_machine
 
+from kvmdp.errors import BusyError, PagingError, PoisonedError
 from kvmdp.kvm import BusError, InternalError, MemoryFault, Mmio
 from kvmdp.lab.invariants import violations
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import BusyError, Outcome, PagingError, PoisonedError
+from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.paging.claim import Counters, State
 from kvmdp.source.base import read_pages
 from kvmdp.source.image import WritableImageSource

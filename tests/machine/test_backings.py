@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from harness import SEED, TIMEOUT, plan, require_trap
 
+from kvmdp.errors import UnsupportedError
 from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import combined_checksum
 from kvmdp.memory.backings import BACKINGS
-from kvmdp.page import UnsupportedError
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.registry import SLOT_TRAPS

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan
 
+from kvmdp.errors import PagingError
 from kvmdp.jobs.collapse import Collapser
 from kvmdp.machine.machine import Machine
-from kvmdp.memory.layout import REGION
-from kvmdp.page import Outcome, PagingError
+from kvmdp.page import REGION, Outcome
 from kvmdp.paging.pager import DemandPager
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import collapse as trap_collapse

@@ -7,8 +7,8 @@ import pytest
 
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.abi.mman import MADV_COLLAPSE, MADV_HUGEPAGE
-from kvmdp.memory.layout import HUGE_PAGE
 from kvmdp.memory.mapping import Mapping
+from kvmdp.page import HUGE_PAGE
 from kvmdp.trap.collapse import can_collapse
 from kvmdp.trap.uffd.descriptor import Uffd, supported_features
 

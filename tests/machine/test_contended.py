@@ -10,11 +10,12 @@ import pytest
 from effort import by_effort
 from harness import BACKINGS, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan
 
+from kvmdp.errors import PagingError
 from kvmdp.kvm import Mmio
 from kvmdp.machine.hostinfo import cpu_model
 from kvmdp.machine.workloads.arithmetic import place_in_page
-from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE
-from kvmdp.page import PagingError
+from kvmdp.memory.layout import MIN_MEMORY
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.vcpu.emulated import Emulation
 

@@ -6,12 +6,12 @@ import os
 import pytest
 from harness import TRAPS, require_trap
 
+from kvmdp.errors import UnsupportedError
 from kvmdp.lab import coverage as module
 from kvmdp.lab.coverage import ACCESSES, coverage, run_cell
 from kvmdp.lab.coverage_cell import Seen
 from kvmdp.machine.hostinfo import emulates_ring_0, uses_nested_paging
 from kvmdp.machine.machine import catches_page_walks
-from kvmdp.page import UnsupportedError
 from kvmdp.paging.access import GuestMemory
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import registry

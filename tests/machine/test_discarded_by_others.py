@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from harness import MEMORY, SEED, TIMEOUT, make_machine, meanwhile, plan, without_kernel_faults
 
+from kvmdp.errors import BusyError
 from kvmdp.lab.invariants import violations
-from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.page import BusyError, Outcome
+from kvmdp.page import PAGE_SIZE, REGION, Outcome
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.collapse import can_collapse
 from kvmdp.trap.uffd import descriptor as uffd

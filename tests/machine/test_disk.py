@@ -17,7 +17,8 @@ from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import DiskStatus
 from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 

@@ -15,7 +15,8 @@ from harness import SEED, TIMEOUT, contents, every_trap_and_backing, make_machin
 
 from kvmdp.machine.hostinfo import cpu_model
 from kvmdp.machine.workloads import combined_checksum
-from kvmdp.memory.layout import MIN_MEMORY, PAGE_SIZE
+from kvmdp.memory.layout import MIN_MEMORY
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import read_pages
 from kvmdp.source.image import WritableImageSource
 from kvmdp.source.synthetic import SyntheticSource

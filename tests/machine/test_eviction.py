@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from harness import MEMORY, SEED, TIMEOUT, every_trap, every_trap_and_backing, make_machine
 
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import BusyError, PagingError, PoisonedError
+from kvmdp.errors import BusyError, PagingError, PoisonedError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.claim import State
 from kvmdp.source.base import read_pages
 from kvmdp.source.image import WritableImageSource

@@ -16,9 +16,9 @@ import pytest
 from harness import SEED, TIMEOUT, make_machine, meanwhile, plan, require_trap
 
 from kvmdp import secluded
+from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Vm
 from kvmdp.memory.layout import MIN_MEMORY
-from kvmdp.page import UnsupportedError
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 

@@ -22,10 +22,11 @@ from harness import (
     program_machine,
 )
 
+from kvmdp.errors import BusyError, FrozenError, PagingError
 from kvmdp.machine.hostinfo import cpu_model
 from kvmdp.machine.workloads.arithmetic import place_in_page
-from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END, PAGE_SIZE
-from kvmdp.page import BusyError, FrozenError, Origin, PagingError
+from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END
+from kvmdp.page import PAGE_SIZE, Origin
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan
 
+from kvmdp.errors import PagingError
 from kvmdp.lab.invariants import violations
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import Outcome, PagingError
+from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots import ram_slots as slots
 from kvmdp.trap.slots.ram_slots import RamSlots

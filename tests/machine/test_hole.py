@@ -11,13 +11,8 @@ from kvmdp.machine.guest_abi import BOOT_BASE
 from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.workloads import WORKLOADS
-from kvmdp.memory.layout import (
-    HIGH_RAM_BASE,
-    LOW_RAM_END,
-    MAX_LOW_RAM_END,
-    PAGE_SIZE,
-    GuestLayout,
-)
+from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END, MAX_LOW_RAM_END, GuestLayout
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots.ram_slots import check_granule
 

@@ -11,10 +11,10 @@ import pytest
 from effort import by_effort
 from harness import SEED, TIMEOUT, plan, require_trap
 
+from kvmdp.errors import UnsupportedError
 from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import Outcome, UnsupportedError
+from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots import ram_slots as slots

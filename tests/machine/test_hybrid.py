@@ -18,10 +18,11 @@ from harness import (
     without_kernel_faults,
 )
 
+from kvmdp.errors import PagingError
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads.arithmetic import place_in_page
-from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END, PAGE_SIZE
-from kvmdp.page import Origin, PagingError
+from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END
+from kvmdp.page import PAGE_SIZE, Origin
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd.userfaultfd import UffdOptions

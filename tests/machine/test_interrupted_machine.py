@@ -11,13 +11,13 @@ import pytest
 from harness import MEMORY, SEED, TIMEOUT, all_of_ram, contents, make_machine, plan, require_trap
 from interruptions import interrupt, points
 
+from kvmdp.errors import CancelledError
 from kvmdp.interruption import entered
 from kvmdp.lab.experiment import run_workload
 from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.page import CancelledError, Outcome
+from kvmdp.page import PAGE_SIZE, REGION, Outcome
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.registry import ALL_TRAPS
 

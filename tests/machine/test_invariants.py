@@ -4,7 +4,7 @@ import pytest
 from harness import TRAPS, every_trap_and_backing, make_machine, require_trap
 
 from kvmdp.lab.invariants import violations
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.claim import State
 
 pytestmark = pytest.mark.kvm

@@ -11,7 +11,7 @@ from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, pr
 from kvmdp.kvm import BadAddress
 from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.uffd.marker import MarkerTrap

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from harness import SEED, make_machine
 
-from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.page import Outcome
+from kvmdp.page import PAGE_SIZE, REGION, Outcome
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots.ram_slots import MAX_GRANULE_SLOTS
 

@@ -9,9 +9,9 @@ from harness import SEED, TIMEOUT, all_of_ram, make_machine, plan
 
 from kvmdp.abi import libc
 from kvmdp.abi.mman import MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, PROT_NONE
-from kvmdp.memory.layout import PAGE_SIZE, REGION
+from kvmdp.errors import PagingError
 from kvmdp.memory.mapping import mappings_left
-from kvmdp.page import PagingError
+from kvmdp.page import PAGE_SIZE, REGION
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import collapse as trap_collapse
 from kvmdp.trap.collapse import can_collapse

@@ -12,7 +12,7 @@ import pytest
 from harness import TIMEOUT, make_machine, meanwhile, plan
 
 from kvmdp.kvm import Mmio, Vcpu, Vm
-from kvmdp.memory.layout import REGION
+from kvmdp.page import REGION
 from kvmdp.vcpu.faults import VcpuPaging
 
 pytestmark = pytest.mark.kvm

@@ -15,14 +15,15 @@ from harness import (
     require_trap,
 )
 
+from kvmdp.errors import PagingError
 from kvmdp.lab.experiment import run_workload, usable_memory
 from kvmdp.machine.guest_abi import BOOT_BASE, PAGE_TABLES_BASE
 from kvmdp.machine.machine import MachineOptions, catches_page_walks
 from kvmdp.machine.page_tables import LARGE_PAGE, PageTables, page_table_bytes
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
-from kvmdp.page import PagingError
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import SourceError, read_pages
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.registry import TRAPS as ALL_TRAPS

@@ -21,6 +21,7 @@ from harness import (
     program_machine,
 )
 
+from kvmdp.errors import PagingError
 from kvmdp.lab.experiment import run_program, run_workload
 from kvmdp.lab.poison import PoisonResult, check_poison, poison_pages
 from kvmdp.machine import guest_abi as guest
@@ -31,8 +32,7 @@ from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.machine import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, program_blocks
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import PagingError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd import descriptor as uffd

@@ -6,9 +6,9 @@ import os
 import pytest
 from harness import BACKINGS, MEMORY, TRAPS, require_trap
 
+from kvmdp.errors import UnsupportedError
 from kvmdp.lab import probe
 from kvmdp.lab.probe import ACCESSES, choose_trap, prove, userfaultfd_facts, working_traps, works
-from kvmdp.page import UnsupportedError
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import registry
 from kvmdp.trap.registry import EXIT_TRAPS

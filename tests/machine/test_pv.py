@@ -18,12 +18,12 @@ from kvmdp.abi.kvm_para import (
     MSR_KVM_WALL_CLOCK,
     MSR_KVM_WALL_CLOCK_NEW,
 )
+from kvmdp.errors import PagingError
 from kvmdp.kvm import Kvm
 from kvmdp.machine.boot import guest_cpuid
 from kvmdp.machine.guest_abi import BOOT_BASE, PvFlag
 from kvmdp.machine.pv_msrs import offered_features
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.page import PagingError
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 

@@ -10,9 +10,9 @@ import time
 import pytest
 from harness import MEMORY, SEED, TIMEOUT, make_machine, meanwhile, plan, program_machine, require_trap
 
+from kvmdp.errors import PagingError
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import PagingError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd import marker
 from kvmdp.trap.uffd.descriptor import Uffd

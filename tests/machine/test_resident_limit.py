@@ -19,14 +19,14 @@ from harness import (
     require_trap,
 )
 
+from kvmdp.errors import PagingError
 from kvmdp.jobs import resident_limit as resident
 from kvmdp.jobs.resident_limit import ResidentLimit, check_limit
 from kvmdp.lab.experiment import run_workload
 from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import Outcome, PagingError
+from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.paging.store import FileSink
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource

@@ -11,7 +11,7 @@ from kvmdp.abi.signal import BUS_MCEERR_AR
 from kvmdp.kvm import BusError, InternalError
 from kvmdp.machine.machine import GuestTimeoutError
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.vcpu.emulated import Emulation, Form

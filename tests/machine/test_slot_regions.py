@@ -12,8 +12,7 @@ from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, pr
 
 from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import Outcome
+from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots import ram_slots as slots
 from kvmdp.trap.slots.partial_slots import SLOT_BYTES

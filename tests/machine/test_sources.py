@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, plan, require_trap
 
+from kvmdp.errors import PagingError
 from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.machine import MachineOptions
-from kvmdp.page import PagingError
 from kvmdp.source.base import SourceError, read_pages
 from kvmdp.source.image import ImageSource
 from kvmdp.source.synthetic import SyntheticSource

@@ -17,8 +17,7 @@ from kvmdp.abi.mman import PROT_NONE
 from kvmdp.kvm import BadAddress, BusError
 from kvmdp.lab.invariants import violations
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.page import Outcome
+from kvmdp.page import PAGE_SIZE, REGION, Outcome
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm

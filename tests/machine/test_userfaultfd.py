@@ -9,11 +9,11 @@ import pytest
 from harness import BACKINGS, MEMORY, SEED, TIMEOUT, all_of_ram, make_machine, plan
 
 from kvmdp.abi.mman import MADV_DONTNEED, MADV_REMOVE
+from kvmdp.errors import PagingError
 from kvmdp.lab.experiment import run_workload
 from kvmdp.machine import machine as machine_module
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import PagingError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd.userfaultfd import UffdOptions

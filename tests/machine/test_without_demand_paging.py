@@ -5,7 +5,7 @@ from harness import BACKINGS, MEMORY, SEED, TIMEOUT, make_machine, plan
 
 from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine, MachineOptions
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 

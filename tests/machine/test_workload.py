@@ -16,7 +16,8 @@ from kvmdp.machine.workloads import (
     program_blocks,
 )
 from kvmdp.machine.workloads.base import Share
-from kvmdp.memory.layout import LOW_RAM_END, PAGE_SIZE
+from kvmdp.memory.layout import LOW_RAM_END
+from kvmdp.page import PAGE_SIZE
 
 MEMORY = 2 << 20
 PAGES = MEMORY // PAGE_SIZE

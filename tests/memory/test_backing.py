@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Kvm
 from kvmdp.memory.backing import AnonymousBacking, FileBacking, MemfdBacking
 from kvmdp.memory.backings import BACKINGS, check_backing_options, create_backing
-from kvmdp.memory.unsupported import UnsupportedError
 
 PAGE = 4096
 SIZE = 4 << 20

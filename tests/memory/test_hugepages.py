@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from kvmdp.errors import UnsupportedError
 from kvmdp.memory.hugepages import Reservation, check_pages, free_pages, give_back_what_is_left
 from kvmdp.memory.hugetlb import Hugetlb1gBacking, Hugetlb2mBacking, PrivateHugetlb2mBacking
-from kvmdp.memory.unsupported import UnsupportedError
 
 pytestmark = [pytest.mark.root, pytest.mark.hugepages]
 

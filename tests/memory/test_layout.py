@@ -1,7 +1,7 @@
 import pytest
 
 from kvmdp.memory.layout import GuestLayout, Region
-from kvmdp.memory.size import format_size, parse_size
+from kvmdp.size import format_size, parse_size
 
 MiB = 1 << 20
 GiB = 1 << 30

@@ -10,7 +10,8 @@ import threading
 from fakes import PAGES, FakeSource, FakeTrap
 
 from kvmdp.memory.backing import MemfdBacking
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround
 from kvmdp.peers.peers import DeviceServer

@@ -3,8 +3,9 @@
 import contextlib
 import threading
 
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround
 from kvmdp.source.base import SourceError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error, started
 
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import Access, BusyError, CancelledError, FrozenError, Origin, PagingError
+from kvmdp.errors import BusyError, CancelledError, FrozenError, PagingError
+from kvmdp.page import PAGE_SIZE, Access, Origin
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.cancellation import Cancellation
 

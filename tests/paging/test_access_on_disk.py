@@ -12,11 +12,11 @@ import pytest
 from fakes import PAGES, pager_of
 
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.errors import BusyError, PagingError
 from kvmdp.memory import backing as backing_module
 from kvmdp.memory.backing import AnonymousBacking, FileBacking, MemfdBacking
 from kvmdp.memory.hugetlb import HugetlbBacking
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import BusyError, PagingError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.access import GuestMemory
 from kvmdp.trap.uffd.descriptor import Uffd
 

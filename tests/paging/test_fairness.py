@@ -8,8 +8,8 @@ import pytest
 from fakes import content, pager_of, source_error, started
 from test_access import LONG, SOON, memory_of
 
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import Access, BusyError, Origin, Outcome, PageFault, PagingError
+from kvmdp.errors import BusyError, PagingError
+from kvmdp.page import PAGE_SIZE, Access, Origin, Outcome, PageFault
 from kvmdp.paging.pins import Pin
 
 THREE_PAGES = (PAGE_SIZE - 4, PAGE_SIZE + 8)  # gpa, length

@@ -6,7 +6,7 @@ import time
 import pytest
 from fakes import started
 
-from kvmdp.page import PagingError
+from kvmdp.errors import PagingError
 from kvmdp.vcpu import gate as gate_module
 from kvmdp.vcpu.gate import VcpuGate
 

@@ -6,7 +6,7 @@ import pytest
 from fakes import started
 from test_gate import SOON, FakeVcpu, join, running
 
-from kvmdp.page import PagingError
+from kvmdp.errors import PagingError
 from kvmdp.vcpu import gate as gate_module
 from kvmdp.vcpu.gate import VcpuGate
 

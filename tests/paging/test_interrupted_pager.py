@@ -7,8 +7,7 @@ import pytest
 from fakes import PAGES, content, page_of, pager_of
 from interruptions import interrupt_everywhere
 
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import Origin, Outcome, PageFault
+from kvmdp.page import PAGE_SIZE, Origin, Outcome, PageFault
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.claim import State, Waiter
 from kvmdp.paging.pager import DemandPager

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from fakes import PAGES, content, page_of, pager_of, source_error
 
-from kvmdp.page import Outcome, PageFault, PagingError
+from kvmdp.errors import PagingError
+from kvmdp.page import Outcome, PageFault
 from kvmdp.paging.claim import Claim, Wait
 from kvmdp.paging.policy import FaultAround
 

@@ -7,7 +7,8 @@ import time
 import pytest
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error, started
 
-from kvmdp.page import Origin, Outcome, PageFault, PagingError
+from kvmdp.errors import PagingError
+from kvmdp.page import Origin, Outcome, PageFault
 from kvmdp.paging.claim import Claim, Waiter
 
 SOON = 5  # seconds: long past any of this; a thread that still waits then has lost its wake-up

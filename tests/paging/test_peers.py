@@ -7,9 +7,10 @@ import pytest
 from device_process import SOON, bench
 from fakes import PAGES, content, in_threads, page_of, source_error
 
+from kvmdp.errors import BusyError
 from kvmdp.memory.backing import AnonymousBacking
 from kvmdp.memory.mapping import Mapping
-from kvmdp.page import BusyError, Outcome, PageFault
+from kvmdp.page import Outcome, PageFault
 from kvmdp.peers.peers import DeviceServer
 from kvmdp.peers.wire.records import Kind
 

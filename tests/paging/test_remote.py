@@ -8,10 +8,10 @@ import threading
 import pytest
 from fakes import PAGES
 
+from kvmdp.errors import CancelledError, FrozenError, PagingError
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.bitmap import PresentBitmap
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import CancelledError, FrozenError, PagingError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.peers.remote import RemoteMemory
 from kvmdp.peers.wire.endpoint import Peer
 from kvmdp.peers.wire.handover import Descriptors, Handover, Role

@@ -8,9 +8,9 @@ import pytest
 
 from kvmdp.abi import libc
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.errors import UnsupportedError
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.mapping import Mapping
-from kvmdp.page import UnsupportedError
 from kvmdp.trap.uffd import descriptor as uffd_module
 from kvmdp.trap.uffd.descriptor import Uffd, supported_features
 

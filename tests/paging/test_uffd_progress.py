@@ -6,7 +6,7 @@ import errno
 import pytest
 
 from kvmdp.abi import userfaultfd as abi
-from kvmdp.page import PagingError, UnsupportedError
+from kvmdp.errors import PagingError, UnsupportedError
 from kvmdp.trap.uffd import descriptor as uffd_module
 from kvmdp.trap.uffd.descriptor import Uffd
 

@@ -18,7 +18,8 @@ from device_process import bench
 from effort import by_effort
 from fakes import PAGES, content, in_threads, page_of, pager_of, source_error
 
-from kvmdp.page import Access, BusyError, Outcome, PageFault
+from kvmdp.errors import BusyError
+from kvmdp.page import Access, Outcome, PageFault
 from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.claim import Claim, Waiter, Wake
 from kvmdp.peers.requests import FaultRequests, PeerCounters

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from kvmdp.page import Access, Origin, Outcome
 from kvmdp.peers.wire import endpoint, handover, offer, records
 from kvmdp.peers.wire.endpoint import EndpointError, Listener, Peer, connect
 from kvmdp.peers.wire.handover import Handover, HandoverError, Role
 from kvmdp.peers.wire.offer import OfferError
-from kvmdp.peers.wire.records import Access, Kind, Origin, Outcome, Record, RecordError, unpack
+from kvmdp.peers.wire.records import Kind, Record, RecordError, unpack
 
 PAGE = 4096
 EPOCH = 7

@@ -33,9 +33,9 @@ from forms.survey import chosen, survey
 from forms.trapped import Setting
 
 from kvmdp.cli.main import main as kvmdp
+from kvmdp.errors import PagingError
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WORKLOADS
-from kvmdp.page import PagingError
 from kvmdp.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS
 
 _FAILED, _REFUSED = 1, 4

@@ -20,6 +20,7 @@ from kvmdp.bench.report.figure import Figure, Table
 from kvmdp.bench.report.figures import figures
 from kvmdp.bench.report.html import page
 from kvmdp.bench.report.results import SCHEMA, Document, Results
+from kvmdp.errors import KvmdpError
 from kvmdp.interruption import Uninterrupted
 from kvmdp.last_acts import last_act
 
@@ -30,7 +31,7 @@ _SUFFIXES = (".html", ".svg", ".csv", ".json")
 _TEMPORARY = ".kvmdp-"  # and eight characters: fits beside any name
 
 
-class ReportError(ValueError):
+class ReportError(KvmdpError, ValueError):
     """A folder cannot become a report's folder; the message is one sentence with a remedy."""
 
 

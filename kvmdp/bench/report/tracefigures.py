@@ -16,7 +16,7 @@ from kvmdp.bench.report.chart import Chart, Point
 from kvmdp.bench.report.figure import Figure, Table, Value
 from kvmdp.bench.report.results import Document, Results, trace_name
 from kvmdp.bench.report.scale import linear_ticks, memory, number
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 
 # What a figure draws at most: of a map more is not seen, of a curve not needed.
 _MAP_POINTS = 20_000

@@ -21,7 +21,8 @@ from kvmdp.machine.guest_abi import (
     VectorFlag,
 )
 from kvmdp.machine.workloads.arithmetic import Bools, Pages, Words
-from kvmdp.memory.layout import LOW_RAM_END, PAGE_SHIFT, check_low_ram_end
+from kvmdp.memory.layout import LOW_RAM_END, check_low_ram_end
+from kvmdp.page import PAGE_SHIFT
 
 __all__ = [
     "PageReader",

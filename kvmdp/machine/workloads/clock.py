@@ -12,7 +12,7 @@ from kvmdp.abi.kvm_para import STEAL_TIME_BYTES, TIME_INFO_BYTES
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.workloads.arithmetic import Pages, Words
 from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOptions
-from kvmdp.source.base import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 
 
 class Clock(Workload):

@@ -10,7 +10,7 @@ import numpy as np
 from kvmdp.machine.guest_abi import COPY_SHIFT
 from kvmdp.machine.workloads.arithmetic import Pages, SequenceChecksum, Words
 from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOptions, in_chunks
-from kvmdp.source.base import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 
 
 class Copy(Workload):

@@ -12,7 +12,7 @@ import numpy as np
 from kvmdp.machine.guest_abi import EXECUTE_CROSSING, EXECUTE_OFFSET
 from kvmdp.machine.workloads.arithmetic import Pages, SequenceChecksum, Words, place_in_page, random_words
 from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOptions
-from kvmdp.source.base import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 
 _MOST_PAGES = 16384  # two patches a page: beyond this the list of them outweighs what it tests
 

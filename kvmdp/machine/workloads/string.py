@@ -11,7 +11,7 @@ import numpy as np
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.workloads.arithmetic import GAMMA, Bools, Pages, SequenceChecksum, Words
 from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOptions, in_chunks
-from kvmdp.source.base import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 
 _MOST_PAGES = 2048  # each byte that goes out is an exit: about twenty of them a pair of pages
 _STORED = 8 * guest.STRING_STORE_WORDS

@@ -7,7 +7,7 @@ import numpy as np
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.workloads.arithmetic import Bytes, Pages, SequenceChecksum, Words, place_in_page
 from kvmdp.machine.workloads.base import PageReader, Share, Workload, in_chunks
-from kvmdp.source.base import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 
 _ADDEND = np.array(
     [guest.VECTOR_ADDEND_0, guest.VECTOR_ADDEND_1, guest.VECTOR_ADDEND_2, guest.VECTOR_ADDEND_3],

@@ -21,18 +21,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
+from kvmdp.page import PAGE_SIZE, Origin, Outcome
 from kvmdp.peers.wire.endpoint import Peer
 from kvmdp.peers.wire.handover import Descriptors, Handover, HandoverError, Role
-from kvmdp.peers.wire.records import (
-    PAGE_SIZE,
-    RECORD_SIZE,
-    Kind,
-    Origin,
-    Outcome,
-    Record,
-    RecordError,
-    unpack,
-)
+from kvmdp.peers.wire.records import RECORD_SIZE, Kind, Record, RecordError, unpack
 from kvmdp.shortage import NoThreadError, in_words
 from kvmdp.source.base import PageSource, SourceError, fetch
 from kvmdp.thread import JoinableThread

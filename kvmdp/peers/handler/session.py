@@ -11,6 +11,7 @@ import contextlib
 import select
 from collections.abc import Sequence
 
+from kvmdp.errors import KvmdpError
 from kvmdp.own_clock import OwnClock
 from kvmdp.peers.wire import notifier, offer
 from kvmdp.peers.wire.endpoint import EndpointError, Peer, connect
@@ -18,7 +19,7 @@ from kvmdp.peers.wire.handover import Handover, Role, new_epoch
 from kvmdp.peers.wire.records import RECORD_SIZE, Kind, Record, unpack
 
 
-class SessionEndedError(Exception):
+class SessionEndedError(KvmdpError):
     """The handler has closed the session, or has died."""
 
 

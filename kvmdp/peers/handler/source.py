@@ -26,18 +26,11 @@ import threading
 from collections.abc import Callable, Sequence
 
 from kvmdp.own_clock import OwnClock
+from kvmdp.page import PAGE_SIZE, Outcome, PageFault
 from kvmdp.peers.handler.session import Session, SessionEndedError
 from kvmdp.peers.wire.endpoint import EndpointError
 from kvmdp.peers.wire.offer import Offer
-from kvmdp.peers.wire.records import (
-    PAGE_SIZE,
-    UNKNOWN_NUMBER,
-    Kind,
-    Outcome,
-    PageFault,
-    Record,
-    RecordError,
-)
+from kvmdp.peers.wire.records import UNKNOWN_NUMBER, Kind, Record, RecordError
 from kvmdp.shortage import in_words
 from kvmdp.source.base import SourceError, asking, check_range
 from kvmdp.thread import JoinableThread

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from kvmdp.abi.socket import SO_PEERPIDFD
+from kvmdp.errors import KvmdpError
 
 MAX_PATH = 107  # bytes: sun_path has 108, one of them the NUL
 
@@ -32,7 +33,7 @@ _CROWDED_SECONDS = 1.0
 _RETRY_SECONDS = 0.01
 
 
-class EndpointError(Exception):
+class EndpointError(KvmdpError):
     """Nobody can be met at a path, or nobody who may be; the message says why and what to do."""
 
 

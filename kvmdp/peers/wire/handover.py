@@ -36,7 +36,9 @@ import threading
 from dataclasses import dataclass
 
 from kvmdp.abi.mman import F_GET_SEALS, F_SEAL_SHRINK
-from kvmdp.peers.wire.records import PAGE_SIZE, VERSION
+from kvmdp.errors import KvmdpError
+from kvmdp.page import PAGE_SIZE
+from kvmdp.peers.wire.records import VERSION
 
 CREDITS = 64
 
@@ -51,7 +53,7 @@ _epochs = itertools.count(1)
 _epochs_mutex = threading.Lock()
 
 
-class HandoverError(Exception):
+class HandoverError(KvmdpError):
     """What came is no hand-over of this protocol; the message says why."""
 
 

@@ -20,7 +20,9 @@ import socket
 import struct
 from typing import NamedTuple
 
-from kvmdp.peers.wire.records import PAGE_SIZE, VERSION
+from kvmdp.errors import KvmdpError
+from kvmdp.page import PAGE_SIZE
+from kvmdp.peers.wire.records import VERSION
 
 _MAGIC = b"KVMDPOFR"
 _LAYOUT = struct.Struct("<8sIIQQ")
@@ -33,7 +35,7 @@ class Offer(NamedTuple):
     low_ram_end: int | None
 
 
-class OfferError(Exception):
+class OfferError(KvmdpError):
     """What came is no offer of this protocol; the message says why."""
 
 

@@ -41,18 +41,19 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple
+
+from kvmdp.errors import KvmdpError
+from kvmdp.page import PAGE_SIZE, Access, Origin, Outcome
 
 VERSION = 1
 RECORD_SIZE = 64
 UNKNOWN_NUMBER = 0xFFFFFFFF
 
-PAGE_SIZE = 4096
 _LAYOUT = struct.Struct("<HHIQQQIIII16s")
 _RESERVED = bytes(16)
 
 
-class RecordError(ValueError):
+class RecordError(KvmdpError, ValueError):
     """What came is no record of this protocol; the message says why."""
 
 
@@ -69,48 +70,6 @@ class Kind(enum.IntEnum):
     BYE = 8
     DOORBELL = 9
     COMPLETED = 10
-
-
-class Access(enum.IntEnum):
-    """What was done to the memory. KVM does not tell it of vCPU faults."""
-
-    UNKNOWN = 0
-    READ = 1
-    WRITE = 2
-    FETCH = 3
-
-
-class Origin(enum.IntEnum):
-    """Who touched the memory."""
-
-    VCPU = 0
-    DEVICE = 1
-    HOST = 2  # the VMM itself: marking pages present, reading results
-
-
-class Outcome(enum.IntEnum):
-    """How a fault ended."""
-
-    PRESENT = 0  # nothing to do: somebody else had admitted the page
-    ADMITTED = 1
-    POISONED = 2
-    FAILED = 3  # the page cannot be had: the source failed, the machine is paused
-    CANCELLED = 4  # the machine is stopping, or whoever waited has given up
-    FROZEN = 5  # no accesses until the machine thaws them
-    TIMED_OUT = 6  # the caller, in the machine's own process, has waited long enough; never in a record
-
-
-class PageFault(NamedTuple):
-    """An access to RAM page `page` (order of the RAM file); `number` tells vCPUs or devices apart, -1 is unknown.
-
-    The one event for every access to memory that is not present, whoever made it. A tuple, because one is made a
-    fault: it takes a third of the time of a frozen dataclass.
-    """
-
-    page: int
-    origin: Origin = Origin.HOST
-    number: int = 0
-    access: Access = Access.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

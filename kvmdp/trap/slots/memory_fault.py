@@ -10,10 +10,10 @@ Needs KVM_CAP_GUEST_MEMFD_FLAGS (6.18) with GUEST_MEMFD_FLAG_MMAP, and no privil
 from __future__ import annotations
 
 from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS
+from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.page import UnsupportedError
+from kvmdp.page import PAGE_SIZE, REGION
 from kvmdp.trap.base import Presence
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Block, Kind, Piece

@@ -7,7 +7,7 @@ completed (`kvmdp.vcpu.emulated`). Works on every kernel with memslots, needs no
 
 from __future__ import annotations
 
-from kvmdp.memory.layout import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 from kvmdp.trap.slots.slot_trap import SlotTrap
 
 

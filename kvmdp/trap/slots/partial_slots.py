@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import threading
 
-from kvmdp.memory.layout import REGION
-from kvmdp.page import Outcome
+from kvmdp.page import REGION, Outcome
 from kvmdp.trap.base import Presence
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Kind

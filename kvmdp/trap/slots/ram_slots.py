@@ -38,13 +38,14 @@ from kvmdp.abi.kvm import (
     KVM_MEM_GUEST_MEMFD,
 )
 from kvmdp.abi.kvm_x86 import KVM_X86_QUIRK_SLOT_ZAP_ALL
+from kvmdp.errors import PagingError
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE, REGION, GuestLayout
+from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
-from kvmdp.memory.size import format_size
-from kvmdp.page import PagingError
+from kvmdp.page import PAGE_SIZE, REGION
 from kvmdp.secluded import SecludedThread
+from kvmdp.size import format_size
 from kvmdp.trap.slots.slot_map import Block, Kind, Piece, SlotMap, SlotsExhaustedError
 from kvmdp.waiting import Condition
 

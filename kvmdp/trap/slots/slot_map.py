@@ -13,6 +13,8 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from kvmdp.errors import KvmdpError
+
 
 class Kind(enum.Enum):
     """What an access in a block does."""
@@ -53,7 +55,7 @@ class Block(NamedTuple):
         return [Piece(low, high - low, self.kind) for low, high in rest if low < high]
 
 
-class SlotsExhaustedError(Exception):
+class SlotsExhaustedError(KvmdpError):
     """Every slot id is in use."""
 
 

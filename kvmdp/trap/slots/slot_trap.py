@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE, REGION
-from kvmdp.memory.size import format_size
+from kvmdp.page import PAGE_SIZE, REGION
+from kvmdp.size import format_size
 from kvmdp.trap.base import Presence
 from kvmdp.trap.collapse import can_collapse, put_together
 from kvmdp.trap.picture import Picture

@@ -16,9 +16,9 @@ from ctypes import byref
 
 from kvmdp.abi import libc
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.errors import PagingError, UnsupportedError
 from kvmdp.memory.hugepages import HugePageRefusedError
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import PagingError, UnsupportedError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.shortage import of_errno
 
 _DEVICE = "/dev/userfaultfd"

@@ -27,11 +27,12 @@ from collections.abc import Callable, Iterator
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.abi.libc import libc
 from kvmdp.abi.mman import MADV_DONTDUMP, MADV_DONTFORK, MADV_NOHUGEPAGE
+from kvmdp.errors import PagingError
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE, GuestLayout
+from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.ram_map import RamMap
-from kvmdp.page import Origin, Outcome, PageFault, PagingError
+from kvmdp.page import PAGE_SIZE, Origin, Outcome, PageFault
 from kvmdp.paging.claim import Waiter
 from kvmdp.trap.base import Presence
 from kvmdp.trap.uffd.registered_view import UffdView

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE, REGION
+from kvmdp.page import PAGE_SIZE, REGION
 from kvmdp.trap.base import Presence
 from kvmdp.trap.collapse import Regions, can_collapse
 from kvmdp.trap.picture import Picture

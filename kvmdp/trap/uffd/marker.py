@@ -18,9 +18,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 from kvmdp.abi import userfaultfd as abi
+from kvmdp.errors import PagingError
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import PagingError
+from kvmdp.page import PAGE_SIZE
 from kvmdp.trap.base import Presence
 from kvmdp.trap.picture import Picture
 from kvmdp.trap.slots.ram_slots import RamSlots

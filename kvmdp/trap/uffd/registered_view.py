@@ -24,9 +24,9 @@ from collections.abc import Callable
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.abi.libc import named_call
 from kvmdp.memory.hugepages import populate
-from kvmdp.memory.layout import PAGE_SIZE
 from kvmdp.memory.mapping import Mapping
-from kvmdp.page import broken
+from kvmdp.page import PAGE_SIZE
+from kvmdp.paging.broken import broken
 from kvmdp.thread import JoinableThread
 from kvmdp.trap.base import Presence
 from kvmdp.trap.uffd.descriptor import Uffd

@@ -27,9 +27,9 @@ from typing import Literal, cast, get_args
 
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.abi.mman import MADV_REMOVE
+from kvmdp.errors import PagingError
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import PAGE_SIZE
-from kvmdp.page import Origin, Outcome, PageFault, PagingError
+from kvmdp.page import PAGE_SIZE, Origin, Outcome, PageFault
 from kvmdp.paging.claim import Waiter
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.uffd.descriptor import supported_features

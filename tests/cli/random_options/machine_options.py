@@ -1,7 +1,7 @@
 """The options of `kvmdp run` that concern the machine: its pages, its memory, its trap."""
 
 from kvmdp.memory.backings import BACKINGS
-from kvmdp.memory.size import parse_size
+from kvmdp.size import parse_size
 from kvmdp.trap.registry import ALL_TRAPS, HYBRID_TRAPS, SLOT_TRAPS, check_backing, exit_trap_of
 from kvmdp.trap.uffd.userfaultfd import check_mode
 from random_options import files

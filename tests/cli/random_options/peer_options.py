@@ -1,6 +1,6 @@
 """The options of `kvmdp handler` and `kvmdp device`, and what is drawn for each."""
 
-from kvmdp.memory.size import parse_size
+from kvmdp.size import parse_size
 from random_options import files
 from random_options.machine_options import PAGE_OPTIONS
 from random_options.options import NO_SECONDS, Option

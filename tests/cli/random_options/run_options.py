@@ -1,6 +1,6 @@
 """The options of `kvmdp run`, in the order in which they are drawn: each may look at what those before it are."""
 
-from kvmdp.memory.size import parse_size
+from kvmdp.size import parse_size
 from kvmdp.trap.registry import TRAPS
 from random_options import files
 from random_options.machine_options import (

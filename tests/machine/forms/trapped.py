@@ -11,10 +11,10 @@ from typing import Any
 
 from harness import meanwhile
 
+from kvmdp.errors import PagingError
 from kvmdp.kvm import Io
 from kvmdp.machine.machine import Machine, MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.page import PagingError
 from kvmdp.source.synthetic import SyntheticSource
 
 from .exchange import (
