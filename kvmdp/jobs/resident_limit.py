@@ -44,8 +44,8 @@ _PAUSE_SECONDS = 0.01  # of the thread, when somebody was at what it wanted, or 
 _HOLD_NS, _HOLD_CLOSED_NS = 100_000_000, 2_000_000
 # What one instruction can need at once: its own bytes and two operands, each across the border of two pages.
 _PAGES_OF_AN_INSTRUCTION = 6
-# What is retained for a vCPU because KVM writes there by itself (`kvmdp.machine.pv_msrs`): kvmclock, which may lie across
-# a border, steal time, which cannot, and what replaces one of them before that is let go.
+# What is retained for a vCPU because KVM writes there by itself (`kvmdp.machine.pv_msrs`): kvmclock, which may lie
+# across a border, steal time, which cannot, and what replaces one of them before that is let go.
 _PAGES_OF_KVM = 2 + 1 + 2
 
 

@@ -10,6 +10,8 @@ Units: RAM pages.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,7 +22,7 @@ from kvmdp.memory.mapping import Mapping
 from kvmdp.page import PAGE_SIZE, REGION
 from kvmdp.paging.claim import State
 from kvmdp.paging.pager import DemandPager
-from kvmdp.trap.picture import Picture
+from kvmdp.trap.inspect import InspectedTrap, Picture
 from kvmdp.trap.slots.slot_map import Block, Kind
 
 _NO_SLOT, _OPEN, _CLOSED = 0, 1, 2
@@ -34,7 +36,7 @@ def violations(pager: DemandPager) -> list[str]:
     """Return a sentence for each rule that does not hold; the list is empty if all is well."""
     states = np.frombuffer(bytes(pager.ledger.states), dtype=np.uint8)
     present = states == State.PRESENT
-    picture = pager.trap.picture()
+    picture = cast(InspectedTrap, pager.trap).picture()  # as every trap of this package is
     found = _claims(pager, states)
     found += _named("the bit does not say whether the page is present", _bits(pager) != present)
     found += _blocks(pager.layout, picture.blocks)

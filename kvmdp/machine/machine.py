@@ -71,7 +71,8 @@ class MachineOptions:
     is for the trap userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none.
     `page_tables` is where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present
     before the guest is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see
-    what comes of it. So does `intercept_msrs` False with what makes KVM write to memory by itself (`kvmdp.machine.pv_msrs`).
+    what comes of it. So does `intercept_msrs` False with what makes KVM write to memory by itself
+    (`kvmdp.machine.pv_msrs`).
     `resident_limit` is how many bytes of RAM may be in memory at once. `slots` is for the traps that work by memslot.
     With `demand_paging` False the guest never has it: RAM is filled before it runs. That is something to compare with,
     for a trap that works by memslot, and a source in this process.
@@ -269,7 +270,7 @@ class Machine:
     def _thread_of(self, vcpu: Vcpu) -> VcpuThread:
         pin = self.options.pin
         cpu = pin[vcpu.index] if pin else None
-        paging = VcpuPaging(self.pager, vcpu, self.backing, self._read_physical, EMPTY_TABLE)
+        paging = VcpuPaging(self.pager, self.gate, vcpu, self.backing, self._read_physical, EMPTY_TABLE)
         parameters = self._boot.parameters(vcpu.index)
         return VcpuThread(vcpu, paging, self.gate, self.ports, self.pv, parameters, self._wake, cpu)
 

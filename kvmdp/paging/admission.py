@@ -31,10 +31,10 @@ from kvmdp.paging.housekeeping import Housekeeping
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.pins import Pin
 from kvmdp.paging.policy import FaultPolicy
+from kvmdp.paging.ports import Trap
 from kvmdp.paging.store import Sink
 from kvmdp.shortage import ShortageError
 from kvmdp.source.base import PageSource, SourceError, asking, fetch
-from kvmdp.trap.base import Trap
 from kvmdp.waiting import Condition
 
 _SOURCE_BYTE = int(State.SOURCE)
@@ -48,8 +48,8 @@ class Resolver:
     `mutex` guards the ledger, `error` and the gates; the rest is as the pager has it. `housekeeping` is called after
     each fault that was resolved by a thread that may sleep, and after pages were taken away, with no claim held and no
     pin, while demand paging is `enabled`; `reminders` are called after each other fault and must not wait for anybody.
-    `room` is as `Presence.room` has it. `most_at_once`, if set, is how many pages an access may need at the same time,
-    because pages are taken away again lest there be too many.
+    `room` is as `ForReaders.room` has it. `most_at_once`, if set, is how many pages an access may need at the same
+    time, because pages are taken away again lest there be too many.
     """
 
     def __init__(self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy) -> None:

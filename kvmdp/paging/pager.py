@@ -20,11 +20,10 @@ from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import REGION, Outcome, PageFault
 from kvmdp.paging.claim import State, Wait, notify
 from kvmdp.paging.policy import FaultPolicy
+from kvmdp.paging.ports import Quiescer, Trap
 from kvmdp.paging.removal import Peers, Revoker
 from kvmdp.paging.takeable import takeable
 from kvmdp.source.base import PageSource, ram_source
-from kvmdp.trap.base import Trap
-from kvmdp.vcpu.gate import VcpuGate
 from kvmdp.waiting import Condition
 
 __all__ = ["DemandPager", "Peers"]
@@ -49,7 +48,7 @@ class DemandPager(Revoker):
     """
 
     def __init__(
-        self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: VcpuGate
+        self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: Quiescer
     ) -> None:
         super().__init__(layout, trap, source, policy, gate)
         self._switcher: object = None  # who has the claim on `enabled`: to arm or disarm the trap

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kvmdp.errors import BusyError, CancelledError, PagingError, SwitchedOffError
@@ -23,12 +22,11 @@ from kvmdp.paging.admission import Resolver
 from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import Claim, State, Wait
 from kvmdp.paging.policy import FaultPolicy
+from kvmdp.paging.ports import Quiescer, Trap
 from kvmdp.paging.store import FileSink
 from kvmdp.paging.takeable import runs_to_take, takeable
 from kvmdp.shortage import ShortageError, in_words
 from kvmdp.source.base import PageSource, SourceError, WritableSource
-from kvmdp.trap.base import Trap
-from kvmdp.vcpu.gate import VcpuGate
 
 _REVOKE_BATCH = 512  # pages revoked at once: bounds how long vCPUs are kept out of KVM_RUN
 
@@ -66,19 +64,11 @@ class Revoker(Resolver):
     """The half of `DemandPager` that takes pages away."""
 
     def __init__(
-        self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: VcpuGate
+        self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: Quiescer
     ) -> None:
         super().__init__(layout, trap, source, policy)
         self.gate = gate
         self.peers: Peers | None = None
-
-    def quiesced(self) -> AbstractContextManager[None]:
-        """Keep every vCPU out of KVM_RUN for the time of the block. Raises PagingError if one does not come out."""
-        return self.gate.quiesced()
-
-    def while_stopped(self, work: Callable[[], None]) -> None:
-        """Call `work` while every vCPU is out of KVM_RUN, in a stop that threads share (`VcpuGate.while_stopped`)."""
-        self.gate.while_stopped(work)
 
     # Taking away. All may be called while vCPUs and devices run.
 

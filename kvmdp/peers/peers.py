@@ -28,13 +28,13 @@ from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.ports import Trap
 from kvmdp.peers.requests import PeerCounters
 from kvmdp.peers.session import DeviceSession
 from kvmdp.peers.wire.endpoint import Peer
 from kvmdp.peers.wire.handover import Handover, Role, new_epoch
 from kvmdp.peers.wire.notifier import hand_over, notifier_pair
 from kvmdp.peers.wire.records import Kind
-from kvmdp.trap.base import Trap
 
 _PATIENCE_SECONDS = 10.0
 _JOIN_SECONDS = 30.0

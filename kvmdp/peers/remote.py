@@ -1,7 +1,7 @@
 """`RemoteMemory`: guest RAM as a device in a process of its own touches it, under the machine's present bitmap.
 
-The device copies to and from RAM by itself where the bit is set, and asks on the notifier (`kvmdp.peers.wire.records`) for
-the rest. It needs no /dev/kvm.
+The device copies to and from RAM by itself where the bit is set, and asks on the notifier (`kvmdp.peers.wire.records`)
+for the rest. It needs no /dev/kvm.
 
 Why the machine can take a page away and no write is lost. An access tests the bits and copies under one mutex. The
 machine clears a bit before it sends INVALIDATE; the receiver takes that record, and then the mutex, before it sends

@@ -18,8 +18,8 @@ from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import HUGE_PAGE, PAGE_SIZE
-from kvmdp.trap.base import Presence
-from kvmdp.trap.picture import Picture
+from kvmdp.paging.ports import ForReaders
+from kvmdp.trap.inspect import Picture
 from kvmdp.trap.slots.memory_fault import prepare_closed_slots
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Block, Kind, Piece
@@ -49,12 +49,12 @@ class LayeredTrap(MarkerTrap):
         prepare_closed_slots(vm, slots, self.name)
         super().__init__(slots, backing)
 
-    def arm(self, presence: Presence) -> None:
+    def arm(self, pager: ForReaders) -> None:
         """Close the regions that have no present page, put markers on what is absent in the others."""
         self._slots.unmap()
         size, pages = self._slots.closed_pages, self._backing.size // PAGE_SIZE
         closed: list[Piece] = []
-        for first, count in presence.bitmap.absent_runs().tolist():
+        for first, count in pager.bitmap.absent_runs().tolist():
             # Whole regions of it; RAM's end ends one too.
             low, end = -(-first // size) * size, first + count
             high = end if end == pages else end // size * size
@@ -62,7 +62,7 @@ class LayeredTrap(MarkerTrap):
                 closed += self._slots.pieces(low, high - low, Kind.CLOSED, size)
         self._slots.close_pieces(closed)
         self._open_rest(closed, pages)
-        super(MarkerTrap, self).arm(presence)
+        super(MarkerTrap, self).arm(pager)
         for block in self._slots.blocks():
             if block.kind is Kind.OPEN:
                 self._mark_absent(block)
@@ -76,9 +76,9 @@ class LayeredTrap(MarkerTrap):
             page = end
 
     def _mark_absent(self, block: Block) -> None:
-        assert self._presence is not None
+        assert self._pager is not None
         page = block.first
-        while (run := self._presence.bitmap.next_absent_run(page, block.end)) is not None:
+        while (run := self._pager.bitmap.next_absent_run(page, block.end)) is not None:
             self._mark(*run)
             page = run[0] + run[1]
 
@@ -93,19 +93,19 @@ class LayeredTrap(MarkerTrap):
         its place to nothing, but the markers' call would be cut short.
         """
         if any(block.kind is Kind.CLOSED for block in self._slots.overlapping(first, count)):
-            assert self._presence is not None
+            assert self._pager is not None
             with self._slots.claimed(first, count):
                 closed = [each for each in self._slots.overlapping(first, count) if each.kind is Kind.CLOSED]
                 for block in closed:
                     self._mark(block.first, block.pages)
-                self._presence.while_stopped(lambda: self._slots.flip_all(closed))
+                self._pager.gate.while_stopped(lambda: self._slots.flip_all(closed))
         super().admit(first, count)
 
     def collapse(self, first: int, count: int) -> bool:
         """Put present pages together into huge ones, and their memslots with those around them; True if both are."""
-        assert self._presence is not None
+        assert self._pager is not None
         done = super().collapse(first, count)
-        self._slots.merge_upward(first, count, self._presence.quiesced)
+        self._slots.merge_upward(first, count, self._pager.gate.quiesced)
         return done and self._slots.blocks_in(first, count) == 1
 
     def picture(self) -> Picture:

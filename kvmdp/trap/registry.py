@@ -10,7 +10,7 @@ from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE
-from kvmdp.trap.base import Trap
+from kvmdp.trap.inspect import InspectedTrap
 from kvmdp.trap.layered import LayeredTrap, region_size
 from kvmdp.trap.slots.memory_fault import MemoryFaultTrap
 from kvmdp.trap.slots.mmio import MmioTrap
@@ -34,7 +34,7 @@ class Materials:
     options: SlotOptions
 
 
-TRAPS: dict[str, Callable[[Materials], Trap]] = {
+TRAPS: dict[str, Callable[[Materials], InspectedTrap]] = {
     "marker": lambda made_of: MarkerTrap(made_of.slots, made_of.backing),
     "memory-fault": lambda made_of: MemoryFaultTrap(
         made_of.vm, made_of.slots, made_of.backing, made_of.options
@@ -48,7 +48,7 @@ TRAPS: dict[str, Callable[[Materials], Trap]] = {
 _HYBRID = "hybrid-"
 
 
-def _hybrid(exit_trap: str, made_of: Materials) -> Trap:
+def _hybrid(exit_trap: str, made_of: Materials) -> InspectedTrap:
     vcpus = TRAPS[exit_trap](made_of)
     options = made_of.uffd
     devices = DeviceFaults(made_of.layout, made_of.backing, readers=options.readers, shards=options.shards)
@@ -57,7 +57,7 @@ def _hybrid(exit_trap: str, made_of: Materials) -> Trap:
 
 # An exit trap for vCPUs, userfaultfd for user space. Apart from the rest, because they prove nothing of their own:
 # neither `auto` nor `kvmdp probe` tries them.
-HYBRID_TRAPS: dict[str, Callable[[Materials], Trap]] = {
+HYBRID_TRAPS: dict[str, Callable[[Materials], InspectedTrap]] = {
     _HYBRID + name: functools.partial(_hybrid, name) for name in ("memory-fault", "mmio")
 }
 ALL_TRAPS = (*TRAPS, *HYBRID_TRAPS)
@@ -106,7 +106,7 @@ def create_trap(
     granule: int | None,
     uffd: UffdOptions,
     options: SlotOptions,
-) -> Trap:
+) -> InspectedTrap:
     """Make the trap `name`, not yet armed.
 
     `granule` is bytes (a power of two) for the traps that work by memslot; None takes the smallest that keeps

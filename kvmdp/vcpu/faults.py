@@ -38,6 +38,7 @@ from kvmdp.memory.backing import Backing
 from kvmdp.page import PAGE_SHIFT, PAGE_SIZE, Access, Origin, Outcome, PageFault
 from kvmdp.paging.pager import DemandPager
 from kvmdp.vcpu.emulated import Emulation, Form, Store
+from kvmdp.vcpu.gate import VcpuGate
 from kvmdp.vcpu.instruction import InstructionReader
 
 # How often one instruction may fault on one page while nothing is revoked and nothing found that could be mended. One
@@ -65,6 +66,7 @@ class VcpuPaging:
     def __init__(
         self,
         pager: DemandPager,
+        gate: VcpuGate,
         vcpu: Vcpu,
         backing: Backing,
         read_physical: Callable[[int, int], bytes | None],
@@ -75,7 +77,7 @@ class VcpuPaging:
         self._layout = pager.layout
         self.instruction = InstructionReader(vcpu, pager.layout, read_physical)
         self._emulation = Emulation(vcpu, self.instruction, empty_table)
-        self._gate = pager.gate
+        self._gate = gate
         # Of an access that has been settled: the exit it ended with, and what it stores.
         self._following: Exit = Interrupted()
         self._stores: list[Store] = []

@@ -12,7 +12,7 @@ order. One thread, the *supervisor*, receives the answers and sees to the handle
 A handler fills a page again that its predecessor may have half filled. That is sound because the predecessor's death
 is confirmed (pidfd) before the hand-over: nothing of it can land later.
 
-Nothing is written into RAM here. Protocol: `kvmdp.peers.wire.offer`, `kvmdp.peers.wire.handover`, `kvmdp.peers.wire.records`.
+Nothing is written into RAM here. Protocol: `offer`, `handover` and `records` in `kvmdp.peers.wire`.
 
 Units: bytes for offsets and sizes; seconds, by a clock that stands still while this process does.
 """

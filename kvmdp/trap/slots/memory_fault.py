@@ -14,7 +14,7 @@ from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
 from kvmdp.page import PAGE_SIZE, REGION
-from kvmdp.trap.base import Presence
+from kvmdp.paging.ports import ForMemslots
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Block, Kind, Piece
 from kvmdp.trap.slots.slot_trap import SlotOptions, SlotTrap
@@ -53,19 +53,19 @@ class MemoryFaultTrap(SlotTrap):
         super().__init__(slots, backing, options)
         prepare_closed_slots(vm, slots, self.name)
 
-    def arm(self, presence: Presence) -> None:
+    def arm(self, pager: ForMemslots) -> None:
         """Open what is present, close what is absent: by granules, or by larger blocks where those are too many."""
-        super().arm(presence)
+        super().arm(pager)
         closed: list[Piece] = []
-        for first, count in presence.bitmap.absent_runs().tolist():
+        for first, count in pager.bitmap.absent_runs().tolist():
             closed += self._slots.pieces(first, count, Kind.CLOSED, self._slots.closed_pages)
         self._slots.close_pieces(closed)
 
     def admit(self, first: int, count: int) -> None:
         """Replace closed slots by ordinary ones; a slot that has other absent pages too is cut."""
-        assert self._presence is not None
+        assert self._pager is not None
         with self._slots.claimed(first, count):
-            self._presence.while_stopped(lambda: self._exchange(first, first + count))
+            self._pager.gate.while_stopped(lambda: self._exchange(first, first + count))
         self._populate(first, count)
         self._changed(first, count)
 

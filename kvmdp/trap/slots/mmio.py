@@ -25,9 +25,9 @@ class MmioTrap(SlotTrap):
     def admit(self, first: int, count: int) -> None:
         """Make the granules' slots, or one where RAM has too many granules."""
         size = None if self._slots.in_regions else self.granule // PAGE_SIZE
-        assert self._presence is not None
+        assert self._pager is not None
         with self._slots.claimed(first, count):
-            self._presence.while_stopped(lambda: self._open(first, count, size))
+            self._pager.gate.while_stopped(lambda: self._open(first, count, size))
         self._populate(first, count)
         self._changed(first, count)
 

@@ -3,8 +3,8 @@
 A region of which some pages are present and some absent takes a memslot for each of its pieces. When its last page
 comes it is merged, with its neighbours as far as they are full too. When all partial regions together take more kernel
 memory than they may, or more memslots than KVM can spare, the fullest are completed: what they lack is fetched, and
-they are merged. Where not all of RAM may be present at once (`Presence.is_limited`) others would have to go for that,
-and leave pieces: there the emptiest are shut off, which makes one memslot of each, if nobody is at a page of it.
+they are merged. Where not all of RAM may be present at once (`ForMemslots.is_limited`) others would have to go for
+that, and leave pieces: there the emptiest are shut off, which makes one memslot of each, if nobody is at a page of it.
 
 That is not done where the page becomes present, but by `housekeep`, with no claim held: it stops the vCPUs and may
 fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`complete`, `shut_off`), because
@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 
 from kvmdp.page import REGION, Outcome
-from kvmdp.trap.base import Presence
+from kvmdp.paging.ports import ForMemslots
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Kind
 
@@ -31,9 +31,9 @@ _MARGIN = 4 * REGION
 class PartialRegions:
     """Keeps count of the partial regions of `slots`, whose memslots may take `memory` bytes of the kernel's."""
 
-    def __init__(self, slots: RamSlots, presence: Presence, pages: int, memory: int) -> None:
+    def __init__(self, slots: RamSlots, pager: ForMemslots, pages: int, memory: int) -> None:
         self._slots = slots
-        self._presence = presence
+        self._pager = pager
         self._pages = pages
         self._most = min(memory // SLOT_BYTES, slots.spare - _MARGIN)
         self._mutex = threading.Lock()  # guards all that follows
@@ -54,7 +54,7 @@ class PartialRegions:
         """Count a region's memslots anew; True if all its pages are present, and in more than one."""
         low, size = self._run(region)
         taken = self._slots.blocks_in(low, size)
-        present = self._presence.bitmap.count_range(low, size)
+        present = self._pager.bitmap.count_range(low, size)
         with self._mutex:
             self._taken -= self._partial.pop(region, 0)
             if taken > 1 or 0 < present < size:
@@ -95,7 +95,7 @@ class PartialRegions:
                 return False
             region = self._full.pop()
         low, size = self._run(region)
-        self._slots.merge_upward(low, size, self._presence.quiesced)
+        self._slots.merge_upward(low, size, self._pager.gate.quiesced)
         self._recount(region)  # a page on its way in comes to `changed` itself
         return True
 
@@ -104,18 +104,18 @@ class PartialRegions:
         with self._mutex:
             partial = dict(self._partial)
             left = self._taken
-        present, is_limited = self._presence.bitmap.count_range, self._presence.is_limited
+        present, is_limited = self._pager.bitmap.count_range, self._pager.is_limited
         for region in sorted(partial, key=lambda each: present(*self._run(each)), reverse=not is_limited):
             if left <= self._most * 7 // 8:
                 return
             low, size = self._run(region)
             if is_limited:
-                self._presence.shut_off(low, size)
-                self._slots.merge(low, size, self._presence.quiesced, Kind.CLOSED)
+                self._pager.shut_off(low, size)
+                self._slots.merge(low, size, self._pager.gate.quiesced, Kind.CLOSED)
                 self._recount(region)
                 left += self._partial.get(region, 0) - partial[region]
                 continue
-            if self._presence.complete(low, size) is not Outcome.PRESENT:
+            if self._pager.complete(low, size) is not Outcome.PRESENT:
                 return  # the machine stops, or the source has failed
             if self._recount(region):
                 with self._mutex:

@@ -12,10 +12,10 @@ from typing import Literal
 
 from kvmdp.memory.backing import Backing
 from kvmdp.page import PAGE_SIZE, REGION
+from kvmdp.paging.ports import ForMemslots
 from kvmdp.size import format_size
-from kvmdp.trap.base import Presence
 from kvmdp.trap.collapse import can_collapse, put_together
-from kvmdp.trap.picture import Picture
+from kvmdp.trap.inspect import Picture
 from kvmdp.trap.slots.partial_slots import DEFAULT_SLOT_MEMORY, SLOT_BYTES, PartialRegions
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Kind
@@ -57,7 +57,7 @@ class SlotTrap:
         self._slots = slots
         self._backing = backing
         self._options = options
-        self._presence: Presence | None = None
+        self._pager: ForMemslots | None = None
         self._partial: PartialRegions | None = None  # where RAM is in regions, while armed
 
     @property
@@ -80,17 +80,17 @@ class SlotTrap:
         """How many memslots RAM takes now."""
         return self._slots.count
 
-    def arm(self, presence: Presence) -> None:
+    def arm(self, pager: ForMemslots) -> None:
         """Give what is present open blocks, as large as can be; the absent is for the trap itself."""
-        self._presence = presence
+        self._pager = pager
         self._slots.unmap()
-        for first, count in presence.bitmap.present_runs().tolist():
+        for first, count in pager.bitmap.present_runs().tolist():
             self._open(first, count)
         if self._slots.in_regions:
             self._partial = PartialRegions(
-                self._slots, presence, self._backing.size // PAGE_SIZE, self._options.memory
+                self._slots, pager, self._backing.size // PAGE_SIZE, self._options.memory
             )
-            presence.housekeeping.append(self._partial.housekeep)
+            pager.housekeeping.append(self._partial.housekeep)
 
     def _open(self, first: int, count: int, size: int | None = None) -> None:
         """Open a run that has no slots, as one or cut at the multiples of `size` pages."""
@@ -122,18 +122,18 @@ class SlotTrap:
         True if they have one memslot then. The guest view is plain memory: it is not what traps. The pages stay
         present: while the slots are replaced, some at a time, no vCPU is in KVM_RUN.
         """
-        assert self._presence is not None
+        assert self._pager is not None
         if self._backing.transparent and can_collapse(self._backing.guest):
             put_together(self._backing.guest, first, count, thp=self._backing.thp)
-        self._slots.merge_upward(first, count, self._presence.quiesced)
+        self._slots.merge_upward(first, count, self._pager.gate.quiesced)
         self._changed(first, count)
         return self._slots.blocks_in(first, count) == 1
 
     def disarm(self) -> None:
         """Replace the blocks by one a region of the layout. Nobody keeps house: nobody else is at the memslots."""
         if self._partial is not None:
-            assert self._presence is not None
-            self._presence.housekeeping.remove(self._partial.housekeep)
+            assert self._pager is not None
+            self._pager.housekeeping.remove(self._partial.housekeep)
             self._partial = None
         self._slots.unmap()
         self._slots.map_plain()

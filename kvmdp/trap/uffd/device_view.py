@@ -34,7 +34,7 @@ from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.ram_map import RamMap
 from kvmdp.page import PAGE_SIZE, Origin, Outcome, PageFault
 from kvmdp.paging.claim import Waiter
-from kvmdp.trap.base import Presence
+from kvmdp.paging.ports import ForReaders
 from kvmdp.trap.uffd.registered_view import UffdView
 from kvmdp.waiting import Condition
 
@@ -151,9 +151,9 @@ class DeviceFaults(UffdView):
         self.view = DeviceView(layout, mapping)
         self._released = threading.Event()
 
-    def arm(self, presence: Presence) -> None:
+    def arm(self, pager: ForReaders) -> None:
         """Register the view and start the readers; nothing is mapped from then on but by them."""
-        super().arm(presence)
+        super().arm(pager)
         self.drop(0, self._pages)
 
     def drop(self, first: int, count: int) -> None:
@@ -186,15 +186,15 @@ class DeviceFaults(UffdView):
 
     def _serve(self, address: int, _read: int) -> None:
         """Resolve a fault and map the page, or park it."""
-        assert self._presence is not None
+        assert self._pager is not None
         page = (address - self._view.hva) // PAGE_SIZE
         uffd, hva = self._uffd_of(page), self._hva(page)
-        outcome = self._presence.resolve_or_park(
+        outcome = self._pager.resolve_or_park(
             PageFault(page, Origin.DEVICE, _UNKNOWN), Waiter(lambda: uffd.wake(hva, PAGE_SIZE))
         )
         if outcome not in (Outcome.PRESENT, Outcome.ADMITTED):
             return  # parked, or not to be had: then it sleeps until the machine stops
-        if not self._presence.hold(page):
+        if not self._pager.hold(page):
             uffd.wake(hva, PAGE_SIZE)  # claimed since: it faults again, and finds the claim
             return
         try:
@@ -204,4 +204,4 @@ class DeviceFaults(UffdView):
             if error.errno != errno.ENOENT or not self.view.ended:
                 raise
         finally:
-            self._presence.release(page)
+            self._pager.release(page)

@@ -26,9 +26,9 @@ from collections.abc import Callable, Sequence
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.memory.backing import Backing
 from kvmdp.page import PAGE_SIZE, REGION
-from kvmdp.trap.base import Presence
+from kvmdp.paging.ports import ForReaders
 from kvmdp.trap.collapse import Regions, can_collapse
-from kvmdp.trap.picture import Picture
+from kvmdp.trap.inspect import Picture
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Kind
 from kvmdp.trap.uffd.descriptor import Uffd, supported_features
@@ -132,18 +132,18 @@ class UffdTrap(UffdView):
         """How many memslots RAM takes now."""
         return self._slots.count
 
-    def arm(self, presence: Presence) -> None:
+    def arm(self, pager: ForReaders) -> None:
         """Give RAM its memslots, register the guest view, start the readers."""
         if not self._slots.count:
             self._slots.map_plain()
         if not self._backing.shared:
             # What was discarded while it was plain memory is a hole, which reads as zeros.
-            for first, count in presence.bitmap.present_runs().tolist():
+            for first, count in pager.bitmap.present_runs().tolist():
                 self._view.populate(first * PAGE_SIZE, count * PAGE_SIZE)
-        super().arm(presence)
+        super().arm(pager)
         self._regions.registered()
         if self._staging is None and not self._hears_kernel:
-            for first, count in presence.bitmap.present_runs().tolist():
+            for first, count in pager.bitmap.present_runs().tolist():
                 self._map(first, count)
 
     def _remap(self, first: int, count: int) -> None:
@@ -152,11 +152,11 @@ class UffdTrap(UffdView):
         What is not present is on its way out, by another thread, which drops and marks it once more. Should that come
         to nothing, because the page is in use, the marker is on a present page: `reassert` mends it at its first touch.
         """
-        assert self._presence is not None
+        assert self._pager is not None
         self._view.drop(first * PAGE_SIZE, count * PAGE_SIZE)
         page, end = first, first + count
         while page < end:
-            absent, number = self._presence.bitmap.next_absent_run(page, end) or (end, 0)
+            absent, number = self._pager.bitmap.next_absent_run(page, end) or (end, 0)
             if page < absent:
                 self._map(page, absent - page)
             for start, pages, uffd in self._pieces(absent, number) if number else ():
@@ -257,7 +257,7 @@ class UffdTrap(UffdView):
 
     def _removed(self, start: int, end: int) -> None:
         """Take note that somebody discards a range of the guest view (a balloon): it reads as zeros from now on."""
-        assert self._presence is not None
+        assert self._pager is not None
         with self._mutex:
             announced = self._own_drops.get((start, end), 0)
             if announced > 1:
@@ -267,7 +267,7 @@ class UffdTrap(UffdView):
             if announced:
                 return
         first = (start - self._view.hva) // PAGE_SIZE
-        self._presence.discarded(first, (end - start) // PAGE_SIZE)
+        self._pager.discarded(first, (end - start) // PAGE_SIZE)
 
     def forget(self, first: int, count: int) -> None:
         """Give up the bytes of pages that were revoked, wherever they lie."""
@@ -298,8 +298,8 @@ class UffdTrap(UffdView):
 
         But for a page of a plain region whose revocation has only begun: it still lets the guest in.
         """
-        assert self._presence is not None
-        for first, count in self._presence.bitmap.absent_runs().tolist():
+        assert self._pager is not None
+        for first, count in self._pager.bitmap.absent_runs().tolist():
             for start, number, uffd in self._pieces(first, count):
                 with self._regions.unless_plain(start, number):
                     uffd.poison(self._hva(start), number * PAGE_SIZE)

@@ -12,8 +12,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 
-from kvmdp.trap.base import Presence, Trap
-from kvmdp.trap.picture import Picture
+from kvmdp.paging.ports import Pager
+from kvmdp.trap.inspect import InspectedTrap, Picture
 from kvmdp.trap.uffd.device_view import DeviceFaults, DeviceView
 
 
@@ -25,7 +25,7 @@ class HybridTrap:
 
     latencies: Sequence[array[int]] = ()
 
-    def __init__(self, name: str, vcpus: Trap, devices: DeviceFaults) -> None:
+    def __init__(self, name: str, vcpus: InspectedTrap, devices: DeviceFaults) -> None:
         self.name = name
         self._vcpus = vcpus
         self._devices = devices
@@ -60,10 +60,10 @@ class HybridTrap:
         """How many memslots RAM takes now."""
         return self._vcpus.memslots
 
-    def arm(self, presence: Presence) -> None:
+    def arm(self, pager: Pager) -> None:
         """Make absent pages trap on both sides."""
-        self._devices.arm(presence)
-        self._vcpus.arm(presence)
+        self._devices.arm(pager)
+        self._vcpus.arm(pager)
 
     def disarm(self) -> None:
         """Make RAM plain memory on both sides."""

@@ -21,8 +21,8 @@ from kvmdp.abi import userfaultfd as abi
 from kvmdp.errors import PagingError
 from kvmdp.memory.backing import Backing
 from kvmdp.page import PAGE_SIZE
-from kvmdp.trap.base import Presence
-from kvmdp.trap.picture import Picture
+from kvmdp.paging.ports import ForReaders
+from kvmdp.trap.inspect import Picture
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.uffd.descriptor import supported_features
 from kvmdp.trap.uffd.guest_view import UffdTrap
@@ -44,9 +44,9 @@ class MarkerTrap(UffdTrap):
             slots, backing, abi.UFFD_FEATURE_POISON | protection, minor=backing.shared, kernel_faults=False
         )
 
-    def arm(self, presence: Presence) -> None:
+    def arm(self, pager: ForReaders) -> None:
         """Register the guest view, start the reader, put markers on what is absent."""
-        super().arm(presence)
+        super().arm(pager)
         self.poison_absent()
 
     def revoke(self, first: int, count: int) -> None:
@@ -99,10 +99,10 @@ class MarkerTrap(UffdTrap):
         The pin keeps the page present until it is mapped; without it a revocation could end between the look
         at the page's state and the call, and the guest would be let into a page it was shut out of.
         """
-        assert self._presence is not None
+        assert self._pager is not None
         page = self._page_of(address)
         uffd, hva = self._uffd_of(page), self._hva(page)
-        if not self._presence.hold(page):
+        if not self._pager.hold(page):
             with self._regions.unless_plain(page, self._unit):
                 uffd.poison(hva, self._unit_bytes)
             return
@@ -110,4 +110,4 @@ class MarkerTrap(UffdTrap):
             with self._regions.unless_plain(page, self._unit):
                 self._map_again(uffd, page, self._unit)
         finally:
-            self._presence.release(page)
+            self._pager.release(page)

@@ -27,8 +27,8 @@ from kvmdp.memory.hugepages import populate
 from kvmdp.memory.mapping import Mapping
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.broken import broken
+from kvmdp.paging.ports import ForReaders
 from kvmdp.thread import JoinableThread
-from kvmdp.trap.base import Presence
 from kvmdp.trap.uffd.descriptor import Uffd
 
 _BATCH = 32  # events taken with one read
@@ -68,7 +68,7 @@ class UffdView(ABC):
         # Readers that are between an event and the next wait, by thread identifier.
         self._at_work: set[int] = set()
         self._wakeup = -1
-        self._presence: Presence | None = None
+        self._pager: ForReaders | None = None
         self._this_thread = threading.local()
         self._uffds: list[Uffd] = []
         try:
@@ -80,9 +80,9 @@ class UffdView(ABC):
             self._close_descriptors()
             raise
 
-    def arm(self, presence: Presence) -> None:
+    def arm(self, pager: ForReaders) -> None:
         """Register the view and start the readers."""
-        self._presence = presence
+        self._pager = pager
         self.register()
         with named_call("eventfd"):
             self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -161,8 +161,8 @@ class UffdView(ABC):
         """Take note that the range (hva) is being discarded; only where that event was asked for."""
 
     def _reader_broke(self, error: BaseException) -> None:
-        assert self._presence is not None
-        self._presence.abort(broken("a userfaultfd reader broke", error))
+        assert self._pager is not None
+        self._pager.abort(broken("a userfaultfd reader broke", error))
 
     def _read(self, uffd: Uffd, poll: select.epoll) -> None:
         """Serve until stopped, whatever a source, an observer or the trap raises on the way: that ends the run.
@@ -171,9 +171,9 @@ class UffdView(ABC):
         has been read, with a claim on them, and meanwhile the kernel tells every call that maps or marks to try again.
         """
         messages = (abi.uffd_msg * _BATCH)()
-        assert self._presence is not None
-        presence, serve, reader = self._presence, self._reader(), threading.get_ident()
-        is_present = presence.bitmap.test  # such a fault brings nothing in
+        assert self._pager is not None
+        pager, serve, reader = self._pager, self._reader(), threading.get_ident()
+        is_present = pager.bitmap.test  # such a fault brings nothing in
         faults: deque[tuple[int, int]] = deque()  # address, when it was read
 
         def take() -> None:
@@ -193,7 +193,7 @@ class UffdView(ABC):
             self._at_work.add(reader)
             try:
                 take()
-                while faults and (is_present(self._page_of(faults[0][0])) or presence.room(faults[0][1])):
+                while faults and (is_present(self._page_of(faults[0][0])) or pager.room(faults[0][1])):
                     serve(*faults.popleft())
             except BaseException as error:
                 self._reader_broke(error)

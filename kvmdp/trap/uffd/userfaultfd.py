@@ -130,7 +130,7 @@ class UserfaultfdTrap(UffdTrap):
         A reader may set one behind this, for a fault from before the stop: then the access is an exit, which is as
         good a fault. No bytes are lost: absent pages have none in the guest view.
         """
-        assert self._presence is not None
+        assert self._pager is not None
         has_markers = bool(supported_features() & abi.UFFD_FEATURE_POISON)
         if not has_markers:
             self.register()
@@ -166,9 +166,9 @@ class UserfaultfdTrap(UffdTrap):
 
     def _serve(self, page: int) -> bool:
         """Resolve a fault, or park it; True if the sleeper has been woken."""
-        assert self._presence is not None
+        assert self._pager is not None
         uffd, hva = self._uffd_of(page), self._hva(page)
-        outcome = self._presence.resolve_or_park(
+        outcome = self._pager.resolve_or_park(
             PageFault(page, Origin.VCPU, _UNKNOWN), Waiter(lambda: uffd.wake(hva, self._unit_bytes))
         )
         if outcome is Outcome.PRESENT:
@@ -187,22 +187,22 @@ class UserfaultfdTrap(UffdTrap):
         If the page has been healed since, and mapped, it stays so, and the sleeper is woken. So it has been if the
         page's region has been collapsed since.
         """
-        assert self._presence is not None
+        assert self._pager is not None
         if supported_features() & abi.UFFD_FEATURE_POISON:
             with self._regions.unless_plain(page, self._unit):
                 self._uffd_of(page).poison(self._hva(page), self._unit_bytes)
         else:
-            self._presence.abort(PagingError(NO_POISON))
+            self._pager.abort(PagingError(NO_POISON))
 
     def _serve_present(self, page: int) -> None:
         """Map a present page that had gone from the page table, pinned so that no revocation ends meanwhile."""
-        assert self._presence is not None
+        assert self._pager is not None
         uffd, hva = self._uffd_of(page), self._hva(page)
-        if not self._presence.hold(page):
+        if not self._pager.hold(page):
             uffd.wake(hva, self._unit_bytes)  # claimed since: it faults again, and finds the claim
             return
         try:
             with self._regions.unless_plain(page, self._unit):
                 self._map_again(uffd, page, self._unit)
         finally:
-            self._presence.release(page)
+            self._pager.release(page)

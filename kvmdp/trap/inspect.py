@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvmdp.memory.mapping import Mapping
+from kvmdp.paging.ports import Trap
 from kvmdp.trap.slots.slot_map import Block, Kind
 
 
@@ -26,3 +28,11 @@ class Picture:
     is_only_copy: bool = False
     plain: frozenset[int] = frozenset()
     file: Mapping | None = None
+
+
+class InspectedTrap(Trap, Protocol):
+    """A trap that says what it has set up, as all of this package do."""
+
+    def picture(self) -> Picture:
+        """Return what is set up now, to be checked; nobody else is active."""
+        ...

@@ -1,4 +1,9 @@
-"""What every trap can do, and what it may ask of the pager.
+"""The ports of the core: what it needs of others, and what it offers those that it calls. Others implement them.
+
+    Quiescer      keeps the vCPUs out of KVM_RUN           `kvmdp.vcpu.gate`
+    Trap          makes absent pages trap                  `kvmdp.trap`
+    ForReaders    of the pager, for threads that read the kernel's faults and must not wait
+    ForMemslots   of the pager, for traps that rearrange memslots behind a fault
 
 Units: RAM pages, unless a name says bytes.
 """
@@ -14,11 +19,35 @@ from kvmdp.errors import PagingError
 from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.page import Outcome, PageFault
 from kvmdp.paging.claim import Waiter
-from kvmdp.trap.picture import Picture
+
+
+class Quiescer(Protocol):
+    """Keeps every vCPU out of KVM_RUN: some changes to guest memory are exact only then."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the vCPUs are kept out, or about to be."""
+        ...
+
+    def quiesced(self) -> AbstractContextManager[None]:
+        """Keep every vCPU out of KVM_RUN for the time of the block."""
+        ...
+
+    def while_stopped(self, work: Callable[[], None]) -> None:
+        """Call `work` while every vCPU is out of KVM_RUN, in a stop that threads share.
+
+        `work` waits for nothing but the kernel, so for no claim on memslots either.
+        """
+        ...
 
 
 class Presence(Protocol):
-    """What a trap may ask of the pager."""
+    """What the pager tells every trap."""
+
+    @property
+    def gate(self) -> Quiescer:
+        """What keeps the vCPUs out of KVM_RUN."""
+        ...
 
     @property
     def bitmap(self) -> PresentBitmapView:
@@ -32,6 +61,14 @@ class Presence(Protocol):
     def release(self, page: int) -> None:
         """Undo one `hold`."""
         ...
+
+    def abort(self, error: PagingError) -> None:
+        """Pause the pager: the trap can no longer serve faults."""
+        ...
+
+
+class ForReaders(Presence, Protocol):
+    """What the pager does for threads that read the kernel's faults: a vCPU asleep in one waits for them."""
 
     def resolve_or_park(self, fault: PageFault, waiter: Waiter) -> Outcome | None:
         """Resolve a fault without ever waiting for a claim.
@@ -48,6 +85,14 @@ class Presence(Protocol):
         pages out: ask again by and by. It comes true before long, whatever becomes of that.
         """
         ...
+
+    def discarded(self, first: int, count: int) -> None:
+        """Take note that the bytes of these pages have gone, or are going: they read as zeros from now on."""
+        ...
+
+
+class ForMemslots(Presence, Protocol):
+    """What the pager does for a trap that rearranges memslots when pages have come or gone."""
 
     @property
     def is_limited(self) -> bool:
@@ -74,24 +119,9 @@ class Presence(Protocol):
         """Make a range absent, up to the first page that somebody is at, and keep its bytes. Waits for no claim."""
         ...
 
-    def discarded(self, first: int, count: int) -> None:
-        """Take note that the bytes of these pages have gone, or are going: they read as zeros from now on."""
-        ...
 
-    def quiesced(self) -> AbstractContextManager[None]:
-        """Keep every vCPU out of KVM_RUN for the time of the block."""
-        ...
-
-    def while_stopped(self, work: Callable[[], None]) -> None:
-        """Call `work` while every vCPU is out of KVM_RUN, in a stop that threads share (`VcpuGate.while_stopped`).
-
-        `work` waits for nothing but the kernel, so for no claim on memslots either.
-        """
-        ...
-
-    def abort(self, error: PagingError) -> None:
-        """Pause the pager: the trap can no longer serve faults."""
-        ...
+class Pager(ForReaders, ForMemslots, Protocol):
+    """What a trap is armed with."""
 
 
 class Trap(Protocol):
@@ -139,8 +169,8 @@ class Trap(Protocol):
         """Nanoseconds from event to wake of vCPUs' faults served by threads of the trap's own, an array a thread."""
         ...
 
-    def arm(self, presence: Presence) -> None:
-        """Make every page trap that is not present in `presence.bitmap`; RAM may have been plain before."""
+    def arm(self, pager: Pager) -> None:
+        """Make every page trap that is not present in `pager.bitmap`; RAM may have been plain before."""
         ...
 
     def disarm(self) -> None:
@@ -176,10 +206,6 @@ class Trap(Protocol):
 
     def reassert(self, first: int, count: int) -> bool:
         """Mend what made present pages trap, if this trap knows how that can be; True if it found any such thing."""
-        ...
-
-    def picture(self) -> Picture:
-        """Return what is set up now, to be checked; nobody else is active."""
         ...
 
     def release_sleepers(self) -> None:
