@@ -24,7 +24,8 @@ from kvmdp.bench.measure import machine_options, source_of
 from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
 from kvmdp.errors import PagingError
 from kvmdp.interruption import entered
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.memory.layout import MIN_MEMORY
 from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.paging.access import GuestMemory

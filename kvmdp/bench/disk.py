@@ -20,7 +20,8 @@ from kvmdp.last_acts import last_act
 from kvmdp.machine.disk import DiskFile
 from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import DISK_SECTOR
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.remote_disk import RemoteDisk
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.page import Outcome

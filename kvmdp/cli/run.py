@@ -32,7 +32,8 @@ from kvmdp.lab.detector import LeakDetector
 from kvmdp.lab.experiment import RunResult, run_program, run_workload
 from kvmdp.last_acts import last_act
 from kvmdp.machine.boot import GuestImageError
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import (
     WorkloadOptions,

@@ -15,7 +15,7 @@ from kvmdp.lab.experiment import usable_memory
 from kvmdp.lab.poison import check_poison
 from kvmdp.lab.probe import choose_trap, working_traps
 from kvmdp.machine.boot import read_program, vector_flags
-from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.pv_msrs import pv_flags
 from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions, make_workload
 from kvmdp.machine.workloads.poison import Poison

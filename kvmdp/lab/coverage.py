@@ -34,13 +34,8 @@ from kvmdp.lab.probe import ACCESSES as GUEST_ACCESSES
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.guest_abi import PvFlag
 from kvmdp.machine.hostinfo import emulates_ring_0
-from kvmdp.machine.machine import (
-    GuestTimeoutError,
-    Machine,
-    MachineOptions,
-    PageTablePlace,
-    catches_page_walks,
-)
+from kvmdp.machine.machine import GuestTimeoutError, Machine
+from kvmdp.machine.options import MachineOptions, PageTablePlace, catches_page_walks
 from kvmdp.machine.pv_msrs import pv_flags
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, make_workload

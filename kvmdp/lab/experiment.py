@@ -24,7 +24,8 @@ from kvmdp.machine.disk import disk_file
 from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import ParameterBlock
 from kvmdp.machine.hostinfo import resident_memory
-from kvmdp.machine.machine import Machine, MachineOptions, PageTablePlace
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions, PageTablePlace
 from kvmdp.machine.page_tables import page_table_bytes
 from kvmdp.machine.vcpu_thread import EXIT_NAMES
 from kvmdp.machine.workloads import Workload, combined_checksum

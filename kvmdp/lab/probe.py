@@ -16,7 +16,7 @@ from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Kvm
 from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.boot import vector_flags
-from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.memory.hugepages import (

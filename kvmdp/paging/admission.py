@@ -54,9 +54,8 @@ class Resolver:
 
     def __init__(self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy) -> None:
         if source.size > layout.memory_bytes:
-            raise ValueError(
-                f"{source.name} has {source.size} bytes, RAM only {layout.memory_bytes}: make RAM at least as large"
-            )
+            wanted = f"{source.name} has {source.size} bytes, RAM only {layout.memory_bytes}"
+            raise ValueError(f"{wanted}: make RAM at least as large")
         self.layout = layout
         self.trap = trap
         self.bitmap = PresentBitmap(layout.pages)

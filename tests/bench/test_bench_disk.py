@@ -1,7 +1,7 @@
 import pytest
 
 from kvmdp.bench.disk import measure_disk
-from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.options import MachineOptions
 
 
 @pytest.mark.kvm

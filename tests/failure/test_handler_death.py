@@ -11,7 +11,8 @@ from handlers import MEMORY, SEED, HandlerProcess
 
 from kvmdp.errors import PagingError
 from kvmdp.lab.experiment import run_workload
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.page import Origin, Outcome, PageFault
 from kvmdp.peers.handler.source import HandlerSource

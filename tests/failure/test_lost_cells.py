@@ -51,39 +51,37 @@ def test_a_cell_of_the_coverage(monkeypatch, error, reason):
 
 
 def test_a_host_that_is_too_busy_for_the_process_that_touches_memory(monkeypatch):
-    monkeypatch.setattr(coverage.subprocess, "run", raising(subprocess.TimeoutExpired("touch", 60)))
+    monkeypatch.setattr(coverage, "_TOUCH", "import time; time.sleep(1000)")
+    monkeypatch.setattr(coverage, "_CHILD_TIMEOUT", 0.1)
     found = coverage.run_cell("user touch", "mmio")
-    assert (found.ok, found.note) == (False, "the process that was to touch it had not ended within 60 s")
+    assert (found.ok, found.note) == (False, "the process that was to touch it had not ended within 0.1 s")
 
 
 @pytest.mark.parametrize(
-    ("status", "stdout", "stderr", "reason"),
+    ("status", "stderr", "reason"),
     [
-        (1, b"", b"", "the touch failed: exit status 1"),
-        (1, b"", b"Traceback\n\xff: no", "the touch failed: \N{REPLACEMENT CHARACTER}: no"),
-        (0, b"", b"", "internal error: JSONDecodeError"),
+        (1, b"", "the touch failed: exit status 1"),
+        (1, b"Traceback\n\xff: no", "the touch failed: \N{REPLACEMENT CHARACTER}: no"),
+        (0, b"", "internal error: JSONDecodeError"),
     ],
 )
-def test_a_process_that_touches_memory_and_says_nothing_of_use(monkeypatch, status, stdout, stderr, reason):
-    done = subprocess.CompletedProcess([], status, stdout, stderr)
-    monkeypatch.setattr(coverage.subprocess, "run", lambda *_arguments, **_options: done)
+def test_a_process_that_touches_memory_and_says_nothing_of_use(monkeypatch, status, stderr, reason):
+    monkeypatch.setattr(coverage, "_TOUCH", f"import os; os.write(2, {stderr!r}); os._exit({status})")
     assert coverage.run_cell("user touch", "mmio").note.startswith(reason)
 
 
 @needs_kvm
 def test_the_coverage_of_all_other_cells():
     prelude = """
-import subprocess
 from kvmdp.lab import coverage
 for access in {*coverage.ACCESSES} - {"read", "user touch"}:
     del coverage.ACCESSES[access]
-def run(*arguments, **options):
-    raise subprocess.TimeoutExpired("touch", 60)
-coverage.subprocess.run = run
+coverage._TOUCH = "import time; time.sleep(1000)"
+coverage._CHILD_TIMEOUT = 0.1
 """
     done = kvmdp("compare", "--coverage", prelude=prelude)
     assert done.status == 1
-    assert "user touch: the process that was to touch it had not ended within 60 s" in done.out
+    assert "user touch: the process that was to touch it had not ended within 0.1 s" in done.out
     document = kvmdp("compare", "--coverage", "--json", "-", prelude=prelude).document
     seen = {(cell["access"], cell["trap"]): cell["exact"] for cell in document["cells"]}
     assert seen["read", "mmio"] is True

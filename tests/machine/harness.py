@@ -14,7 +14,8 @@ from kvmdp.kvm import Kvm
 from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.guest_abi import VectorFlag
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.pv_msrs import pv_flags
 from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
 from kvmdp.page import PAGE_SIZE

@@ -10,7 +10,8 @@ from harness import SEED, TIMEOUT, plan, require_trap
 
 from kvmdp.errors import UnsupportedError
 from kvmdp.lab.experiment import run_workload
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import combined_checksum
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.source.base import read_pages

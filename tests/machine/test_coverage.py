@@ -11,7 +11,7 @@ from kvmdp.lab import coverage as module
 from kvmdp.lab.coverage import ACCESSES, coverage, run_cell
 from kvmdp.lab.coverage_cell import Seen
 from kvmdp.machine.hostinfo import emulates_ring_0, uses_nested_paging
-from kvmdp.machine.machine import catches_page_walks
+from kvmdp.machine.options import catches_page_walks
 from kvmdp.paging.access import GuestMemory
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import registry

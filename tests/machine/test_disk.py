@@ -15,7 +15,7 @@ from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskError, DiskFile
 from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import DiskStatus
-from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE

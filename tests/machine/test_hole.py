@@ -8,7 +8,7 @@ from harness import SEED, TIMEOUT, every_trap, host_vectors, make_machine, plan,
 
 from kvmdp.lab.experiment import run_workload, usable_memory
 from kvmdp.machine.guest_abi import BOOT_BASE
-from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END, MAX_LOW_RAM_END, GuestLayout

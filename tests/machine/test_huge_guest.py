@@ -13,7 +13,8 @@ from harness import SEED, TIMEOUT, plan, require_trap
 
 from kvmdp.errors import UnsupportedError
 from kvmdp.lab.invariants import violations
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource

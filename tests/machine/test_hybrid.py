@@ -19,7 +19,8 @@ from harness import (
 )
 
 from kvmdp.errors import PagingError
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END
 from kvmdp.page import PAGE_SIZE, Origin

@@ -15,7 +15,8 @@ from kvmdp.errors import CancelledError
 from kvmdp.interruption import entered
 from kvmdp.lab.experiment import run_workload
 from kvmdp.lab.invariants import violations
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.page import PAGE_SIZE, REGION, Outcome
 from kvmdp.source.synthetic import SyntheticSource

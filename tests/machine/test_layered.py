@@ -10,7 +10,8 @@ from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, pr
 
 from kvmdp.kvm import BadAddress
 from kvmdp.lab.invariants import violations
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots.ram_slots import RamSlots

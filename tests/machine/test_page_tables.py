@@ -18,7 +18,7 @@ from harness import (
 from kvmdp.errors import PagingError
 from kvmdp.lab.experiment import run_workload, usable_memory
 from kvmdp.machine.guest_abi import BOOT_BASE, PAGE_TABLES_BASE
-from kvmdp.machine.machine import MachineOptions, catches_page_walks
+from kvmdp.machine.options import MachineOptions, catches_page_walks
 from kvmdp.machine.page_tables import LARGE_PAGE, PageTables, page_table_bytes
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, make_workload

@@ -29,7 +29,7 @@ from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import DiskStatus
 from kvmdp.machine.hostinfo import emulates_ring_0
-from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, program_blocks
 from kvmdp.page import PAGE_SIZE

@@ -24,7 +24,8 @@ from kvmdp.jobs import resident_limit as resident
 from kvmdp.jobs.resident_limit import ResidentLimit, check_limit
 from kvmdp.lab.experiment import run_workload
 from kvmdp.lab.invariants import violations
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.paging.store import FileSink

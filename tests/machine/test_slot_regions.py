@@ -11,7 +11,8 @@ import pytest
 from harness import SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, plan, program_machine, require_trap
 
 from kvmdp.lab.invariants import violations
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots import ram_slots as slots

@@ -9,7 +9,7 @@ from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, all_of_ram, make_mac
 
 from kvmdp.errors import PagingError
 from kvmdp.lab.experiment import run_workload
-from kvmdp.machine.machine import MachineOptions
+from kvmdp.machine.options import MachineOptions
 from kvmdp.source.base import SourceError, read_pages
 from kvmdp.source.image import ImageSource
 from kvmdp.source.synthetic import SyntheticSource

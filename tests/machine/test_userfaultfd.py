@@ -12,7 +12,8 @@ from kvmdp.abi.mman import MADV_DONTNEED, MADV_REMOVE
 from kvmdp.errors import PagingError
 from kvmdp.lab.experiment import run_workload
 from kvmdp.machine import machine as machine_module
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource

@@ -4,7 +4,8 @@ import pytest
 from harness import BACKINGS, MEMORY, SEED, TIMEOUT, make_machine, plan
 
 from kvmdp.lab.invariants import violations
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, program_blocks
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource

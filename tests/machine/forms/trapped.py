@@ -13,7 +13,8 @@ from harness import meanwhile
 
 from kvmdp.errors import PagingError
 from kvmdp.kvm import Io
-from kvmdp.machine.machine import Machine, MachineOptions
+from kvmdp.machine.machine import Machine
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.source.synthetic import SyntheticSource
 
