@@ -167,7 +167,7 @@ def test_a_trap_that_breaks_as_it_revokes_pauses_the_machine_and_leaves_no_claim
             pager.evict(0, 8)
         assert pager.ledger.claims == []
         assert not pager.bitmap.test(0)
-        assert "could not be revoked: it is broken" in str(pager.error)
+        assert "could not be revoked: internal error: BrokenError" in str(pager.error)
 
 
 @pytest.mark.parametrize("call", ["collapse", "reassert"])
