@@ -1,6 +1,6 @@
 """Skips what this machine cannot run, and fails every test that leaves something behind.
 
-A test marked with a need that is not met (tests/requirements.py) is skipped with the reason and the
+A test marked with a need that is not met (tests/support/requirements.py) is skipped with the reason and the
 remedy.  Where the environment variable KVMDP_REQUIRE names the need, it fails instead.  A test in
 which a thread dies of an exception fails too: pytest warns of it, and `filterwarnings` in
 pyproject.toml makes warnings errors.
@@ -94,7 +94,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 def own_mounts() -> None:
     """Skip the test where a process cannot have mounts of its own, as root of a container often cannot."""
     command = [sys.executable, "-c", "from hosts import have_own_mounts; have_own_mounts()"]
-    done = subprocess.run(command, cwd=Path(__file__).parent / "package", capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parent / "support", capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.splitlines()[-1]
         pytest.skip(

@@ -82,7 +82,9 @@ class Machine:
                 self._build(options, source, self._stack)
         except BaseException as error:
             with Uninterrupted():
-                self._stack.__exit__(type(error), error, error.__traceback__)  # no `close`: a file of RAM goes too
+                self._stack.__exit__(
+                    type(error), error, error.__traceback__
+                )  # no `close`: a file of RAM goes too
             raise
 
     def _build(self, options: MachineOptions, source: PageSource, stack: contextlib.ExitStack) -> None:

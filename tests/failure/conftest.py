@@ -1,13 +1,8 @@
 """What the failure tests share."""
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-for _folder in ("paging", "machine", "bench"):
-    sys.path.insert(0, str(Path(__file__).parent.parent / _folder))
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from fakes import pager_of
 from handlers import HandlerProcess, scripted
 from harness import LOOP_FOREVER, make_machine, plan, program_machine
+from remote_devices import EPOCH, device, readers
 from test_bad_handler import bound, fill
-from test_remote import EPOCH, device, readers
 
 import kvmdp
 from kvmdp.errors import PagingError

@@ -18,7 +18,7 @@ ALLOW = r"allow it there \(docker run --security-opt seccomp=FILE\)"
 # As Docker's default profile has it: no userfaultfd(2), whose device a container has not got either.
 WITHOUT_USERFAULTFD = """
 import sys
-sys.path[:0] = ["tests", "tests/package"]
+sys.path[:0] = ["tests/support"]
 import hosts, seccomp
 hosts.have_own_mounts()
 hosts.replace_dev(kvm=0o666)
@@ -48,7 +48,7 @@ without_userfaultfd = pytest.mark.usefixtures("own_mounts")
 
 
 def refusing(*calls, number="EPERM"):
-    imports = "import errno, sys; sys.path.insert(0, 'tests'); import seccomp"
+    imports = "import errno, sys; sys.path.insert(0, 'tests/support'); import seccomp"
     return f"{imports}; seccomp.refuse(*{calls}, number=errno.{number})"
 
 

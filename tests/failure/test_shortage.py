@@ -43,7 +43,7 @@ def limited(name, value, then=""):
 
 def helped(call):
     """A prelude that calls a helper of the tests: "module.function(...)"."""
-    return f"import sys; sys.path.insert(0, 'tests'); import {call.partition('.')[0]}; {call}"
+    return f"import sys; sys.path.insert(0, 'tests/support'); import {call.partition('.')[0]}; {call}"
 
 
 def check_named(done, sentence):
@@ -156,7 +156,7 @@ MEMORY = {
     "RLIMIT_DATA": (r"of data \(ulimit -d\)", (32, 80, 84, 90)),
 }
 NO_COMPARISON = """
-import sys; sys.path.insert(0, 'tests')
+import sys; sys.path.insert(0, 'tests/support')
 import limits
 from kvmdp.lab import experiment
 compare = experiment._compare

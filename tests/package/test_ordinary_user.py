@@ -22,7 +22,7 @@ def as_nobody(*arguments, kvm=0o666):
     prelude = f"""
 import os, sys
 os.environ["TMPDIR"] = "/tmp"
-sys.path.insert(0, "tests/package")
+sys.path.insert(0, "tests/support")
 from pathlib import PosixPath
 import hosts
 hosts.have_own_mounts()

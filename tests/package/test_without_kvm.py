@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 CHECKOUT = Path(__file__).resolve().parents[2]
 HIDE_DEVICES = """
 import sys
-sys.path.insert(0, "tests/package")
+sys.path.insert(0, "tests/support")
 import hosts
 hosts.have_own_mounts()
 hosts.replace_dev()

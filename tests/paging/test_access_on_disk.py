@@ -77,9 +77,10 @@ def others_go_on_while_an_access_waits_for_the_disk(access):
 def test_others_go_on_while_an_access_waits_for_the_disk(access):
     # In a process of its own: an access that waits with Python's lock held would hold up the test, too.
     here = Path(__file__).parent
+    support = here.parent / "support"
     scenario = others_go_on_while_an_access_waits_for_the_disk.__name__
     code = f"import {Path(__file__).stem} as test; test.{scenario}({access!r})"
-    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}:{here.parents[1]}"}
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{support}:{here.parents[1]}"}
     subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=True)
 
 

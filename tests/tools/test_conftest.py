@@ -14,8 +14,9 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def run(tmp_path):
     """Run pytest on a module with this text, under the project's settings; return its status and output."""
-    for name in ("tests/conftest.py", "tests/requirements.py", "pyproject.toml"):
+    for name in ("tests/conftest.py", "pyproject.toml"):
         shutil.copy(CHECKOUT / name, tmp_path)
+    shutil.copytree(CHECKOUT / "tests/support", tmp_path / "tests/support")
 
     def run_pytest(text, **environment):
         (tmp_path / "test_small.py").write_text("import os, threading, pytest\n" + text)

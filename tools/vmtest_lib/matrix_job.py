@@ -2,7 +2,7 @@
 
 On each trap every workload in ring 3 and ring 0, and contended faults (two vCPUs that add to the same 256 pages,
 three rounds), each as `kvmdp run` does it; instruction forms in both rings, on one vCPU and on two, and guests with
-instructions that were once emulated wrongly (tests/machine/forms); besides, `kvmdp probe`, the tests of the kernel's
+instructions that were once emulated wrongly (tests/support/forms); besides, `kvmdp probe`, the tests of the kernel's
 ABI, and those of what is left of an access that KVM's emulator has begun. A trap that refuses its first run is asked no
 more. The report goes to the file that $VMTEST_REPORT names:
 
@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/machine"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/support"))
 
 from forms.named import NAMED, Named
 from forms.reference import cpu_flags

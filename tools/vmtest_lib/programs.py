@@ -31,7 +31,7 @@ def assembled(*, needed: bool) -> Iterator[Path | None]:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PYTHONPATH": f"{_CHECKOUT}:{_CHECKOUT / 'tests/machine'}"}
+        environment = {**os.environ, "PYTHONPATH": f"{_CHECKOUT}:{_CHECKOUT / 'tests/support'}"}
         environment.pop(VARIABLE, None)
         subprocess.run([sys.executable, "-m", "forms", "--assemble", folder], env=environment, check=True)
         yield Path(folder)

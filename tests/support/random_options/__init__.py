@@ -8,5 +8,5 @@
     judge.py       what is wrong with how a command ended
     play.py        plays a scene and has its commands judged
 
-`PYTHONPATH=tests:tests/cli python -m random_options FAMILY:NUMBER` plays one and says what it did.
+`PYTHONPATH=tests/support python -m random_options FAMILY:NUMBER` plays one and says what it did.
 """

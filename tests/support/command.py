@@ -64,7 +64,7 @@ class Running:
             stdout=stdout,
             stderr=stderr,
             env=environment,
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=Path(__file__).resolve().parents[2],
             start_new_session=True,
         )
         self._seen = ""

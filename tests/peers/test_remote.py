@@ -1,56 +1,18 @@
 """RemoteMemory against a machine that the test plays itself, at the other end of the notifier."""
 
-import contextlib
 import os
 import subprocess
-import threading
 
 import pytest
 from fakes import PAGES
+from remote_devices import EPOCH, device, readers
 
 from kvmdp.errors import CancelledError, FrozenError, PagingError
-from kvmdp.memory.backing import MemfdBacking
-from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.page import PAGE_SIZE
-from kvmdp.peers.remote import RemoteMemory
 from kvmdp.peers.wire.endpoint import Peer
-from kvmdp.peers.wire.handover import Descriptors, Handover, Role
-from kvmdp.peers.wire.notifier import notifier_pair
 from kvmdp.peers.wire.records import RECORD_SIZE, Kind, Record, unpack
 
 SOON = 20
-EPOCH = 3
-
-
-@contextlib.contextmanager
-def device(credits, *, sent_before=(), regions=None, machine=None):
-    """Yield a RemoteMemory, page 0 of which is present, and the machine's end of its notifier."""
-    size = PAGES * PAGE_SIZE
-    ours, theirs, _ = notifier_pair(credits)
-    with ours, MemfdBacking(size) as backing, contextlib.closing(PresentBitmap(PAGES)) as bitmap:
-        bitmap.set_range(0, 1)
-        for record in sent_before:
-            ours.send(record.pack(EPOCH))
-        given = Handover(EPOCH, Role.DEVICE, credits, PAGES, regions or ((0, size, 0),))
-        passed = Descriptors(os.dup(backing.fd), os.dup(bitmap.fd), theirs.detach())
-        with RemoteMemory(given, passed, machine=machine) as memory:
-            yield memory, ours
-
-
-def readers(memory, pages):
-    """Start a thread a page that reads it; returns them and the errors they end with."""
-    errors = []
-
-    def read(page):
-        try:
-            memory.read(page * PAGE_SIZE, 1)
-        except PagingError as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=read, args=(page,), daemon=True) for page in pages]
-    for thread in threads:
-        thread.start()
-    return threads, errors
 
 
 @pytest.mark.parametrize("how", ["the machine goes", "cancel"])

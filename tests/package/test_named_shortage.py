@@ -82,7 +82,7 @@ def test_a_thread_is_not_begun_without_the_memory_to_begin():
     """threading.Thread.start waits for ever for one that dies before it can tell that it has begun."""
     code = """
 import resource, sys
-sys.path[:0] = ["tests"]
+sys.path[:0] = ["tests/support"]
 import limits
 from kvmdp.shortage import NoThreadError
 from kvmdp.thread import JoinableThread
@@ -93,7 +93,7 @@ try:
 except NoThreadError as error:
     print(error)
 """
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith(
         "there is no memory for the stack of another thread: this process may have "

@@ -42,7 +42,7 @@ class Fork:
     """A server, and the one command that it runs at a time; a context manager."""
 
     def __init__(self):
-        path = os.pathsep.join([str(_ROOT / "tests" / "cli"), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(_ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
         self._server = subprocess.Popen(
             [sys.executable, "-c", _SERVER],
             stdin=subprocess.PIPE,

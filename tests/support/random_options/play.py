@@ -33,7 +33,7 @@ class Played:
 
     def __str__(self):
         found = "".join(f"  {each}\n" for each in self.findings)
-        again = f"PYTHONPATH=tests:tests/cli python -m random_options {self.scene.name}"
+        again = f"PYTHONPATH=tests/support python -m random_options {self.scene.name}"
         return f"{self.scene.name} (again: {again})\n{found}{chr(10).join(map(str, self.ended))}"
 
 
