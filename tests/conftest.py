@@ -6,10 +6,12 @@ which a thread dies of an exception fails too: pytest warns of it, and `filterwa
 pyproject.toml makes warnings errors.
 """
 
+import fcntl
 import gc
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -69,6 +71,17 @@ def _descriptors() -> dict[int, str]:
         except FileNotFoundError:  # the one that listed the directory
             continue
     return found
+
+
+@pytest.fixture(autouse=True)
+def pools_to_itself(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let no two tests reserve huge pages at the same time: other streams of tests may run on this host."""
+    if not any(request.node.get_closest_marker(name) for name in ("hugepages", "hugepage_pool")):
+        yield
+        return
+    with open(Path(tempfile.gettempdir()) / f"kvmdp-tests-hugepages-{os.getuid()}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(autouse=True)

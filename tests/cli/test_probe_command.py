@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from command import NOBODY, WITHOUT_OVERRIDE, kvmdp
 
+pytestmark = pytest.mark.hugepage_pool  # which a probe tries
+
 ACCESSES = {"read", "write", "fetch", "atomic", "vector"}
 HUGETLB = {"hugetlb-2m", "hugetlb-1g", "private-hugetlb-2m", "private-hugetlb-1g"}
 BACKINGS = {"memfd", "anonymous", "guest-memfd", "file", *HUGETLB}

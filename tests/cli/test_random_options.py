@@ -24,6 +24,7 @@ BLOCKS = range(by_effort(1, 1, 10))
 
 
 @pytest.mark.kvm
+@pytest.mark.hugepage_pool
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_combinations_end_as_they_should(family, block):

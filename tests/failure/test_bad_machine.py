@@ -16,7 +16,7 @@ from kvmdp.page import Outcome
 from kvmdp.peers.wire.handover import Handover, Role
 from kvmdp.peers.wire.records import Kind, Record, unpack
 
-IMPATIENT = "from kvmdp.source import serving\nserving._PATIENCE_SECONDS = 0.2"
+IMPATIENT = "from kvmdp.peers.handler import server as serving\nserving._PATIENCE_SECONDS = 0.2"
 
 
 @pytest.fixture(scope="module")

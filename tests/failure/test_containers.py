@@ -43,7 +43,7 @@ REFUSED_BY_DEFAULT = (
 )
 DONTNEED, DONTFORK, COLLAPSE = 4, 10, 25  # linux/mman.h
 
-pytestmark = [pytest.mark.kvm, pytest.mark.root]
+pytestmark = [pytest.mark.kvm, pytest.mark.root, pytest.mark.hugepage_pool]
 without_userfaultfd = pytest.mark.usefixtures("own_mounts")
 
 
@@ -120,7 +120,7 @@ def test_what_compares_skips_it(command):
 
 @without_userfaultfd
 def test_a_table_of_coverage_skips_it():
-    few = "from kvmdp.machine import coverage\ncoverage.ACCESSES = {'read': coverage.ACCESSES['read']}\n"
+    few = "from kvmdp.lab import coverage\ncoverage.ACCESSES = {'read': coverage.ACCESSES['read']}\n"
     done = kvmdp("compare", "--coverage", "--json", "-", prelude=few + WITHOUT_USERFAULTFD)
     assert done.status == 0, done.err
     assert done.document["skipped"]["marker"] == done.document["skipped"]["userfaultfd"] == NO_USERFAULTFD

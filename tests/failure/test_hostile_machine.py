@@ -17,7 +17,7 @@ from kvmdp.page import Outcome
 from kvmdp.peers.wire.handover import Handover, Role
 from kvmdp.source.synthetic import SyntheticSource
 
-IMPATIENT = "from kvmdp.source import serving\nserving._PATIENCE_SECONDS = 0.2"
+IMPATIENT = "from kvmdp.peers.handler import server as serving\nserving._PATIENCE_SECONDS = 0.2"
 HUGE_PAGE = 2 << 20
 
 

@@ -34,7 +34,7 @@ COMMANDS = pytest.mark.parametrize("command", [SMALL, (*SMALL, *LEAKS)], ids=["p
 
 WRONG = ("no trap works", "interrupted", "our own process", "internal error")
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.hugepage_pool]
 
 
 def limited(name, value, then=""):

@@ -14,7 +14,7 @@ from kvmdp.trap import registry
 from kvmdp.trap.registry import EXIT_TRAPS
 from kvmdp.trap.slots.mmio import MmioTrap
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.hugepage_pool]
 
 
 class NeverTraps(MmioTrap):
