@@ -27,7 +27,7 @@ def shares() -> list[list[str]]:
 
 def run(number: int, paths: list[str], statuses: list[int]) -> None:
     """Run one stream to its end and pass its output on."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+    command = [sys.executable, "-u", "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
