@@ -42,6 +42,7 @@ def test_of_one_or_two_parameters_all_is_run():
 
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_each_test_file_is_in_one_stream(monkeypatch, cpus):
+    monkeypatch.setattr(streams, "EFFORT", "normal")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
     given = streams.shares()
     assert len(given) == cpus
@@ -51,3 +52,7 @@ def test_each_test_file_is_in_one_stream(monkeypatch, cpus):
         for file in (Path(path).rglob("test_*.py") if Path(path).is_dir() else [Path(path)])
     ]
     assert sorted(files) == sorted(TESTS.rglob("test_*.py"))
+
+
+def test_what_is_run_in_a_minute_is_there():
+    assert all((TESTS / name).exists() for names in streams.QUICK for name in names)
