@@ -169,12 +169,12 @@ class Vcpu:
         if self._synced:
             return self._regs
         regs = kvm_regs()
-        self._get(abi.KVM_GET_REGS, "KVM_GET_REGS", regs)
+        self._call(abi.KVM_GET_REGS, "KVM_GET_REGS", regs)
         return regs
 
     def set_regs(self, regs: kvm_regs) -> None:
         """Set the general registers, now."""
-        self._get(abi.KVM_SET_REGS, "KVM_SET_REGS", regs)
+        self._call(abi.KVM_SET_REGS, "KVM_SET_REGS", regs)
         if self._synced and regs is not self._regs:
             ctypes.pointer(self._regs)[0] = regs
 
@@ -182,58 +182,58 @@ class Vcpu:
     def sregs(self) -> kvm_sregs:
         """Segment, descriptor-table and control registers."""
         sregs = kvm_sregs()
-        self._get(abi.KVM_GET_SREGS, "KVM_GET_SREGS", sregs)
+        self._call(abi.KVM_GET_SREGS, "KVM_GET_SREGS", sregs)
         return sregs
 
     def set_sregs(self, sregs: kvm_sregs) -> None:
         """Set segment, descriptor-table and control registers."""
-        self._get(abi.KVM_SET_SREGS, "KVM_SET_SREGS", sregs)
+        self._call(abi.KVM_SET_SREGS, "KVM_SET_SREGS", sregs)
 
     @property
     def events(self) -> kvm_vcpu_events:
         """Pending and injected events.  KVM_CAP_VCPU_EVENTS."""
         events = kvm_vcpu_events()
-        self._get(abi.KVM_GET_VCPU_EVENTS, "KVM_GET_VCPU_EVENTS", events)
+        self._call(abi.KVM_GET_VCPU_EVENTS, "KVM_GET_VCPU_EVENTS", events)
         return events
 
     def set_events(self, events: kvm_vcpu_events) -> None:
         """Set pending and injected events.  KVM_CAP_VCPU_EVENTS."""
-        self._get(abi.KVM_SET_VCPU_EVENTS, "KVM_SET_VCPU_EVENTS", events)
+        self._call(abi.KVM_SET_VCPU_EVENTS, "KVM_SET_VCPU_EVENTS", events)
 
     @property
     def debug_registers(self) -> kvm_debugregs:
         """DR0 to DR3, DR6, DR7.  KVM_CAP_DEBUGREGS."""
         registers = kvm_debugregs()
-        self._get(abi.KVM_GET_DEBUGREGS, "KVM_GET_DEBUGREGS", registers)
+        self._call(abi.KVM_GET_DEBUGREGS, "KVM_GET_DEBUGREGS", registers)
         return registers
 
     def set_debug_registers(self, registers: kvm_debugregs) -> None:
         """Set DR0 to DR3, DR6, DR7.  KVM_CAP_DEBUGREGS."""
-        self._get(abi.KVM_SET_DEBUGREGS, "KVM_SET_DEBUGREGS", registers)
+        self._call(abi.KVM_SET_DEBUGREGS, "KVM_SET_DEBUGREGS", registers)
 
     @property
     def xsave(self) -> kvm_xsave:
         """x87, SSE and AVX state.  KVM_CAP_XSAVE."""
         state = kvm_xsave()
-        self._get(abi.KVM_GET_XSAVE, "KVM_GET_XSAVE", state)
+        self._call(abi.KVM_GET_XSAVE, "KVM_GET_XSAVE", state)
         return state
 
     def set_xsave(self, state: kvm_xsave) -> None:
         """Set x87, SSE and AVX state.  KVM_CAP_XSAVE."""
-        self._get(abi.KVM_SET_XSAVE, "KVM_SET_XSAVE", state)
+        self._call(abi.KVM_SET_XSAVE, "KVM_SET_XSAVE", state)
 
     @property
     def xcrs(self) -> kvm_xcrs:
         """Extended control registers.  KVM_CAP_XCRS."""
         xcrs = kvm_xcrs()
-        self._get(abi.KVM_GET_XCRS, "KVM_GET_XCRS", xcrs)
+        self._call(abi.KVM_GET_XCRS, "KVM_GET_XCRS", xcrs)
         return xcrs
 
     def set_xcr0(self, value: int) -> None:
         """Set XCR0, the state components the guest may use.  KVM_CAP_XCRS."""
         xcrs = kvm_xcrs(nr_xcrs=1)
         xcrs.xcrs[0].value = value
-        self._get(abi.KVM_SET_XCRS, "KVM_SET_XCRS", xcrs)
+        self._call(abi.KVM_SET_XCRS, "KVM_SET_XCRS", xcrs)
 
     def set_cpuid(self, entries: Sequence[kvm_cpuid_entry2]) -> None:
         """Give the guest these CPUID leaves; before the first run.  KVM_CAP_EXT_CPUID."""
@@ -244,21 +244,21 @@ class Vcpu:
         table = Table(kvm_cpuid2(nent=len(entries)))
         for index, entry in enumerate(entries):
             table.entries[index] = entry
-        self._get(abi.KVM_SET_CPUID2, "KVM_SET_CPUID2", table)
+        self._call(abi.KVM_SET_CPUID2, "KVM_SET_CPUID2", table)
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """Return the values of those MSRs that KVM lets user space read."""
         values = {}
         for index in indices:
             table = _OneMsr(kvm_msrs(nmsrs=1), kvm_msr_entry(index=index))
-            if self._get(abi.KVM_GET_MSRS, "KVM_GET_MSRS", table) == 1:
+            if self._call(abi.KVM_GET_MSRS, "KVM_GET_MSRS", table) == 1:
                 values[index] = int(table.entry.data)
         return values
 
     def set_msr(self, index: int, value: int) -> None:
         """Set one MSR; raises `KvmError` (EINVAL) if KVM refuses the value or the MSR."""
         table = _OneMsr(kvm_msrs(nmsrs=1), kvm_msr_entry(index=index, data=value))
-        if self._get(abi.KVM_SET_MSRS, "KVM_SET_MSRS", table) != 1:
+        if self._call(abi.KVM_SET_MSRS, "KVM_SET_MSRS", table) != 1:
             raise KvmError(errno.EINVAL, f"KVM_SET_MSRS of MSR {index:#x} to {value:#x}")
 
     def complete_msr(self, value: int = 0, error: bool = False) -> None:
@@ -268,11 +268,11 @@ class Vcpu:
 
     def setup_mce(self, mcg_cap: int) -> None:
         """Give the guest machine-check banks (MCG_CAP).  KVM_CAP_MCE."""
-        self._get(abi.KVM_X86_SETUP_MCE, "KVM_X86_SETUP_MCE", ctypes.c_uint64(mcg_cap))
+        self._call(abi.KVM_X86_SETUP_MCE, "KVM_X86_SETUP_MCE", ctypes.c_uint64(mcg_cap))
 
     def set_mce(self, mce: kvm_x86_mce) -> None:
         """Raise a machine check in the guest.  KVM_CAP_MCE."""
-        self._get(abi.KVM_X86_SET_MCE, "KVM_X86_SET_MCE", mce)
+        self._call(abi.KVM_X86_SET_MCE, "KVM_X86_SET_MCE", mce)
 
     def inject_machine_check(self, gpa: int, access: PoisonedAccess) -> bool:
         """Have the guest take #MC for an access to poisoned memory at `gpa`, as its next step.
@@ -289,14 +289,14 @@ class Vcpu:
     def translate(self, linear_address: int) -> int | None:
         """Return the gpa behind `linear_address` by the guest's page tables, None if there is none."""
         translation = abi.kvm_translation(linear_address=linear_address)
-        self._get(abi.KVM_TRANSLATE, "KVM_TRANSLATE", translation)
+        self._call(abi.KVM_TRANSLATE, "KVM_TRANSLATE", translation)
         return translation.physical_address if translation.valid else None
 
     def statistics(self) -> Statistics:
         """Open the vCPU's statistics.  KVM_CAP_BINARY_STATS_FD."""
         return open_statistics(self.fd)
 
-    def _get(self, request: int, call: str, argument: ctypes.Structure | ctypes._SimpleCData[int]) -> int:
+    def _call(self, request: int, call: str, argument: ctypes.Structure | ctypes._SimpleCData[int]) -> int:
         try:
             return libc.ioctl(self.fd, request, ctypes.byref(argument))
         except OSError as error:

@@ -164,3 +164,6 @@ class Counters:
         self.pages_discarded = 0  # their bytes thrown away, wherever they were
         self.pages_admitted = 0
         self.pages_revoked = 0
+
+    def __repr__(self) -> str:
+        return f"Counters({', '.join(f'{name}={getattr(self, name)}' for name in self.__slots__)})"

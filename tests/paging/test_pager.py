@@ -338,3 +338,9 @@ def test_a_stop_ends_the_wait_for_pages_in_use():
         thread.join(20)
         assert ends == [(0, True)]
         pager.release(3)
+
+
+def test_counters_say_what_they_count():
+    with pager_of() as pager:
+        pager.mark_present(0, 2)
+        assert "pages_fetched=2" in repr(pager.counters)
