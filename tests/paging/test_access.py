@@ -173,7 +173,7 @@ def test_aligned_words_are_loaded_and_stored():
                 ram.store64(gpa, 1)
         with pytest.raises(ValueError, match="not guest RAM"):
             ram.load64(RAM)
-        with pytest.raises(ValueError):  # noqa: PT011 - the words are Python's
+        with pytest.raises(ValueError, match=r"give a number below 2\^64"):
             ram.store64(0, 1 << 64)
 
 
