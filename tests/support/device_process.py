@@ -24,6 +24,7 @@ SOON = 20  # seconds: long past anything here
 _PRELUDE = """
 import fcntl, json, mmap, os, random, signal, socket, sys, threading, time
 from pathlib import Path
+from kvmdp.errors import *
 from kvmdp.page import *
 from kvmdp.peers.remote import RemoteMemory
 from kvmdp.peers.wire import endpoint
