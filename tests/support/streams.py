@@ -15,7 +15,7 @@ from effort import EFFORT, by_effort
 
 TESTS = Path(__file__).resolve().parents[1]
 # Beside these a second stream has all other rooms, of this day and of a later one.
-FIRST_STREAM = ("cli", "failure", "tools")
+FIRST_STREAM = ("abi", "bench", "cli", "failure", "interop", "kvm", "memory", "tools")
 # What a minute is enough for: a little of everything that a fault meets.
 QUICK = (
     ("kvm", "memory", "source", "peers", "cli/test_run_command.py"),
