@@ -93,8 +93,6 @@ class Resolver:
         """Whether pages are taken away again because there must not be too many of them."""
         return self.most_at_once is not None
 
-    # A fault
-
     def resolve(
         self, fault: PageFault, timeout: float | None = None, cancellation: Cancellation | None = None
     ) -> Outcome:
@@ -114,7 +112,8 @@ class Resolver:
                 self._settle(claim)
                 raise
             if step is claim:
-                self.house.keep()
+                if self.house.works:
+                    self.house.keep()
                 return done
             if isinstance(step, Outcome):
                 return step
@@ -280,7 +279,8 @@ class Resolver:
             for first, count in discarded:
                 self.trap.reassert(first, count)
                 claim.zeroed += 1
-        notify(claim.woken)
+        if claim.woken:
+            notify(claim.woken)
 
     def _set_present(self, claim: Claim) -> None:
         while True:
