@@ -60,9 +60,8 @@ class Machine:
     """A guest with demand-paged RAM; owns all it is made of.
 
     The source belongs to the caller; `source` is that with the page tables in it, if they are paged: what RAM holds
-    before the guest runs. `set_parameters` comes before `run`. `setup_seconds` says what each phase
-    took, `slot_bytes` what kernel memory (vmalloc) arming took; the rest of the machine's state is in `pager`,
-    `memory` and `threads`. Under a hybrid trap `device_view` is where threads of this process read and write RAM
+    before the guest runs. `set_parameters` comes before `run`. `setup_seconds` says what each phase took, `slot_bytes`
+    what kernel memory (vmalloc) arming took; all else is in `pager`, `memory` and `threads`. Under a hybrid trap `device_view` is where threads of this process read and write RAM
     by plain loads and stores until the machine stops; else it is None. `has_machine_checks` says whether this KVM lets
     a guest know of poisoned memory.
 
@@ -81,10 +80,8 @@ class Machine:
             with Uninterrupted():
                 self._build(options, source, self._stack)
         except BaseException as error:
-            with Uninterrupted():
-                self._stack.__exit__(
-                    type(error), error, error.__traceback__
-                )  # no `close`: a file of RAM goes too
+            with Uninterrupted():  # no `close`: a file of RAM goes too
+                self._stack.__exit__(type(error), error, error.__traceback__)
             raise
 
     def _build(self, options: MachineOptions, source: PageSource, stack: contextlib.ExitStack) -> None:

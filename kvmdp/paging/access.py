@@ -177,7 +177,9 @@ class GuestMemory:
         offset = gpa if 0 <= gpa < self._low_end else self._offset(gpa)
         _check_aligned(gpa)
         if not 0 <= value < 1 << 64:
-            raise ValueError(f"{value:#x} is stored at gpa {gpa:#x}, where 8 bytes are: give a number below 2^64")
+            raise ValueError(
+                f"{value:#x} is stored at gpa {gpa:#x}, where 8 bytes are: give a number below 2^64"
+            )
         if self._at_once:
             with self._mutex:
                 if self._states[offset >> PAGE_SHIFT] == self._gate.accepted:
