@@ -61,9 +61,9 @@ class Machine:
 
     The source belongs to the caller; `source` is that with the page tables in it, if they are paged: what RAM holds
     before the guest runs. `set_parameters` comes before `run`. `setup_seconds` says what each phase took, `slot_bytes`
-    what kernel memory (vmalloc) arming took; all else is in `pager`, `memory` and `threads`. Under a hybrid trap `device_view` is where threads of this process read and write RAM
-    by plain loads and stores until the machine stops; else it is None. `has_machine_checks` says whether this KVM lets
-    a guest know of poisoned memory.
+    what kernel memory (vmalloc) arming took; all else is in `pager`, `memory` and `threads`. Under a hybrid trap
+    `device_view` is where threads of this process read and write RAM by plain loads and stores until the machine stops;
+    else it is None. `has_machine_checks` says whether this KVM lets a guest know of poisoned memory.
 
     Raises ValueError for options that make no sense, KvmError or UnsupportedError where the host lacks what they
     need.
