@@ -48,7 +48,7 @@ def run(number: int, paths: list[str], statuses: list[int]) -> None:
 
 def main() -> int:
     """Run the streams; returns the exit status of the first that failed, 130 if interrupted."""
-    how_long = by_effort("1 minute", "8 minutes", "some hours")
+    how_long = by_effort("1 minute", "10 minutes", "some hours")
     print(
         f"This takes about {how_long} on two CPUs. KVMDP_EFFORT=quick takes one minute, full some hours.",
         flush=True,
