@@ -8,7 +8,7 @@ from kvmdp.memory.mapping import Mapping
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.pager import DemandPager
 from kvmdp.paging.policy import FaultAround
-from kvmdp.source.base import SourceError
+from kvmdp.source.base import SourceError, check_range
 from kvmdp.vcpu.gate import VcpuGate
 
 PAGES = 512  # the least memory there is
@@ -34,6 +34,7 @@ class FakeSource:
         return [(first * PAGE_SIZE, count * PAGE_SIZE) for first, count in self._extents]
 
     def fill(self, offset, destination):
+        check_range(self, offset, destination.nbytes)
         first, count = offset // PAGE_SIZE, destination.nbytes // PAGE_SIZE
         self.fills.append((first, count))
         self.before(first, count)
