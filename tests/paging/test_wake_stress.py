@@ -119,8 +119,8 @@ class Hammer:
     def reassert(self, chance):
         self.pager.reassert(chance.randrange(HOT))
 
-    def run(self, end):
-        """Hammer for a time, then `end`, and then see everybody off."""
+    def run(self, end, enough=lambda: True):
+        """Hammer for a time, and on until it is `enough`; then `end`, and then see everybody off."""
         acts = [self.patient, self.impatient, self.called_off, self.park, self.park]
         acts += [self.mark_nonpresent, self.mark_nonpresent, self.mark_present, self.hold, self.reassert]
         errors = []
@@ -139,6 +139,9 @@ class Hammer:
         for thread in threads:
             thread.start()
         self.stop.wait(SECONDS)
+        deadline = time.monotonic() + STUCK
+        while not enough() and time.monotonic() < deadline:
+            self.stop.wait(0.05)
         end()
         time.sleep(0.05)  # they go on at a pager that has ended
         self.stop.set()
@@ -167,7 +170,13 @@ def slow_pager(seed, **options):
 def test_threads_that_wait_are_all_woken_for_a_right_reason_until_the_machine_is_cancelled(seed):
     with slow_pager(seed, granule=(4096, 16384)[seed]) as pager:
         hammer = Hammer(pager, seed)
-        hammer.run(pager.cancel)
+        hammer.run(
+            pager.cancel,
+            lambda: (
+                Outcome.TIMED_OUT in hammer.seen["impatient"]
+                and hammer.seen["parked"] >= {Wake.COMMITTED, Wake.REVOKED}
+            ),
+        )
         good = {Outcome.PRESENT, Outcome.ADMITTED, Outcome.CANCELLED}
         assert hammer.seen["patient"] <= good
         assert hammer.seen["marker"] <= good
