@@ -9,6 +9,7 @@ pyproject.toml makes warnings errors.
 import fcntl
 import gc
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,16 @@ from requirements import CHECKS, missing, required
 
 # What a test starts shall not compile all modules anew each time, which takes half of the time of a short command.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A shell has what it starts in the background ignore these, and so would every command of a test, which then cannot be
+# interrupted.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 _REQUIRED = pytest.StashKey[frozenset[str]]()
 _FAILED = pytest.StashKey[bool]()
