@@ -3,7 +3,7 @@
 Two handles on the same library.  `libc` releases the GIL around each call: for anything that may
 sleep (KVM_RUN, `read`, `poll`, memslot ioctls).  `libc_held` keeps it: for calls that never
 sleep and are so short that giving the GIL away costs more than the call (`sigtimedwait` with a
-zero timeout; which others earn it is measured, see `paging/trap/uffd.py`).
+zero timeout; which others earn it is measured, see `kvmdp.trap.uffd.descriptor`).
 
 Errors become `OSError` with the kernel's errno and the name of the call.
 """

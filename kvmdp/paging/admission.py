@@ -276,9 +276,7 @@ class Resolver:
                 if not discarded:
                     self.ledger.commit(claim)
                     break
-            for first, count in discarded:
-                self.trap.reassert(first, count)
-                claim.zeroed += 1
+            self._admit(claim, discarded)
         if claim.woken:
             notify(claim.woken)
 
@@ -297,11 +295,15 @@ class Resolver:
             self._fill_view[first * PAGE_SIZE : first * PAGE_SIZE + length] = bytes(length)
             claim.zeroed += 1
 
-    def _admit(self, claim: Claim) -> None:
-        """Tell the trap of pages whose bits are set."""
+    def _admit(self, claim: Claim, discarded: Sequence[tuple[int, int]] = ()) -> None:
+        """Tell the trap of pages whose bits are set, or once more of those that have been `discarded` since."""
         with Uninterrupted():
             try:
-                self.trap.admit(claim.first, claim.count)
+                if not claim.is_admitted:
+                    self.trap.admit(claim.first, claim.count)
+                for first, count in discarded:
+                    self.trap.reassert(first, count)
+                    claim.zeroed += 1
             except BaseException as error:
                 # The bytes are in RAM; what is broken is the trap.
                 self._end(claim, State.BACKED, broken("pages could not be admitted", error))
@@ -317,8 +319,7 @@ class Resolver:
         if isinstance(states, State):
             states = bytes((states,)) * claim.count
         with self.mutex:
-            if error is not None and self.error is None:
-                self.error = error
+            self.error = self.error or error
             self.ledger.end(claim, states, Wake.REVOKED if error is None else Wake.FAILED)
         notify(claim.woken)
 
@@ -396,5 +397,4 @@ class Resolver:
     def abort(self, error: PagingError) -> None:
         """Pause with `error`: something that serves faults has broken."""
         with self.mutex:
-            if self.error is None:
-                self.error = error
+            self.error = self.error or error

@@ -1,4 +1,4 @@
-"""The pager: the one way in which a page becomes present (`kvmdp.paging.admission`) or stops being so (`revoker`).
+"""The pager: how a page becomes present (`kvmdp.paging.admission`) or stops being so (`kvmdp.paging.removal`).
 
 Here is what concerns all of RAM: switching demand paging on and off, freezing accesses, marking, stopping.
 

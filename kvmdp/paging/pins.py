@@ -2,7 +2,8 @@
 
 An access that needs several pages at once makes them present one after the other and then pins them all. Threads that
 take pages away all the time could take one of them again before it has the last, without end. So an access to which
-that has happened *insists*: from then on a revocation of its pages waits until it has pinned them, or given up.
+that has happened *insists*: from then on a revocation of its pages waits until it has pinned them, or given up. What
+is completed for a vCPU insists from its first absent page on.
 
 Used under the pager's mutex, and part of the ledger.
 
@@ -44,7 +45,7 @@ class Pins:
     def __init__(self, states: bytearray) -> None:
         self._states = states
         self._listed: list[Pin] = []
-        self._insisting: list[Pin] = []  # of accesses that have not got their pages yet, and had one before
+        self._insisting: list[Pin] = []  # of accesses that have not got their pages yet
         self._counted: dict[tuple[int, int], int] = {}  # how often each run is pinned without a `Pin`
 
     def add(self, pin: Pin) -> int | None:

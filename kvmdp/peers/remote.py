@@ -18,22 +18,25 @@ Units: bytes by guest-physical address (gpa), RAM pages, seconds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from kvmdp.abi.mman import MADV_DONTFORK
 from kvmdp.errors import BusyError, CancelledError, FrozenError, PagingError
+from kvmdp.interruption import Uninterrupted, undone
 from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.ram_map import RamMap
 from kvmdp.page import PAGE_SHIFT, PAGE_SIZE, Access, Origin
 from kvmdp.peers.asked_faults import AskedFaults, check_outcome, seconds_left
 from kvmdp.peers.machine_link import LinkEndedError, MachineLink
+from kvmdp.peers.owed_acks import OwedAcks
 from kvmdp.peers.wire.endpoint import Peer
 from kvmdp.peers.wire.handover import Descriptors, Handover
 from kvmdp.peers.wire.records import Kind, Record, RecordError
@@ -47,6 +50,8 @@ _IN_PAGE = PAGE_SIZE - 1
 _AT_ONCE = 2 << 20  # bytes copied under the mutex at once
 _MOST_PAGES = 512  # of one FAULT
 _TRUST_SECONDS = 0.1  # for which an access takes the session to last because one before it has found that
+
+_T = TypeVar("_T")
 
 
 class RemoteMemory:
@@ -79,8 +84,7 @@ class RemoteMemory:
         self._doorbell = Condition(self._mutex)
         self._rung: Record | None = None
         self._faults = AskedFaults(handover.credits)
-        self._views: list[tuple[int, int]] = []  # (first, end) pages
-        self._owed: list[tuple[int, int, int]] = []  # ACKs that wait for views: (token, first page, end)
+        self._acks = OwedAcks(handover.credits)
         self._frozen = self._cancelled = False
         self._over: str | None = None
         self._trusted_until = 0.0
@@ -127,33 +131,43 @@ class RemoteMemory:
         self._writev(segments, data, False)
 
     def _readv(self, segments: Sequence[tuple[int, int]], nowait: bool) -> bytes:
-        data = bytearray()
-        for batch in self._map.batches(segments, _AT_ONCE):
-            with self._present(batch, Access.READ, nowait):
-                for offset, length in batch:
-                    data += self._view[offset : offset + length]
-        return bytes(data)
+        def copy(batch: Sequence[tuple[int, int]]) -> bytes:
+            return b"".join([self._view[offset : offset + length] for offset, length in batch])
+
+        batches = self._map.batches(segments, _AT_ONCE)
+        read = functools.partial(self._while_present, access=Access.READ, nowait=nowait)
+        return b"".join([read(batch, work=functools.partial(copy, batch)) for batch in batches])
 
     def _writev(self, segments: Sequence[tuple[int, int]], data: BytesLike, nowait: bool) -> None:
         source, start = memoryview(data).cast("B"), 0
+
+        def copy(batch: Sequence[tuple[int, int]]) -> None:
+            nonlocal start
+            for offset, length in batch:
+                self._view[offset : offset + length] = source[start : start + length]
+                start += length
+
         for batch in self._map.batches(segments, _AT_ONCE):
-            with self._present(batch, Access.WRITE, nowait):
-                for offset, length in batch:
-                    self._view[offset : offset + length] = source[start : start + length]
-                    start += length
+            self._while_present(batch, Access.WRITE, nowait, functools.partial(copy, batch))
 
     # One element of a memoryview of format Q is moved by one 8-byte load or store, which the CPU makes atomically
     # because it is aligned.
 
     def load64(self, gpa: int) -> int:
         """Return the 8 bytes at `gpa`, a multiple of 8, as one load."""
-        with self._present([(offset := self._aligned(gpa), 8)], Access.READ, False):
-            return self._view[offset : offset + 8].cast("Q")[0]
+        offset = self._aligned(gpa)
+        return self._while_present(
+            [(offset, 8)], Access.READ, False, lambda: self._view[offset : offset + 8].cast("Q")[0]
+        )
 
     def store64(self, gpa: int, value: int) -> None:
         """Store 8 bytes at `gpa`, a multiple of 8, as one store."""
-        with self._present([(offset := self._aligned(gpa), 8)], Access.WRITE, False):
+
+        def store() -> None:
             self._view[offset : offset + 8].cast("Q")[0] = value
+
+        offset = self._aligned(gpa)
+        self._while_present([(offset, 8)], Access.WRITE, False, store)
 
     @contextlib.contextmanager
     def view(self, gpa: int, length: int) -> Iterator[memoryview]:
@@ -163,29 +177,31 @@ class RemoteMemory:
             raise ValueError(f"{length} bytes at gpa {gpa:#x} are not contiguous in the RAM file")
         offset = pieces[0][0]
         pages = offset >> PAGE_SHIFT, (offset + length + _IN_PAGE) >> PAGE_SHIFT
-        with self._present(pieces, Access.WRITE, False):
-            self._views.append(pages)
-        view = self._view[offset : offset + length]
-        try:
-            yield view
-        finally:
-            view.release()
+        with undone(lambda: self._let_go(pages)):
+            self._while_present(pieces, Access.WRITE, False, lambda: self._acks.views.append(pages))
+            with self._view[offset : offset + length] as view:
+                yield view
+
+    def _let_go(self, pages: tuple[int, int]) -> None:
+        """Take a view off the list, if it is there, and acknowledge what has waited for it."""
+        with Uninterrupted():
             with self._mutex:
-                self._views.remove(pages)
-                payable = self._payable()
+                self._acks.close_view(pages)
+                payable = self._acks.payable()
             self._acknowledge(payable)
 
-    @contextlib.contextmanager
-    def _present(self, pieces: Sequence[tuple[int, int]], access: Access, nowait: bool) -> Iterator[None]:
-        """Hold the mutex, with every page of the pieces (offset in RAM, bytes) present."""
+    # No context manager: the traceback of an interruption at its exit would keep the mutex, which the receiver needs.
+    def _while_present(
+        self, pieces: Sequence[tuple[int, int]], access: Access, nowait: bool, work: Callable[[], _T]
+    ) -> _T:
+        """Do `work` with the mutex held and every page of the pieces (offset in RAM, bytes) present."""
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         runs = [(at >> PAGE_SHIFT, (at + size + _IN_PAGE) >> PAGE_SHIFT) for at, size in pieces]
         while True:
             with self._mutex:
                 self._check_open()
                 if (absent := self._absent_run(runs)) is None:
-                    yield
-                    return
+                    return work()
                 if nowait:
                     raise BusyError(f"the page at gpa {self._gpa_of(absent[0]):#x} is not present")
             self._fetch(*absent, access, deadline)
@@ -245,7 +261,8 @@ class RemoteMemory:
     def _aligned(self, gpa: int) -> int:
         if gpa % 8:
             raise ValueError(f"gpa {gpa:#x} is not a multiple of 8")
-        return next(self._map.pieces(gpa, 8))[0]
+        ((offset, _),) = self._map.pieces(gpa, 8)
+        return offset
 
     def _gpa_of(self, page: int) -> int:
         return self._map.gpa_at(page << PAGE_SHIFT)
@@ -285,7 +302,7 @@ class RemoteMemory:
     def close(self) -> None:
         """Unmap RAM, say BYE and close; a second call does nothing. No view may be open, no access under way."""
         with self._mutex:
-            if self._views:
+            if self._acks.views:
                 raise ValueError("a view of guest memory is open: close it first")
             if self._closed:
                 return
@@ -353,10 +370,10 @@ class RemoteMemory:
                 self._faults.end(record.token, record.outcome)
             elif kind is Kind.INVALIDATE:
                 first = self._page_at(record.gpa, record.size)
-                self._owe(record.token, first, first + (record.size >> PAGE_SHIFT))
+                self._acks.owe(record.token, first, first + (record.size >> PAGE_SHIFT))
             elif kind is Kind.FREEZE:
                 self._frozen = True
-                self._owe(record.token, 0, self.handover.pages)
+                self._acks.owe(record.token, 0, self.handover.pages)
                 self._faults.wake_all()
             elif kind is Kind.THAW:
                 self._frozen = False
@@ -368,7 +385,7 @@ class RemoteMemory:
                 self._end("the machine has ended the session")
             else:
                 raise RecordError(f"a {kind.name}, which is not a machine's to send")
-            payable = self._payable()
+            payable = self._acks.payable()
         self._acknowledge(payable)
 
     def _page_at(self, gpa: int, size: int) -> int:
@@ -377,23 +394,6 @@ class RemoteMemory:
         if len(pieces) != 1:
             raise ValueError(f"{size} bytes at gpa {gpa:#x} are not contiguous in RAM")
         return pieces[0][0] >> PAGE_SHIFT
-
-    def _owe(self, token: int, first: int, end: int) -> None:
-        """Owe the ACK of `token` until no view is in the pages, with the mutex held. Raises RecordError."""
-        if len(self._owed) >= self.handover.credits:
-            raise RecordError(f"a question beyond its {self.handover.credits} credits")
-        self._owed.append((token, first, end))
-
-    def _payable(self) -> list[int]:
-        """Take out the tokens whose ranges no view is in, with the mutex held: nor is an access, then."""
-        payable, owed = [], []
-        for token, first, end in self._owed:
-            if any(start < end and first < stop for start, stop in self._views):
-                owed.append((token, first, end))
-            else:
-                payable.append(token)
-        self._owed = owed
-        return payable
 
     def _acknowledge(self, tokens: list[int]) -> None:
         for token in tokens:

@@ -6,7 +6,7 @@ write protection too, and a hole in either. So a *region* of 2 MiB is collapsed 
 them: all of its pages are present and claimed; it is unregistered; then its pages are put together, through the guest
 view. That is more than private memory needs, or a kernel without write protection of shared memory. It is kept there
 too: a region that is all present need not trap, nothing of it is then told to a reader who would have to look into it,
-and one order is easier to be sure of than two. Both unsafe orders are in tests/machine/test_collapse_orders.py, with
+and one order is easier to be sure of than two. Both unsafe orders are in tests/jobs/test_collapse_orders.py, with
 what is lost by them.
 
 From there the region is plain memory, until one of its pages is to go. Then it is registered again (`Regions.reopen`),

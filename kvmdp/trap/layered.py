@@ -3,8 +3,8 @@
 For large guests. A closed memslot (`kvmdp.trap.slots.ram_slots`) covers a region of 2 MiB or more, all of them made at
 arming: no page table and no marker for memory that nobody touches. The first page admitted in a region puts markers on
 the whole of it in the guest view, where nothing of it can be mapped yet, and only then replaces the closed slot by an
-ordinary one. From there its pages trap as under `marker`. No vCPU has to be stopped: all that the slot's replacement
-lets it see is markers, and in the gap between the two slots an exit as for device I/O.
+ordinary one, for which alone every vCPU is kept out of KVM_RUN (`kvmdp.trap.slots.ram_slots` says why). From there its
+pages trap as under `marker`.
 
 Shared memory only: there a page shut out keeps its bytes in the memory file, and nothing is staged.
 Needs what `marker` and `memory-fault` need: Linux 6.18, no privilege beyond /dev/kvm.

@@ -83,10 +83,12 @@ def test_vcpus_a_device_thread_and_a_device_process_share_absent_pages(trap):
 
 
 EARLY_ACK = """
+from kvmdp.peers.owed_acks import OwedAcks
+
 def acknowledge_at_once(self):
     tokens, self._owed = [token for token, _, _ in self._owed], []
     return tokens
-RemoteMemory._payable = acknowledge_at_once
+OwedAcks.payable = acknowledge_at_once
 """
 WRITER = """
 with memory.view(4096, 4096) as view:

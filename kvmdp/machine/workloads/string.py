@@ -14,7 +14,6 @@ from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOp
 from kvmdp.page import PAGE_SIZE
 
 _MOST_PAGES = 2048  # each byte that goes out is an exit: about twenty of them a pair of pages
-_STORED = 8 * guest.STRING_STORE_WORDS
 _MOVED = 8 * guest.STRING_MOVE_WORDS
 _IN_FIRST = PAGE_SIZE - guest.STRING_CROSSING  # of the bytes that cross, those in the lower page
 _IN_SECOND = 2 * guest.STRING_CROSSING_WORDS - _IN_FIRST

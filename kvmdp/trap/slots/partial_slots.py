@@ -8,7 +8,8 @@ that, and leave pieces: there the emptiest are shut off, which makes one memslot
 
 That is not done where the page becomes present, but by `housekeep`, with no claim held: it stops the vCPUs and may
 fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`complete`, `shut_off`), because
-whoever calls it may hold a pin on which the owner of a claim waits.
+whoever calls it may hold a pin on which the owner of a claim waits. An interruption is let in while it fetches, and
+else put off: it could come between the memslots that are deleted and the one that replaces them.
 
 Units: RAM pages; memory in bytes.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import threading
 
+from kvmdp.interruption import Interruptible, Uninterrupted
 from kvmdp.page import REGION, Outcome
 from kvmdp.paging.ports import ForMemslots
 from kvmdp.trap.slots.ram_slots import RamSlots
@@ -73,6 +75,10 @@ class PartialRegions:
             not self._full and self._taken <= self._most
         ):  # the usual case; a stale look is made good by the next
             return
+        with Uninterrupted():
+            self._keep_house()
+
+    def _keep_house(self) -> None:
         with self._mutex:
             if self._kept:
                 return  # that thread looks again before it leaves
@@ -115,7 +121,9 @@ class PartialRegions:
                 self._recount(region)
                 left += self._partial.get(region, 0) - partial[region]
                 continue
-            if self._pager.complete(low, size) is not Outcome.PRESENT:
+            with Interruptible():
+                outcome = self._pager.complete(low, size)
+            if outcome is not Outcome.PRESENT:
                 return  # the machine stops, or the source has failed
             if self._recount(region):
                 with self._mutex:

@@ -285,7 +285,7 @@ class RamSlots:
     def take_out(self, first: int, count: int) -> None:
         """Leave pages without a slot; what else was in their blocks keeps one of the same kind.
 
-        Only while no vCPU is in KVM_RUN, unless the pages are whole blocks.
+        Only while no vCPU is in KVM_RUN.
         """
         closed: list[Piece] = []
         for block in self.overlapping(first, count):

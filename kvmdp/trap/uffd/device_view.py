@@ -18,11 +18,10 @@ Units: RAM pages, unless a name says bytes.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.abi.libc import libc
@@ -61,25 +60,21 @@ class DeviceView:
         # Guards what follows; held for a few statements only.
         self._mutex = threading.RLock()
         self._changed = Condition(self._mutex)
-        self._users = 0
+        self._users: list[object] = []  # one of each access that is under way
         self._ended = False
 
     def read(self, gpa: int, length: int) -> bytes:
         """Return `length` bytes at `gpa`."""
         pieces = self._pieces(gpa, length)
         data = (ctypes.c_char * length)()
-        with self._used():
-            for hva, start, count in pieces:
-                libc.memmove(ctypes.addressof(data) + start, hva, count)
+        self._copy([(ctypes.addressof(data) + start, hva, count) for hva, start, count in pieces])
         return data.raw
 
     def write(self, gpa: int, data: bytes) -> None:
         """Write `data` at `gpa`."""
         pieces = self._pieces(gpa, len(data))
         copy = (ctypes.c_char * len(data)).from_buffer_copy(data)
-        with self._used():
-            for hva, start, count in pieces:
-                libc.memmove(hva, ctypes.addressof(copy) + start, count)
+        self._copy([(hva, ctypes.addressof(copy) + start, count) for hva, start, count in pieces])
 
     def _pieces(self, gpa: int, length: int) -> list[tuple[int, int, int]]:
         """Cut a range at the ends of regions: (hva, offset in the range, bytes) each."""
@@ -89,22 +84,40 @@ class DeviceView:
             start += count
         return pieces
 
-    @contextlib.contextmanager
-    def _used(self) -> Iterator[None]:
-        """Keep the view mapped for the time of the block; raises PagingError if it ended before or meanwhile."""
+    def _copy(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Make copies, (to, from, bytes) each, while the view stays mapped.
+
+        Raises PagingError if it ended before or meanwhile.
+        """
+        user = object()
+        # What `kvmdp.interruption.undone` does. Not as a context manager: the traceback of an interruption at its exit
+        # would keep it, and with it the user that `close` waits for.
+        try:
+            try:
+                self._begin(user)
+                for destination, source, count in moves:
+                    libc.memmove(destination, source, count)
+                ended = self._ended
+            finally:
+                self._leave(user)
+        except BaseException:
+            self._leave(user)
+            raise
+        if ended:
+            raise PagingError("the device view ended during an access: the machine is stopping")
+
+    def _begin(self, user: object) -> None:
         with self._mutex:
             if self._ended:
                 raise PagingError("the device view has ended: the machine is stopping")
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._mutex:
-                self._users -= 1
-                ended = self._ended
+            self._users.append(user)
+
+    def _leave(self, user: object) -> None:
+        """Undo `_begin`, if it came to that; a second call does nothing."""
+        with self._mutex:
+            if user in self._users:
+                self._users.remove(user)
                 self._changed.notify_all()
-        if ended:
-            raise PagingError("the device view ended during an access: the machine is stopping")
 
     @property
     def ended(self) -> bool:
