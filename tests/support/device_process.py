@@ -68,7 +68,14 @@ class Child:
         self.process.stdin.flush()
 
     def hear(self):
-        line = self.process.stdout.readline()
+        """Return what it says next; one that says nothing, as after an exception beside a living thread, is killed."""
+        guard = threading.Timer(3 * SOON, self.process.kill)
+        guard.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            guard.cancel()
+            guard.join()
         assert line, self.process.stderr.read()
         return json.loads(line)
 
