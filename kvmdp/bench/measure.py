@@ -5,6 +5,7 @@ Units: seconds, pages of 4 KiB, latencies in nanoseconds.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from kvmdp.bench.work import Work
 from kvmdp.errors import PagingError
 from kvmdp.interruption import entered
 from kvmdp.kvm import BusError, Interrupted, Kvm, MemoryFault
+from kvmdp.lab.experiment import in_process_disk
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.hostinfo import page_table_memory, proportional_memory, vmalloc_used
 from kvmdp.machine.machine import Machine
@@ -90,7 +92,9 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
         source = PatchedSource(source, workload.patches)
     tables, resident = page_table_memory(), proportional_memory()
     never = contender.trap is None and contender.off is None
-    with entered(Machine, replace(machine_options(contender), demand_paging=not never), source) as machine:
+    options = replace(machine_options(contender), demand_paging=not never)
+    disk = in_process_disk(workload.disk_bytes) if workload.disk_bytes else contextlib.nullcontext
+    with entered(Machine, options, source) as machine, entered(disk, machine):
         vmalloc = vmalloc_used()
         if contender.trap is None:
             make_plain(machine)

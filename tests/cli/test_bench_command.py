@@ -171,3 +171,12 @@ def test_a_trap_that_is_switched_off_beside_a_guest_that_never_had_one():
     pairs = {(row["a"], row["b"]) for row in document["ratios"]}
     assert {("off-marker", "present"), ("off-mmio", "present")} <= pairs
     assert kvmdp("bench", "off-hybrid-mmio").status == 2
+
+
+@needs_kvm
+def test_a_workload_that_needs_a_disk_has_one():
+    done = kvmdp(
+        *("bench", "-b", "2M", "--rounds", 1, "--warm-up", 0, "--workload", "disk", "--json", "-", "mmio")
+    )
+    assert done.status == 0
+    assert done.document["contenders"][0]["rounds"][0]["faults"] > 0

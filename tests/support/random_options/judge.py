@@ -146,6 +146,8 @@ def _left(ended, folder, inputs):
         outputs.add("ram")
     if any(each.end.status == FAILED for each in ended):
         outputs |= {"result.json", "trace.jsonl"}
+    if any("report written: " in each.err for each in ended):  # also if another result could not be
+        outputs.add("report")
     now = {each.name: what(each) for each in (folder / "work").iterdir()}
     if left := now.keys() - inputs.keys() - outputs:
         yield f"files are left: {', '.join(sorted(left))}"
