@@ -117,13 +117,14 @@ def test_who_insists_has_the_disk_as_it_is(foreign):
 
 
 @pytest.mark.kvm
-def test_an_elf_is_no_flat_binary(program):
-    path = program(FOREIGN["elf"])
+def test_an_elf_is_no_flat_binary(tmp_path):
+    path = tmp_path / "program"
+    path.write_bytes(FOREIGN["elf"])
     assert refused("run", "--guest", path) == (
         f"the guest program {path} is an ELF program or object, not a flat binary: objcopy -O binary {path} {path}.bin "
         "makes one"
     )
-    path = program(FOREIGN["xz"])
+    path.write_bytes(FOREIGN["xz"])
     assert refused("run", "--guest", path).endswith(
         f"is compressed with xz, not a flat binary: convert it with xz -dc {path} > {path}.raw"
     )
