@@ -328,8 +328,12 @@ def _is_still(folder: Path, descriptor: int) -> bool:
 
 
 def _records_of_the_dead(folder: Path) -> list[Path]:
+    try:
+        records = [*folder.glob("*.json")]
+    except FileNotFoundError:  # another run has taken the folder away, at this very moment
+        return []
     dead = []
-    for record in folder.glob("*.json"):
+    for record in records:
         pid, started, _ = record.stem.split("-")
         if _start_time(int(pid)) != int(started):
             dead.append(record)

@@ -206,3 +206,11 @@ def test_who_was_killed_before_anything_was_raised_takes_nothing_from_others():
     assert not record.exists()
     assert not draft.exists()
     assert becomes(OVERCOMMIT, before)
+
+
+def test_a_folder_that_another_run_takes_away_meanwhile_has_nothing_to_give_back(monkeypatch):
+    def gone(folder, _pattern):
+        raise FileNotFoundError(2, "No such file or directory", str(folder))
+
+    monkeypatch.setattr(Path, "glob", gone)
+    give_back_what_is_left()
