@@ -20,7 +20,7 @@ from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.page import Access
 from kvmdp.peers.handler.source import HandlerSource
-from kvmdp.peers.remote import RemoteMemory
+from kvmdp.peers.owed_acks import OwedAcks
 from kvmdp.peers.requests import FaultRequests, PeerCounters
 from kvmdp.peers.wire.records import Kind, Record
 from kvmdp.source.base import SourceError
@@ -124,7 +124,7 @@ def test_the_faults_of_a_device_whose_thread_breaks_pause_the_machine():
 def test_a_device_whose_receiver_breaks_waits_for_nothing_more(monkeypatch):
     with device(1) as (memory, machine):
         threads, errors = readers(memory, (1,))
-        monkeypatch.setattr(RemoteMemory, "_payable", raising(RuntimeError("odd")))
+        monkeypatch.setattr(OwedAcks, "payable", raising(RuntimeError("odd")))
         machine.send(Record(Kind.THAW).pack(EPOCH))
         threads[0].join(SOON)
         assert [str(error) for error in errors] == [
