@@ -209,6 +209,7 @@ def test_seed_makes_the_work():
             "unknown order 'backwards': give one of sequential, strided, random",
         ),
         ("touch", {"touches": 0}, "0 touches"),
+        ("touch", {"touches": (1 << 64) + 1}, "18446744073709551617 touches: give 1 to 18446744073709551615"),
         ("touch", {"order": "strided", "stride": 0}, "a stride of 0 pages: give 1 to 512"),
         ("touch", {"order": "strided", "stride": 300, "vcpus": 2}, "a stride of 300 pages: give 1 to 256"),
         ("atomic", {"iterations": 0}, "0 iterations"),

@@ -29,8 +29,9 @@ class Touch(Workload):
     def __init__(self, options: WorkloadOptions) -> None:
         if options.order not in _ORDERS:
             raise ValueError(f"unknown order {options.order!r}: give one of {', '.join(_ORDERS)}")
-        if options.touches is not None and options.touches < 1:
-            raise ValueError(f"{options.touches} touches: give at least 1")
+        # Of a larger number the parameter block would keep the lowest 64 bits, and the guest would do other work.
+        if options.touches is not None and not 1 <= options.touches < 1 << 64:
+            raise ValueError(f"{options.touches} touches: give 1 to {(1 << 64) - 1}")
         super().__init__(options)
         stride = options.stride if options.order == "strided" else 1
         smallest = min(share.count for share in self.shares)
