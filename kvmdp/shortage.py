@@ -29,6 +29,8 @@ _STACK = 8 << 20  # of a thread, where there is no limit to it
 # for by threading.Thread.start for ever.
 _BEGINNING = 4 << 20
 _SCARCE = 64 << 20  # memory left of a control group that may well be too little
+# As it is at the beginning: the kernel raises it by a second each time that it tells of it.
+_CPU_SECONDS, _ = resource.getrlimit(resource.RLIMIT_CPU)
 _UNSEEN_MAPPINGS = 64  # that /proc/self/maps may have less than the kernel counts
 
 
@@ -165,6 +167,11 @@ def more_threads() -> str:
             "or end some of them"
         )
     return "the host has as many processes and threads as it may (sysctl kernel.threads-max, kernel.pid_max): end some"
+
+
+def more_cpu_time() -> str:
+    """Return the sentence of a process that has used all the CPU time it may: it is told by SIGXCPU."""
+    return f"this process may use {_CPU_SECONDS} s of CPU time (ulimit -t), and needs more: raise the limit"
 
 
 _MEMORY_LIMITS = (

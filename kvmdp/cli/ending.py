@@ -11,6 +11,9 @@
 
 So from the start of the work there is one KeyboardInterrupt and no second, which would cut cleaning up short.
 
+Other signals end a process by themselves, SIGQUIT and SIGXCPU among them. From the start of the work they still do, but
+after its last acts; SIGXCPU, which tells of a limit, ends it with the sentence of that.
+
 Units: seconds.
 """
 
@@ -21,18 +24,31 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import NoReturn
 
 from kvmdp.cli.entry import last_words, leave, on_interruption
 from kvmdp.interruption import Interrupter
 from kvmdp.last_acts import do_last_acts
-from kvmdp.shortage import ShortageError, named, require_memory
+from kvmdp.shortage import ShortageError, more_cpu_time, named, require_memory
 
 SAME_SECONDS = 1.0  # in which a further signal is the same interruption
 
-_LACKING = 4
+_FAILED, _LACKING = 1, 4
+# What ends a process by default and is neither an interruption nor a fault of the process itself.
+_DEADLY = (
+    signal.SIGQUIT,
+    signal.SIGALRM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGXCPU,
+    signal.SIGIO,
+    signal.SIGPWR,
+    signal.SIGSTKFLT,
+)
 # What loading takes at the least, in bytes of address space and of data. numpy's linear algebra ends the process by
 # itself if it cannot have its share, or tries for ever.
 _LOADING = (136 << 20, 80 << 20)
@@ -55,14 +71,21 @@ NO_STAGES = Stages()
 
 
 class HandledStages(Stages):
-    """Has interruptions answered as it is right at each stage; `is_late` says whether one came after the last."""
+    """Has signals answered as it is right at each stage; `is_late` says whether an interruption came after the last.
 
-    def __init__(self) -> None:
+    `taken` are signals that have a use already.
+    """
+
+    def __init__(self, taken: Collection[int] = ()) -> None:
         self.is_late = False
+        self._taken = taken
 
     def started(self) -> None:
         """From now on there is something to clean up."""
         on_interruption(Interruption())
+        for number in _DEADLY:
+            if number not in self._taken and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _die)
 
     def settled(self) -> None:
         """From now on there is nothing to clean up."""
@@ -76,10 +99,13 @@ class HandledStages(Stages):
         self.is_late = True
 
 
-def run_to_end() -> NoReturn:
-    """Load the command, run it, and exit with its status. Until it begins its work `leave` answers interruptions."""
+def run_to_end(taken: Collection[int] = ()) -> NoReturn:
+    """Load the command, run it, and exit with its status. Until it begins its work `leave` answers interruptions.
+
+    `taken` are signals that have a use already.
+    """
     main = _load()
-    stages = HandledStages()
+    stages = HandledStages(taken)
     status = main(stages=stages)
     do_last_acts()
     # Python waits for threads now, which may take what it takes; what comes after that does not.
@@ -123,3 +149,12 @@ class Interruption(Interrupter):
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     do_last_acts()
     leave(number, frame)
+
+
+def _die(number: int, _frame: FrameType | None) -> None:
+    """End the process by a signal that ends it anyway."""
+    do_last_acts()
+    if number == signal.SIGXCPU:
+        last_words(more_cpu_time(), _FAILED)
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)

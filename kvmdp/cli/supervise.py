@@ -32,6 +32,7 @@ from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LACKING, say
 from kvmdp.cli.streams import open_streams
 from kvmdp.errors import KvmdpError
 from kvmdp.lab.leaks import Leak, LeakKind
+from kvmdp.last_acts import last_act
 from kvmdp.shortage import ShortageError, starting_process, starting_thread
 
 _BEAT_SECONDS = 0.2
@@ -79,21 +80,25 @@ def supervise(clear_up: Callable[[], None]) -> int:
     # answer it in Python, wherever it is: between a child's start and the name for it, say. So it only takes note.
     handlers = {each: signal.signal(each, lambda number, _: asked.append(number)) for each in interrupting}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, heeded)
-    child = None
+    child: subprocess.Popen[bytes] | None = None
+
+    def abandon() -> None:
+        if child is not None and child.poll() is None:
+            _kill(child)
+            clear_up()
+
     try:
         start = _START.format(path=sys.path, stacks=stacks, beats=beating, parent=os.getpid())
-        with starting_process():
-            child = subprocess.Popen(
-                [sys.executable, "-c", start, *sys.argv[1:]], pass_fds=(stacks, beating), close_fds=True
-            )
-        end = _watch(child, beats, heeded, asked)
-        if child.returncode < 0:
-            clear_up()
-        return _verdict(child.returncode, end, stacks)
+        with last_act(abandon):
+            with starting_process():
+                child = subprocess.Popen(
+                    [sys.executable, "-c", start, *sys.argv[1:]], pass_fds=(stacks, beating), close_fds=True
+                )
+            end = _watch(child, beats, heeded, asked)
+            if child.returncode < 0:
+                clear_up()
+            return _verdict(child.returncode, end, stacks)
     finally:
-        if child is not None and child.poll() is None:
-            child.kill()
-            child.wait()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -217,7 +222,7 @@ def child(stacks: int, beating: int, parent: int) -> NoReturn:
     on_interruption(leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*INTERRUPTING, signal.SIGCHLD})
     open_streams()
-    run_to_end()
+    run_to_end(taken=(_STACKS_SIGNAL,))
 
 
 def _beat(beating: int) -> None:

@@ -111,6 +111,40 @@ def test_a_run_under_nohup_outlives_its_terminal():
         assert command.finish().status == 0
 
 
+# Signals that end a process by themselves
+
+
+@needs_kvm
+@pytest.mark.parametrize("leaks", [(), ("--detect-leaks",)], ids=["plain", "supervised"])
+@pytest.mark.parametrize("number", ["SIGQUIT", "SIGALRM", "SIGUSR1", "SIGIO"])
+@pytest.mark.parametrize("what", ["ram", "socket"])
+def test_what_has_a_name_is_gone_or_announced_after_a_deadly_signal(tmp_path, what, number, leaks):
+    named = {
+        "ram": ("--backing", "file", "--backing-file", tmp_path / "ram"),
+        "socket": ("--workload", "disk", "--device-socket", tmp_path / "socket"),
+    }
+    with Running(*LONG, *leaks, *named[what]) as command:
+        command.wait_for_progress()
+        assert (tmp_path / what).exists()
+        command.process.send_signal(getattr(signal, number))
+        done = command.finish()
+    assert done.status == -getattr(signal, number)
+    assert (tmp_path / what).exists() == (f"{tmp_path / what} has the guest's RAM, 2M" in done.err)
+    assert not (tmp_path / "socket").exists()
+
+
+@needs_kvm
+@pytest.mark.parametrize("leaks", [(), ("--detect-leaks",)], ids=["plain", "supervised"])
+def test_a_limit_of_cpu_time_is_a_sentence(tmp_path, leaks):
+    ram = tmp_path / "ram"
+    prelude = "import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 60))"
+    options = ("--memory", "4G", "--trap", "mmio", "--backing", "file", "--backing-file", ram)
+    done = kvmdp("run", *options, *leaks, prelude=prelude)
+    assert done.status == 1
+    assert done.error == "this process may use 1 s of CPU time (ulimit -t), and needs more: raise the limit"
+    assert f"{ram} has the guest's RAM" in done.err
+
+
 # Signals that come again
 
 
