@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from kvmdp.cli.output import EXIT_OK, is_stream, say
+from kvmdp.cli.streams import missing_streams
 from kvmdp.errors import KvmdpError
 from kvmdp.interruption import Uninterrupted
 from kvmdp.last_acts import last_act
 
+_STDOUT = 1
 _TEMPORARY = ".kvmdp-"  # and eight characters: fits beside any name
 
 
@@ -40,8 +42,10 @@ class ResultFiles:
         import json  # here, for it costs milliseconds that most commands need not wait for
 
         text = json.dumps(document, indent=2) + "\n"
-        if target == "-":
+        if target == "-" and _STDOUT not in missing_streams():
             sys.stdout.write(text)
+        elif target == "-":
+            self._lost.append("--json - could not be written: standard output is closed; name a file for it")
         else:
             self.write("--json", target, lambda: _write_file(Path(target), text))
 

@@ -20,6 +20,7 @@ import os
 import select
 import sys
 import threading
+from collections.abc import Iterable
 
 _STDOUT, _STDERR = 1, 2
 _ROOM = 4096  # bytes that a pipe which is said to be writable takes without waiting (PIPE_BUF)
@@ -148,15 +149,27 @@ def _has_room(descriptor: int, timeout: float | None) -> bool:
     return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
-def open_streams() -> None:
+_missing: set[int] = set()  # standard streams that this process was started without
+
+
+def missing_streams() -> list[int]:
+    """Return the standard streams, by number, that the command was started without."""
+    return sorted(_missing)
+
+
+def open_streams(missing: Iterable[int] = ()) -> None:
     """Replace `sys.stdout` and `sys.stderr`; a stream that this process was started without leads nowhere.
+
+    `missing` are streams that the process which has started this one was itself started without.
 
     Its number does not stay free: the next file that is opened would get it, and what is meant for the stream.
     """
+    _missing.update(missing)
     for number in range(_STDERR + 1):
         try:
             os.fstat(number)
         except OSError:
+            _missing.add(number)
             # The lowest number that is free. Without a /dev/null, as in a bare root folder, a file in memory does.
             try:
                 os.open(os.devnull, os.O_RDWR)

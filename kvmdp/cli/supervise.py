@@ -29,7 +29,7 @@ from kvmdp.abi.signal import siginfo_t
 from kvmdp.cli.ending import SAME_SECONDS, run_to_end
 from kvmdp.cli.entry import INTERRUPTING, interruptions, last_words, leave, on_interruption
 from kvmdp.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LACKING, say
-from kvmdp.cli.streams import open_streams
+from kvmdp.cli.streams import missing_streams, open_streams
 from kvmdp.errors import KvmdpError
 from kvmdp.lab.leaks import Leak, LeakKind
 from kvmdp.last_acts import last_act
@@ -46,7 +46,7 @@ _SA_SIGINFO = 4
 _PR_SET_PDEATHSIG = 1
 
 _supervised = False
-_START = "import sys; sys.path[:] = {path!r}; from kvmdp.cli.supervise import child; child({stacks}, {beats}, {parent})"
+_START = "import sys; sys.path[:] = {path!r}; from kvmdp.cli.supervise import child; child({numbers})"
 
 
 class TouchedError(KvmdpError):
@@ -88,7 +88,8 @@ def supervise(clear_up: Callable[[], None]) -> int:
             clear_up()
 
     try:
-        start = _START.format(path=sys.path, stacks=stacks, beats=beating, parent=os.getpid())
+        numbers = f"{stacks}, {beating}, {os.getpid()}, {missing_streams()}"
+        start = _START.format(path=sys.path, numbers=numbers)
         with last_act(abandon):
             with starting_process():
                 child = subprocess.Popen(
@@ -199,10 +200,11 @@ def _touch(detail: str) -> Leak:
 # The child
 
 
-def child(stacks: int, beating: int, parent: int) -> NoReturn:
+def child(stacks: int, beating: int, parent: int, missing: list[int]) -> NoReturn:
     """Run the command line in this process, supervised: stacks go to the file `stacks`, beats to `beating`.
 
-    `parent` is the pid of the supervisor, without which this process does not go on.
+    `parent` is the pid of the supervisor, without which this process does not go on; `missing` are the standard streams
+    that it was started without.
     """
     global _supervised
     _supervised = True
@@ -221,7 +223,7 @@ def child(stacks: int, beating: int, parent: int) -> NoReturn:
         last_words(str(error), EXIT_LACKING)
     on_interruption(leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*INTERRUPTING, signal.SIGCHLD})
-    open_streams()
+    open_streams(missing)
     run_to_end(taken=(_STACKS_SIGNAL,))
 
 

@@ -54,6 +54,10 @@ class ImageSource:
             self._file_size = os.lseek(self._fd, 0, os.SEEK_END)
             if not self._file_size:
                 raise ImageError(f"image {self.name!r} is empty: there is nothing to page in")
+            if _ends_before(self._fd, self._file_size):  # as files in /sys do
+                raise ImageError(
+                    f"image {self.name!r} is said to have {self._file_size} bytes and has less: {_WANTED}"
+                )
             self.format = recognise_file(self._fd)
             self._extents = page_extents(_data_ranges(self._fd, self._file_size))
         except BaseException as error:
@@ -160,6 +164,14 @@ def _open(path: str, flags: int) -> int:
         raise ImageError(f"image {path!r} is {_REFUSED.get(mode, 'no file')}: {_WANTED}")
     os.set_blocking(fd, True)
     return fd
+
+
+def _ends_before(fd: int, size: int) -> bool:
+    """Return whether a file has less than its size says."""
+    try:
+        return not os.pread(fd, 1, size - 1)
+    except OSError:
+        return False  # what cannot be read is told of when it is wanted
 
 
 def _data_ranges(fd: int, size: int) -> list[tuple[int, int]]:

@@ -249,3 +249,11 @@ def test_close_gives_the_descriptor_back_once(tmp_path):
     source.close()
     source.close()
     assert descriptors() == before
+
+
+def test_a_file_that_has_less_than_its_size_says_is_refused():
+    path = "/sys/kernel/mm/transparent_hugepage/enabled"
+    if not Path(path).exists():
+        pytest.skip("this kernel has no transparent huge pages, and so not this file of sysfs")
+    with pytest.raises(ImageError, match=f"image '{path}' is said to have 4096 bytes and has less: give a"):
+        ImageSource(path)
