@@ -165,14 +165,6 @@ class PresentBitmapView:
         """Return whether every page of the range is present."""
         return self._bits(first, count) == (1 << count) - 1
 
-    def any_set(self, first: int, count: int) -> bool:
-        """Return whether any page of the range is present."""
-        return self._bits(first, count) != 0
-
-    def test_bitmap(self, words: Words) -> Words:
-        """Return those pages of the sparse bitmap `words` that are present, as a sparse bitmap."""
-        return self._checked(words) & self._words
-
     def count(self) -> int:
         """Return how many pages are present."""
         return self.count_range(0, self.pages)
@@ -324,14 +316,6 @@ class PresentBitmap(PresentBitmapView):
         self._quads[head] &= ~head_mask
         self._words[head + 1 : tail] = 0
         self._quads[tail] &= ~tail_mask
-
-    def set_bitmap(self, words: Words) -> None:
-        """Mark the pages of the sparse bitmap `words` present; the others stay as they are."""
-        self._words |= self._checked(words)
-
-    def clear_bitmap(self, words: Words) -> None:
-        """Mark the pages of the sparse bitmap `words` absent; the others stay as they are."""
-        self._words &= ~self._checked(words)
 
     def import_userfault_bitmap(self, words: Words) -> None:
         """Replace the whole content by `words`, in which a set bit is a page that faults."""

@@ -346,13 +346,8 @@ class Resolver:
         with self.mutex:
             return self.ledger.pins.pin(page)
 
-    def hold_settled(self, page: int) -> Outcome | None:
-        """Pin a page if it is PRESENT or POISONED, and return which; None if it is neither. Undo with `release`."""
-        with self.mutex:
-            return self.ledger.pins.pin_settled(page)
-
     def release(self, page: int) -> None:
-        """Undo one `hold` or `hold_settled`."""
+        """Undo one `hold`."""
         with self.mutex:
             if self.ledger.pins.unpin(page):
                 self._unpinned.notify_all()

@@ -59,11 +59,12 @@ class Pins:
         return None
 
     def add_settled(self, pin: Pin) -> Outcome | None:
-        """List a pin of one page, as `pin_settled` pins it."""
-        outcome = self._settled(pin.runs[0][0])
-        if outcome is not None:
-            self._listed.append(pin)
-        return outcome
+        """List a pin of one page if that is PRESENT or POISONED; returns which it stays, None if it is neither."""
+        state = self._states[pin.runs[0][0]]
+        if state not in (_PRESENT_BYTE, _POISON_BYTE):
+            return None
+        self._listed.append(pin)
+        return Outcome.PRESENT if state == _PRESENT_BYTE else Outcome.POISONED
 
     def remove(self, pin: Pin) -> None:
         """Take a pin off the list, if it is there; it does not insist either."""
@@ -101,19 +102,6 @@ class Pins:
         run = first, count
         self._counted[run] = self._counted.get(run, 0) + 1
         return True
-
-    def pin_settled(self, page: int) -> Outcome | None:
-        """Pin a page if it is PRESENT or POISONED; returns which of the two it stays, None if it is neither."""
-        outcome = self._settled(page)
-        if outcome is not None:
-            self._counted[page, 1] = self._counted.get((page, 1), 0) + 1
-        return outcome
-
-    def _settled(self, page: int) -> Outcome | None:
-        state = self._states[page]
-        if state == _PRESENT_BYTE:
-            return Outcome.PRESENT
-        return Outcome.POISONED if state == _POISON_BYTE else None
 
     def unpin(self, first: int, count: int = 1) -> bool:
         """Undo one `pin` of the same run; True if it was the run's last."""

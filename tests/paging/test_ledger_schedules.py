@@ -242,14 +242,11 @@ class HealsHalfAUnit(Ledger):
 
 
 class LetsGoOfWhatIsPoisoned(Pins):
-    def pin_settled(self, page):
-        found = super().pin_settled(page)
+    def add_settled(self, pin):
+        found = super().add_settled(pin)
         if found is Outcome.POISONED:
-            self.unpin(page)
+            self.remove(pin)
         return found
-
-    def unpin(self, first, count=1):
-        return super().unpin(first, count) if (first, count) in self._counted else True
 
 
 class CountsBackedPagesTwice(Ledger):

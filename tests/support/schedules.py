@@ -356,18 +356,6 @@ class Schedule:
         assert self.ledger.pins.pin(first, count) == all(self.states[page] == PRESENT for page in pages)
         if self.states[first : first + count] != bytes([PRESENT]) * count:
             return
-        yield from self.hold_for_a_while(run)
-
-    def hold_settled(self, page):
-        """A vCPU that gets an access out of the way."""
-        outcome = {PRESENT: Outcome.PRESENT, POISON: Outcome.POISONED}.get(self.states[page])
-        assert self.ledger.pins.pin_settled(page) is outcome
-        if outcome is not None:
-            yield from self.hold_for_a_while((page, 1))
-
-    def hold_for_a_while(self, run):
-        first, count = run
-        pages = range(first, first + count)
         self.pins[run] += 1
         self.pinned_pages.update(pages)
         for _ in range(self.chance.randrange(1, 4)):
@@ -375,6 +363,18 @@ class Schedule:
         self.pins[run] -= 1
         self.pinned_pages.subtract(pages)
         assert self.ledger.pins.unpin(first, count) == (self.pins[run] == 0)
+
+    def hold_settled(self, page):
+        """A vCPU that gets an access out of the way."""
+        outcome = {PRESENT: Outcome.PRESENT, POISON: Outcome.POISONED}.get(self.states[page])
+        pin = Pin(((page, 1),))
+        assert self.ledger.pins.add_settled(pin) is outcome
+        if outcome is not None:
+            self.pinned_pages[page] += 1
+            for _ in range(self.chance.randrange(1, 4)):
+                yield
+            self.pinned_pages[page] -= 1
+            self.ledger.pins.remove(pin)
 
     def retain(self, first, end):
         unit = self.unit
