@@ -16,9 +16,8 @@ from pathlib import Path
 from kvmdp.child import ChildProcess
 from kvmdp.errors import PagingError
 from kvmdp.interruption import entered
+from kvmdp.lab.experiment import in_process_disk
 from kvmdp.last_acts import last_act
-from kvmdp.machine.disk import DiskFile
-from kvmdp.machine.disk_ports import DiskThread
 from kvmdp.machine.guest_abi import DISK_SECTOR
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
@@ -64,7 +63,7 @@ def _throughput(options: MachineOptions, place: str, present: bool) -> float:
 def _disk(machine: Machine, place: str, size: int) -> Iterator[None]:
     """Give the machine a disk; one of another process is connected when the block begins."""
     if place == "in_process":
-        with DiskFile.temporary(size) as file, entered(DiskThread, machine, file):
+        with entered(in_process_disk(size), machine):
             yield
         return
     with _folder() as folder, Listener(str(folder / "socket")) as listener:
