@@ -10,10 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
-from types import TracebackType
 
 from kvmdp.abi import libc
 from kvmdp.abi.kvm import KVM_GET_STATS_FD, kvm_stats_desc, kvm_stats_header
+from kvmdp.closing import Closing
 from kvmdp.kvm.errors import failed
 
 
@@ -23,7 +23,7 @@ class _Statistic:
     count: int
 
 
-class Statistics:
+class Statistics(Closing):
     """The statistics of one VM or vCPU; owns the descriptor `fd`.
 
     The layout is read once; each `read` is one `pread` of the values.
@@ -84,14 +84,6 @@ class Statistics:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Statistics:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_statistics(fd: int) -> Statistics:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from types import TracebackType
 
 from kvmdp.abi import kvm as abi
 from kvmdp.abi import libc
 from kvmdp.abi.kvm_x86 import kvm_cpuid2, kvm_cpuid_entry2
+from kvmdp.closing import Closing
 from kvmdp.kvm.errors import CREATE_VM_REMEDIES, OPEN_REMEDIES, KvmError, failed
 from kvmdp.kvm.vm import Vm
 
 _MAX_CPUID_ENTRIES = 1024
 
 
-class Kvm:
+class Kvm(Closing):
     """An open `/dev/kvm`.
 
     Raises `KvmError` with a remedy where the device is absent, not permitted, or speaks
@@ -84,11 +84,3 @@ class Kvm:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Kvm:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

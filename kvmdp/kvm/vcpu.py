@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 
 from kvmdp.abi import kvm as abi
 from kvmdp.abi import libc
@@ -28,6 +27,7 @@ from kvmdp.abi.kvm_x86 import (
     kvm_xcrs,
     kvm_xsave,
 )
+from kvmdp.closing import Closing
 from kvmdp.kvm import exits
 from kvmdp.kvm.errors import KvmError, failed, run_failed
 from kvmdp.kvm.machine_check import MC_VECTOR, PoisonedAccess, memory_error
@@ -43,7 +43,7 @@ _INTERRUPTED = exits.Interrupted()
 _BAD_ADDRESS = exits.BadAddress()
 
 
-class Vcpu:
+class Vcpu(Closing):
     """One virtual CPU; owns its descriptor and the shared `kvm_run` page.
 
     All but `kick` belongs to one thread at a time, as KVM demands.
@@ -317,14 +317,6 @@ class Vcpu:
         # An exit's data view may still be alive in a traceback: then the map goes with it.
         with contextlib.suppress(BufferError):
             self._map.close()
-
-    def __enter__(self) -> Vcpu:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # Decoding of kvm_run, one method an exit reason
 

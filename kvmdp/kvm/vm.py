@@ -7,7 +7,6 @@ import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from kvmdp.abi import kvm as abi
 from kvmdp.abi import libc
@@ -18,6 +17,7 @@ from kvmdp.abi.kvm_x86 import (
     KVM_MSR_FILTER_WRITE,
     kvm_msr_filter,
 )
+from kvmdp.closing import Closing
 from kvmdp.kvm.errors import MEMSLOT_REMEDIES, failed
 from kvmdp.kvm.stats import Statistics, open_statistics
 from kvmdp.kvm.vcpu import Vcpu
@@ -33,7 +33,7 @@ class DeniedMsrs:
     write: bool = True
 
 
-class Vm:
+class Vm(Closing):
     """One virtual machine; owns its descriptor.
 
     Memslot changes are serialised by KVM itself and may be made from any thread, while vCPUs run.
@@ -158,11 +158,3 @@ class Vm:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Vm:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -26,9 +26,9 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
+from kvmdp.closing import Closing
 from kvmdp.errors import KvmdpError, PoisonedError
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.guest_abi import DiskStatus
@@ -48,7 +48,7 @@ class DiskError(KvmdpError):
     """A file cannot be a disk; the message says why and what to do."""
 
 
-class DiskFile:
+class DiskFile(Closing):
     """The file that holds a disk's sectors; owns its descriptor. Sectors never written read as zeros.
 
     `size` is the disk's, in bytes: the file's, in whole sectors.
@@ -128,14 +128,6 @@ class DiskFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _RequestError(Exception):

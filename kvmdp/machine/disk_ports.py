@@ -10,9 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
+from kvmdp.closing import Closing
 from kvmdp.errors import CancelledError, FrozenError
 from kvmdp.kvm import Io
 from kvmdp.machine import guest_abi as guest
@@ -75,7 +74,7 @@ class DiskPorts:
         io.data[:] = (count.to_bytes(8, "little")[: io.size] * io.count)[: len(io.data)]
 
 
-class DiskThread:
+class DiskThread(Closing):
     """The disk in a thread of this process; owns the thread, not the file. A context manager.
 
     A page that cannot be had pauses the machine, as it does where a vCPU wants it.
@@ -137,11 +136,3 @@ class DiskThread:
             self._closed = True
             self._work.notify()
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

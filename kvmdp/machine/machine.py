@@ -7,10 +7,10 @@ import ctypes
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 
 from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_MCE, KVM_CAP_SYNC_REGS
 from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs, kvm_vcpu_events
+from kvmdp.closing import Closing
 from kvmdp.errors import BusyError, PagingError
 from kvmdp.interruption import Interruptible, Uninterrupted
 from kvmdp.jobs.resident_limit import ResidentLimit, check_frees, check_limit
@@ -56,7 +56,7 @@ class GuestTimeoutError(GuestError):
     """The guest did not get done in the time it was given."""
 
 
-class Machine:
+class Machine(Closing):
     """A guest with demand-paged RAM; owns all it is made of.
 
     The source belongs to the caller; `source` is that with the page tables in it, if they are paged: what RAM holds
@@ -389,11 +389,3 @@ class Machine:
         """Give everything back; a second call does nothing. No vCPU may be running."""
         with Uninterrupted():
             self._stack.close()
-
-    def __enter__(self) -> Machine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -19,9 +19,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
+from kvmdp.closing import Closing
 from kvmdp.errors import CancelledError, FrozenError, PagingError
 from kvmdp.interruption import entered
 from kvmdp.machine import guest_abi as guest
@@ -47,7 +46,7 @@ HANDOVER_SECONDS: float = 60  # that a device waits for its turn
 _THAW_SECONDS = 0.01
 
 
-class RemoteDisk:
+class RemoteDisk(Closing):
     """Lets device processes in at `listener`, one after the other; owns a thread, not the listener.
 
     `report(sentence)` is told which device came and which died; it must not block. A device that has not got on with
@@ -195,14 +194,6 @@ class RemoteDisk:
         self._thread.join()
         self._lobby.close()
         self._server.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def serve_disk(

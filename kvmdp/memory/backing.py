@@ -17,10 +17,9 @@ import errno
 import fcntl
 import os
 import stat
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from kvmdp.abi import libc
 from kvmdp.abi.mman import (
@@ -32,6 +31,7 @@ from kvmdp.abi.mman import (
     MADV_HUGEPAGE,
     MADV_NOHUGEPAGE,
 )
+from kvmdp.closing import Closing
 from kvmdp.errors import UnsupportedError
 from kvmdp.memory.mapping import Mapping
 from kvmdp.page import PAGE_SIZE
@@ -40,7 +40,7 @@ from kvmdp.size import format_size
 from kvmdp.temporary import temporary_folder, unnamed_file
 
 
-class Backing(ABC):
+class Backing(Closing):
     """Guest RAM of `size` bytes; owns its mappings.
 
     Of the kind: `name`; `page_size`, bytes of the pages the host has it in, the least that userfaultfd can map;
@@ -107,14 +107,6 @@ class Backing(ABC):
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _advise_transparent(view: Mapping, thp: bool) -> None:

@@ -15,14 +15,13 @@ import contextlib
 import fcntl
 import mmap
 import os
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from kvmdp.abi import libc
 from kvmdp.abi.mman import F_SEAL_FUTURE_WRITE
+from kvmdp.closing import Closing
 
 Words = npt.NDArray[np.uint64]
 
@@ -78,7 +77,7 @@ def _lowest_bit(word: int) -> int:
     return (word & -word).bit_length() - 1
 
 
-class PresentBitmapView:
+class PresentBitmapView(Closing):
     """The bitmap as a reader sees it; made with `attach`, or as the owner's `PresentBitmap`.
 
     Attributes: `pages`, the number of bits; `fd`, the memfd, open as long as this object.
@@ -146,14 +145,6 @@ class PresentBitmapView:
     def mapped_bytes(self) -> int:
         """How many bytes of memory the bitmap is."""
         return len(self._mapping)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def test(self, page: int) -> bool:
         """Return whether `page` is present."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import errno
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from kvmdp.abi import libc
@@ -27,6 +26,7 @@ from kvmdp.abi.mman import (
     PROT_READ,
     PROT_WRITE,
 )
+from kvmdp.closing import Closing
 from kvmdp.page import HUGE_PAGE, PAGE_SIZE
 
 
@@ -53,7 +53,7 @@ def mappings_left() -> int:
         return most - sum(1 for _ in maps)
 
 
-class Mapping:
+class Mapping(Closing):
     """`length` bytes of this process's address space; 2 MiB or more of usable memory begin at a multiple of 2 MiB.
 
     Attributes: `hva`, the address; `length`, bytes; `view`, a writable memoryview of the bytes. Whoever slices
@@ -135,11 +135,3 @@ class Mapping:
             self.view.release()
             libc.munmap(self.hva, self.length)
             self.hva = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -24,10 +24,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from kvmdp.abi.mman import MADV_DONTFORK
+from kvmdp.closing import Closing
 from kvmdp.errors import BusyError, CancelledError, FrozenError, PagingError
 from kvmdp.interruption import Uninterrupted, undone
 from kvmdp.memory.bitmap import PresentBitmapView
@@ -54,7 +54,7 @@ _TRUST_SECONDS = 0.1  # for which an access takes the session to last because on
 _T = TypeVar("_T")
 
 
-class RemoteMemory:
+class RemoteMemory(Closing):
     """`kvmdp.paging.access.MemoryAccess` in a device process; owns the descriptors from now on.
 
     Arguments: what `kvmdp.peers.wire.handover.receive` returned; `number`, which device it is; `timeout`, how long an
@@ -315,14 +315,6 @@ class RemoteMemory:
         self._link.shut()
         self._receiver.join()
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # Records
 

@@ -98,7 +98,8 @@ class LayeredTrap(MarkerTrap):
                 closed = [each for each in self._slots.overlapping(first, count) if each.kind is Kind.CLOSED]
                 for block in closed:
                     self._mark(block.first, block.pages)
-                self._pager.gate.while_stopped(lambda: self._slots.flip_all(closed))
+                if closed:  # none, if another thread's fault has opened the region while this one waited
+                    self._pager.gate.while_stopped(lambda: self._slots.flip_all(closed))
         super().admit(first, count)
 
     def collapse(self, first: int, count: int) -> bool:

@@ -10,7 +10,7 @@ ROOT = Path(kvmdp.__file__).parent
 MOST_LINES = 400
 # The floors, ground floor first. A room or a file at the top imports from floors below, and a room from itself.
 FLOORS = """
-page errors size
+closing page errors size
 abi
 cgroup interruption own_clock
 last_acts shortage

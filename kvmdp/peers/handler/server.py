@@ -23,9 +23,9 @@ import os
 import select
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn
 
+from kvmdp.closing import Closing
 from kvmdp.peers.handler.machine_session import MachineSession
 from kvmdp.peers.wire import handover, offer
 from kvmdp.peers.wire.endpoint import Listener
@@ -38,7 +38,7 @@ _PATIENCE_SECONDS = 60.0  # from the offer to the hand-over: a large machine tak
 _PAUSE_SECONDS = 0.1  # before it is tried again to let in what could not be let in
 
 
-class PageServer:
+class PageServer(Closing):
     """Serves machines that connect to `listener` from `source`; both stay the caller's. A context manager.
 
     `report` is told in a sentence of each session's beginning and end, from any thread; it must not block.
@@ -170,11 +170,3 @@ class PageServer:
         for session in self._sessions:
             session.close()
         os.close(self._ended)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

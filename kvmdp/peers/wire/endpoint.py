@@ -19,10 +19,10 @@ import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from kvmdp.abi.socket import SO_PEERPIDFD
+from kvmdp.closing import Closing
 from kvmdp.errors import KvmdpError
 
 MAX_PATH = 107  # bytes: sun_path has 108, one of them the NUL
@@ -123,7 +123,7 @@ def _pidfd_of(connection: socket.socket, pid: int) -> int:
     return pidfd
 
 
-class Listener:
+class Listener(Closing):
     """Listens at `path`; owns the socket and its file.
 
     A socket file that a dead process has left there is replaced. Raises EndpointError if there is anything else, or
@@ -163,14 +163,6 @@ class Listener:
             if Path(self.path).stat().st_ino == self._inode:
                 Path(self.path).unlink()
         self.socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def connect(path: str) -> socket.socket:
