@@ -31,8 +31,10 @@ from kvmdp.machine.machine import Machine
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.page import PAGE_SIZE, PageFault
 from kvmdp.paging.claim import Claim
+from kvmdp.paging.jobs import Job
 from kvmdp.size import format_size
 from kvmdp.source.base import PageSource
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.wrapper import SourceWrapper
 
 SCHEMA = "kvmdp.bench-huge/1"
@@ -69,22 +71,23 @@ class CountingSource(SourceWrapper):
         self._mutex = threading.Lock()
         self.bytes = 0
 
-    def fill(self, offset: int, destination: memoryview) -> None:
-        """Fill from the inner source, then count."""
-        super().fill(offset, destination)
+    def fetch(self, request: FetchRequest, destination: memoryview) -> None:
+        """Fetch from the inner source, then count."""
+        super().fetch(request, destination)
         with self._mutex:
             self.bytes += len(destination)
 
 
-class _FirstProgress:
-    """Notes when the first fault was resolved, and what had been fetched by then; an observer of a pager."""
+class _FirstProgress(Job):
+    """Notes when the first fault was resolved, and what had been fetched by then; a job of a pager."""
 
     def __init__(self, source: CountingSource) -> None:
         self._source = source
         self.seconds: float | None = None
         self.bytes = 0
 
-    def __call__(self, _fault: PageFault, _claim: Claim, _began: int) -> None:
+    def admitted(self, fault: PageFault, claim: Claim, began: int) -> None:
+        """Note the first."""
         if self.seconds is None:
             self.seconds = time.perf_counter()
             self.bytes = self._source.bytes
@@ -121,7 +124,8 @@ def _measure(contender: Contender) -> dict[str, float]:
     source = CountingSource(delayed)
     with entered(Machine, machine_options(contender), source) as machine:
         machine.set_parameters(plan(work).blocks)
-        first = machine.pager.observer = _FirstProgress(source)
+        first = _FirstProgress(source)
+        machine.pager.jobs.add(first)
         before, faults = source.bytes, machine.pager.counters.claims
         machine.run(_TIMEOUT)
         assert first.seconds is not None  # all memory was absent, and the guest has touched some

@@ -99,7 +99,9 @@ def measure(contender: Contender, *, traced: bool = False) -> Measurement:
         if contender.trap is None:
             make_plain(machine)
         machine.set_parameters(workload.blocks)
-        tracer = machine.pager.observer = Tracer(machine.layout) if traced else None
+        tracer = Tracer(machine.layout) if traced else None
+        if tracer is not None:
+            machine.pager.jobs.add(tracer)
         before = resource.getrusage(resource.RUSAGE_SELF)
         faults = machine.pager.counters.claims
         device = DeviceThread(machine, work.device_pages)

@@ -29,14 +29,15 @@ from typing import Any
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE, Origin, PageFault
 from kvmdp.paging.claim import Claim, State
+from kvmdp.paging.jobs import Job
 
 SCHEMA = "kvmdp.trace/1"
 
 Record = list[int | float | str]
 
 
-class Tracer:
-    """Takes note of each fault that a pager resolves: give it to `DemandPager.observer`.
+class Tracer(Job):
+    """Takes note of each fault that a pager resolves: a job of the pager (`pager.jobs.add`).
 
     Called from every thread that resolves; an append is all it does there.
     """
@@ -46,7 +47,7 @@ class Tracer:
         self._start = time.perf_counter_ns()
         self._records: list[tuple[int, PageFault, Claim, int]] = []
 
-    def __call__(self, fault: PageFault, claim: Claim, began: int) -> None:
+    def admitted(self, fault: PageFault, claim: Claim, began: int) -> None:
         """Note that `fault` was resolved by `claim`, begun at `began` (time.perf_counter_ns)."""
         self._records.append((time.perf_counter_ns(), fault, claim, began))
 

@@ -161,7 +161,7 @@ def _traced(
     tracers: list[Tracer] = []
 
     def start(machine: Machine) -> None:
-        machine.pager.observer = tracer = Tracer(machine.layout)
+        machine.pager.jobs.add(tracer := Tracer(machine.layout))
         tracers.append(tracer)
 
     def write() -> None:

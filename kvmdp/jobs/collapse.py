@@ -1,6 +1,6 @@
 """When present pages are put together into huge ones: as a region fills, in the background, or only when asked.
 
-What that means is the trap's (`Trap.collapse`); how it is made exact is `DemandPager.collapse`'s.
+What that means is the trap's (`Trap.collapse`); how it is made exact is `Pager.collapse`'s.
 
 Units: RAM pages, seconds.
 """
@@ -16,7 +16,8 @@ from typing import Literal, Self, get_args
 from kvmdp.page import REGION, PageFault
 from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import Claim
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.jobs import Job
+from kvmdp.paging.pager import Pager
 from kvmdp.thread import JoinableThread
 
 CollapsePolicy = Literal["off", "full", "background", "end"]
@@ -27,18 +28,18 @@ _ROUND_REGIONS = 16  # what it puts together at most before it pauses
 _ATTEMPTS = 5  # at a region that has filled; a round's time lies between two
 
 
-class Collapser:
+class Collapser(Job):
     """Collapses what a machine's pager has made present, by a policy, for the time of a `with` block.
 
     "full": a thread collapses a region as soon as its last page has been admitted, and tries a few times more if
-    somebody was at a page of it. No vCPU and no reader does it: the kernel moves 2 MiB for it. "background": a thread
+    a page of it had a claim. No vCPU and no reader does it: the kernel moves 2 MiB for it. "background": a thread
     looks ten times a second for full regions, and takes 16 at most each time. "end" and "off": nothing happens by
-    itself; who uses it calls `collapse_all`.
+    itself; its user calls `collapse_all`.
 
-    `pages` have been put together in `seconds` of work. To be made when nobody changes `pager.observer` any more.
+    `pages` have been put together in `seconds` of work.
     """
 
-    def __init__(self, pager: DemandPager, policy: CollapsePolicy) -> None:
+    def __init__(self, pager: Pager, policy: CollapsePolicy) -> None:
         if policy not in POLICIES:
             raise ValueError(
                 f"there is no policy {policy!r} to collapse by: choose from {', '.join(POLICIES)}"
@@ -47,7 +48,6 @@ class Collapser:
         self.pages = 0
         self.seconds = 0.0
         self._pager = pager
-        self._observer = pager.observer
         self._filled: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # regions; None ends the thread
         self._stopped = threading.Event()
         work = {"full": self._collapse_filled, "background": self._look_again}.get(policy)
@@ -61,7 +61,7 @@ class Collapser:
 
     def __enter__(self) -> Self:
         if self.policy == "full":
-            self._pager.observer = self._note
+            self._pager.jobs.add(self)
         if self._thread is not None:
             self._thread.start()
         return self
@@ -69,8 +69,7 @@ class Collapser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.policy == "full":
-            self._pager.observer = self._observer
+        self._pager.jobs.remove(self)
         self._stopped.set()
         self._filled.put(None)
         if self._thread is not None:
@@ -89,15 +88,13 @@ class Collapser:
 
     # As a region fills
 
-    def _note(self, fault: PageFault, claim: Claim, began: int) -> None:
+    def admitted(self, fault: PageFault, claim: Claim, began: int) -> None:
         """Take note of regions that a claim, which has been committed, has filled.
 
         Two claims may fill a region at the same time, and the first to end finds the bits of the other set, whose
         pages are only being admitted: then the thread finds a page claimed. The second to end notes the region again.
-        Who claims a page for another reason (`DemandPager.reassert`) notes nothing: the thread tries again by itself.
+        Who claims a page for another reason (`Pager.reassert`) notes nothing: the thread tries again by itself.
         """
-        if self._observer is not None:
-            self._observer(fault, claim, began)
         bitmap, pages = self._pager.bitmap, self._pager.layout.pages
         for number in range(claim.first // REGION, (claim.first + claim.count - 1) // REGION + 1):
             if (number + 1) * REGION <= pages and bitmap.test_range(number * REGION, REGION):

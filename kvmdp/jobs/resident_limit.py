@@ -25,7 +25,9 @@ from kvmdp.memory.backing import Backing
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import State
-from kvmdp.paging.pager import ANSWER_SECONDS, DemandPager
+from kvmdp.paging.jobs import Job
+from kvmdp.paging.marking import ANSWER_SECONDS
+from kvmdp.paging.pager import Pager
 from kvmdp.size import format_size
 from kvmdp.thread import JoinableThread
 
@@ -74,14 +76,14 @@ def check_limit(limit: int, vcpus: int, fault_around: int, unit: int, retained: 
         )
 
 
-class ResidentLimit:
+class ResidentLimit(Job):
     """Keeps at most `limit` pages of the pager's in memory, from now until `close`, as far as they can be had.
 
     `peak` is the most that was resident after a fault. A page that somebody has a view of cannot be had: whoever keeps
     views of all but a few of `limit` pages leaves the others to take out each other's pages again and again.
     """
 
-    def __init__(self, pager: DemandPager, limit: int) -> None:
+    def __init__(self, pager: Pager, limit: int) -> None:
         self.limit = limit
         self.peak = 0
         self._pager = pager
@@ -100,16 +102,14 @@ class ResidentLimit:
         )
         self._thread.start()
         # Who needs more pages at once would lose the first to the limit before it had the last.
-        pager.most_at_once = max(limit // 2, 1)
-        pager.room = self._has_room
-        pager.housekeeping.append(self._keep_to_it_on_the_way)
-        pager.reminders.append(self._remind)
+        self.most_at_once = max(limit // 2, 1)
+        pager.jobs.add(self)
 
     def close(self) -> None:
         """Let everybody go on without a limit; a second call does nothing."""
         self._closing.set()
         self._exceeded.set()
-        self._pager.most_at_once = None
+        self._pager.jobs.remove(self)
         self._thread.join()
 
     def settle(self, timeout: float) -> bool:
@@ -127,7 +127,7 @@ class ResidentLimit:
 
     # On the way from a fault
 
-    def _keep_to_it_on_the_way(self) -> None:
+    def after_fault(self) -> None:
         """Take out what can be had at once; leave the rest to the thread. Raises PagingError if the sink is full."""
         if not self._is_exceeded():
             return
@@ -149,10 +149,16 @@ class ResidentLimit:
         if self._is_exceeded():
             self._exceeded.set()
 
-    def _has_room(self, since: int) -> bool:
-        """Whether a fault (time.perf_counter_ns) may bring pages in without taking others out itself."""
+    def may_admit(self, since: int) -> bool:
+        """Return whether a fault of time `since` may bring pages in without taking others out itself.
+
+        Half of the room that the thread makes is for those, so that the limit holds although nothing follows them.
+        """
         pager = self._pager
-        if pager.ledger.resident <= self.limit or pager.ledger.cancelled or self._closing.is_set():
+        resident = pager.ledger.resident
+        if resident > self.limit - self._room // 2:
+            self._remind()
+        if resident <= self.limit or pager.ledger.cancelled or self._closing.is_set():
             return True
         self._exceeded.set()
         held = time.perf_counter_ns() - since

@@ -41,6 +41,7 @@ from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.page import PAGE_SIZE, Origin, PageFault
 from kvmdp.paging.access import GuestMemory
+from kvmdp.paging.jobs import Observer
 from kvmdp.shortage import in_words, named
 from kvmdp.source.base import read_pages
 from kvmdp.source.patched import PatchedSource
@@ -293,9 +294,10 @@ def _observed(machine: Machine) -> Iterator[Counter[Origin]]:
     def observe(fault: PageFault, _claim: object, _began: int) -> None:
         origins[fault.origin] += 1
 
-    machine.pager.observer = observe
+    observer = Observer(observe)
+    machine.pager.jobs.add(observer)
     yield origins
-    machine.pager.observer = None
+    machine.pager.jobs.remove(observer)
 
 
 ACCESSES: dict[str, Callable[[str, str], Cell]] = {

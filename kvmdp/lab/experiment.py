@@ -315,16 +315,8 @@ def _pages_with_bytes(machine: Machine) -> Iterator[npt.NDArray[np.int64]]:
 
 def _contents(machine: Machine, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """Return the bytes of such pages, wherever they are: uint64[n, 512]. The machine has stopped."""
-    pager, content = machine.pager, np.empty((len(pages), PAGE_SIZE // 8), dtype=np.uint64)
+    content = np.empty((len(pages), PAGE_SIZE // 8), dtype=np.uint64)
     rows = content.data.cast("B")
     for row, page in enumerate(pages.tolist()):
-        destination = rows[row * PAGE_SIZE : (row + 1) * PAGE_SIZE]
-        part = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
-        state = pager.ledger.states[page]
-        if state == State.SINK:
-            assert pager.sink is not None
-            pager.sink.fill(part.start, destination)
-        else:
-            view = machine.backing.vmm.view if state == State.PRESENT else pager.trap.fill_view
-            destination[:] = view[part]
+        machine.pager.content(page, 1, rows[row * PAGE_SIZE : (row + 1) * PAGE_SIZE])
     return content

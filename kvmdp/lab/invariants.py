@@ -21,7 +21,7 @@ from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
 from kvmdp.page import PAGE_SIZE, REGION
 from kvmdp.paging.claim import State
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 from kvmdp.trap.inspect import InspectedTrap, Picture
 from kvmdp.trap.slots.slot_map import Block, Kind
 
@@ -32,7 +32,7 @@ _MOST = 8  # pages named in one sentence
 _Flags = npt.NDArray[np.bool_]
 
 
-def violations(pager: DemandPager) -> list[str]:
+def violations(pager: Pager) -> list[str]:
     """Return a sentence for each rule that does not hold; the list is empty if all is well."""
     states = np.frombuffer(bytes(pager.ledger.states), dtype=np.uint8)
     present = states == State.PRESENT
@@ -51,7 +51,7 @@ def violations(pager: DemandPager) -> list[str]:
     return found
 
 
-def _claims(pager: DemandPager, states: npt.NDArray[np.uint8]) -> list[str]:
+def _claims(pager: Pager, states: npt.NDArray[np.uint8]) -> list[str]:
     passing = np.isin(states, (State.INFLIGHT, State.EVICTING, State.ADMITTING))
     found = _named("claimed, though nobody is active", passing)
     return found + [
@@ -59,7 +59,7 @@ def _claims(pager: DemandPager, states: npt.NDArray[np.uint8]) -> list[str]:
     ]
 
 
-def _bits(pager: DemandPager) -> _Flags:
+def _bits(pager: Pager) -> _Flags:
     bits = np.zeros(pager.layout.pages, dtype=np.bool_)
     for first, count in pager.bitmap.present_runs().tolist():
         bits[first : first + count] = True

@@ -35,11 +35,12 @@ from kvmdp.memory.backings import create_backing
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE, Origin, Outcome
 from kvmdp.paging.access import GuestMemory
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 from kvmdp.paging.policy import FaultAround
 from kvmdp.peers.peers import DeviceServer, check_shareable
 from kvmdp.source.base import PageSource, fetch, ram_source
 from kvmdp.source.patched import PatchedSource
+from kvmdp.source.request import FetchRequest
 from kvmdp.trap.registry import SLOT_TRAPS, create_trap
 from kvmdp.trap.uffd.device_view import DeviceView
 from kvmdp.trap.uffd.hybrid import HybridTrap
@@ -118,7 +119,7 @@ class Machine(Closing):
             )
             stack.callback(trap.close)
             self.gate = VcpuGate()
-            self.pager = DemandPager(self.layout, trap, self.source, policy, self.gate)
+            self.pager = Pager(self.layout, trap, self.source, policy, self.gate)
             stack.callback(self.pager.close)
             self.memory = GuestMemory(self.layout, self.backing, self.pager)
             self.device_view: DeviceView | None = trap.device_view if isinstance(trap, HybridTrap) else None
@@ -176,7 +177,7 @@ class Machine(Closing):
             end = offset + length
             for start in range(offset, end, _FILLED_AT_ONCE):
                 with Interruptible():
-                    fetch(self.source, start, view[start : min(start + _FILLED_AT_ONCE, end)])
+                    fetch(self.source, FetchRequest(start), view[start : min(start + _FILLED_AT_ONCE, end)])
         self.pager.start_plain()
 
     def _secure_page_tables(self) -> None:
@@ -370,7 +371,7 @@ class Machine(Closing):
                 self._reset(vcpu)
             self.threads = [self._thread_of(vcpu) for vcpu in vcpus]
             self.set_parameters(blocks)
-            self.pager.resume()
+            self.pager.reopen()
             self.gate.reopen()
 
     def _reset(self, vcpu: Vcpu) -> None:

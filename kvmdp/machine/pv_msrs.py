@@ -43,7 +43,7 @@ from kvmdp.machine.guest_abi import PvFlag
 from kvmdp.machine.workloads.arithmetic import Pages, Words
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE, Origin, Outcome, PageFault
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 
 _ENABLED = 1 << 0
 _ALIGNMENT = 4
@@ -116,7 +116,7 @@ class PvMsrs:
         kvm: Kvm,
         vm: Vm,
         layout: GuestLayout,
-        pager: DemandPager,
+        pager: Pager,
         is_fixed: Callable[[int, int], bool],
         *,
         intercepts: bool = True,

@@ -82,17 +82,17 @@ class GuestLayout:
         return page if page < self.pages else None
 
     def gpa_of_page(self, page: int) -> int:
-        """Return the gpa of the first byte of RAM page `page`. Raises IndexError outside RAM."""
-        self._check(page, 1)
+        """Return the gpa of the first byte of RAM page `page`. Raises ValueError outside RAM."""
+        self.check_pages(page, 1)
         return (page if page < self._low_pages else page + self._hole_pages) << PAGE_SHIFT
 
     def runs(self, first: int, count: int) -> list[tuple[int, int, int]]:
         """Split `count` RAM pages from `first` on into runs contiguous in guest-physical space.
 
         Returns (gpa, first, count) by ascending gpa: two of them if the pages lie on both sides of the hole,
-        else one. Raises IndexError if the pages are not all RAM, ValueError if `count` is below 1.
+        else one. Raises ValueError unless there are pages, and all are RAM.
         """
-        self._check(first, count)
+        self.check_pages(first, count)
         above = first + count - self._low_pages
         if above <= 0 or first >= self._low_pages:
             return [(self.gpa_of_page(first), first, count)]
@@ -102,8 +102,10 @@ class GuestLayout:
         """Whether the hole lies in the middle of a block of RAM, where RAM is divided into blocks of `unit` bytes."""
         return any(region.offset % unit for region in self.regions)
 
-    def _check(self, first: int, count: int) -> None:
+    def check_pages(self, first: int, count: int) -> tuple[int, int]:
+        """Return the (first, end) of a run of RAM pages. Raises ValueError unless it has pages, all of them of RAM."""
         if count < 1:
             raise ValueError(f"a run of {count} pages: the least is 1")
         if first < 0 or first + count > self.pages:
-            raise IndexError(f"pages {first} to {first + count - 1} are not all in the {self.pages} of RAM")
+            raise ValueError(f"pages {first} to {first + count - 1} are not all in the {self.pages} of RAM")
+        return first, first + count

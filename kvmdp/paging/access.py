@@ -21,7 +21,7 @@ from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
 from kvmdp.page import PAGE_SHIFT, PAGE_SIZE, Access, Origin, Outcome, PageFault
 from kvmdp.paging.cancellation import Cancellation
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 from kvmdp.paging.pins import Pin
 
 BytesLike = bytes | bytearray | memoryview
@@ -81,7 +81,7 @@ class GuestMemory:
 
     An access is whole: it is made with all its pages present and held, or raises and has touched nothing. One of more
     than 2 MiB, or of more pages than half a resident limit, is done as several of at most that; a view cannot be.
-    Whoever holds a view does not wait for another page: a revocation of both would wait for the view.
+    A thread that holds a view does not wait for another page: a revocation of both would wait for the view.
     """
 
     # Why a copy never meets a revocation, without a pin. The test of the page's state and the copy are made under the
@@ -104,7 +104,7 @@ class GuestMemory:
         self,
         layout: GuestLayout,
         backing: Backing,
-        pager: DemandPager,
+        pager: Pager,
         origin: Origin = Origin.HOST,
         number: int = 0,
         *,
@@ -203,11 +203,11 @@ class GuestMemory:
         The block keeps nothing that looks into it, no slice and no array.
         """
         offset, length = stretch = self._stretch(gpa, length)
-        most = self._pager.most_at_once
+        most = self._pager.jobs.most_at_once
         if most is not None and length and _pages_of(offset, length) > most:
             raise PagingError(
                 f"a view of {length} bytes at gpa {gpa:#x} needs more than the {most} pages that the resident limit "
-                "lets anybody have at once: take a smaller one, or raise the limit"
+                "lets one access have at once: take a smaller one, or raise the limit"
             )
         with (
             self._held([stretch], Access.WRITE, copied=False),
@@ -249,13 +249,13 @@ class GuestMemory:
     def _batches(self, segments: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """Return the stretches of RAM (offset, bytes) of all segments, in batches of at most `_AT_ONCE` bytes."""
         batches: list[list[tuple[int, int]]] = [[]]
-        room, pages = _AT_ONCE, self._pager.most_at_once
+        room, pages = _AT_ONCE, self._pager.jobs.most_at_once
         for gpa, length in segments:
             offset, left = self._stretch(gpa, length)
             while left:
                 if not room or pages == 0:
                     batches.append([])
-                    room, pages = _AT_ONCE, self._pager.most_at_once
+                    room, pages = _AT_ONCE, self._pager.jobs.most_at_once
                 part = min(left, room)
                 if pages is not None:
                     part = min(part, pages * PAGE_SIZE - (offset & _IN_PAGE))

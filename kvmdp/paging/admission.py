@@ -1,4 +1,4 @@
-"""How a page becomes present: a fault claims it, the source fills it, the trap admits it, whoever waits is woken.
+"""How a page becomes present: a fault claims it, the source fills it, the trap admits it, its waiters are woken.
 
 A page is claimed before its bytes or its trap change, and a claim has one owner. What spans a system call is the
 claim, never a mutex: the mutex below is held for a few statements, to change the ledger (`kvmdp.paging.ledger`, which
@@ -8,6 +8,9 @@ A claim ends whatever exception its owner meets, and where: its owner makes the 
 any exception ends it as far as it had got (`owning`, and `resolve`, where a `with` would be too dear). An interruption
 between two steps of that end is one more exception, and comes once (`kvmdp.interruption`): it is met a second time.
 
+If the source cannot deliver, paging is *paused*: pages that are in RAM come and go as ever, all others are not fetched
+until `resume`. Faults on them are held until then, or fail, as `holds` says.
+
 Units: RAM pages, seconds.
 """
 
@@ -16,87 +19,57 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from kvmdp.errors import PagingError
 from kvmdp.interruption import Uninterrupted, undone
-from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE, Origin, Outcome, PageFault
-from kvmdp.paging.access_gate import AccessGate
 from kvmdp.paging.broken import broken
 from kvmdp.paging.cancellation import Cancellation
 from kvmdp.paging.claim import Claim, State, Wait, Waiter, Wake, notify
-from kvmdp.paging.housekeeping import Housekeeping
+from kvmdp.paging.contents import Contents
+from kvmdp.paging.jobs import Jobs
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.pins import Pin
 from kvmdp.paging.policy import FaultPolicy
 from kvmdp.paging.ports import Trap
-from kvmdp.paging.store import Sink
 from kvmdp.shortage import ShortageError
-from kvmdp.source.base import PageSource, SourceError, asking, fetch
+from kvmdp.source.base import PageSource, SourceError
 from kvmdp.waiting import Condition
 
-_SOURCE_BYTE = int(State.SOURCE)
-_ONE_AT_SOURCE = bytes((State.SOURCE,))
 
+class Admission:
+    """Makes pages present, and sees claims to their end.
 
-class Resolver:
-    """The half of `DemandPager` that makes pages present.
+    Arguments: where RAM lies; the ledger; the trap; the source; the policy.
 
-    `accesses` is the gate of those that no vCPU makes, `vcpu_accesses` of what is done on a vCPU's account: never shut.
-    `mutex` guards the ledger, `error` and the gates; the rest is as the pager has it. `housekeeping` is called after
-    each fault that was resolved by a thread that may sleep, and after pages were taken away, with no claim held and no
-    pin, while demand paging is `enabled`; `reminders` are called after each other fault and must not wait for anybody.
-    `room` is as `ForReaders.room` has it. `most_at_once`, if set, is how many pages an access may need at the same
-    time, because pages are taken away again lest there be too many.
+    `mutex` guards the ledger, `enabled`, `error` and `paused`. `enabled` is whether the trap is armed. `error` is None
+    until faults fail for good: something that serves them has broken, or the source cannot deliver and `holds` is
+    False. `paused` is why the source could not deliver, None if it can. `holds` is whether a fault that a pause
+    concerns is held until `resume`; set it before any fault. `unpinned` is notified when a pin is undone.
     """
 
-    def __init__(self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy) -> None:
-        if source.size > layout.memory_bytes:
-            wanted = f"{source.name} has {source.size} bytes, RAM only {layout.memory_bytes}"
-            raise ValueError(f"{wanted}: make RAM at least as large")
-        self.layout = layout
-        self.trap = trap
-        self.bitmap = PresentBitmap(layout.pages)
-        self.ledger = Ledger(
-            self.bitmap,
-            trap.granule // PAGE_SIZE,
-            [(each.offset // PAGE_SIZE, (each.offset + each.size) // PAGE_SIZE) for each in layout.regions],
-            [(offset // PAGE_SIZE, length // PAGE_SIZE) for offset, length in source.extents()],
-        )
-        self.counters = self.ledger.counters
+    def __init__(
+        self, layout: GuestLayout, ledger: Ledger, trap: Trap, source: PageSource, policy: FaultPolicy
+    ) -> None:
+        self.mutex = threading.RLock()
+        self.unpinned = Condition(self.mutex)
+        self.ledger = ledger
+        self.jobs = Jobs(self.mutex, lambda: self.enabled)
+        self.contents = Contents(source, trap, self._may_retry)
         self.enabled = False
         self.error: PagingError | None = None
-        self.observer: Callable[[PageFault, Claim, int], None] | None = None
-        self.mutex = threading.RLock()
-        self._unpinned = Condition(self.mutex)
-        self.accesses = AccessGate(self.ledger, self.mutex, self._unpinned)
-        self.vcpu_accesses = AccessGate(self.ledger, self.mutex, self._unpinned)
-        self._source = source
+        self.paused: PagingError | None = None
+        self.holds = False
+        self._layout = layout
+        self._trap = trap
         self._policy = policy
-        self._fill_view = trap.fill_view
-        self._populate = trap.populate
-        self.sink: Sink | None = None
-        self.reminders: list[Callable[[], None]] = []
-        self.room: Callable[[int], bool] = lambda _since: True
-        self.most_at_once: int | None = None
-        self.house = Housekeeping(self.mutex, lambda: self.enabled)
-
-    @property
-    def housekeeping(self) -> list[Callable[[], None]]:
-        """What is called after a commit by threads that may sleep."""
-        return self.house.works
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether pages are taken away again because there must not be too many of them."""
-        return self.most_at_once is not None
 
     def resolve(
         self, fault: PageFault, timeout: float | None = None, cancellation: Cancellation | None = None
     ) -> Outcome:
-        """Make the faulting page present, or wait for whoever is at it.
+        """Make the faulting page present, or wait until the owner of a claim on it has.
 
         For threads that may sleep: vCPU threads, devices in this process, the VMM itself. Waiting ends after
         `timeout` seconds (TIMED_OUT) or when `cancellation` is cancelled (CANCELLED); a fetch of one's own does not.
@@ -107,24 +80,26 @@ class Resolver:
             try:
                 step = self.begin(fault, claim=claim)
                 if step is claim:
-                    done = self._carry_out(claim, fault)
+                    done = self.carry_out(claim, fault)
             except BaseException:
                 self._settle(claim)
                 raise
             if step is claim:
-                if self.house.works:
-                    self.house.keep()
+                if done is Outcome.FAILED and self.is_held():
+                    continue
+                if self.jobs.on_after_fault:
+                    self.jobs.work()
                 return done
             if isinstance(step, Outcome):
                 return step
             assert isinstance(step, Wait)
             if timeout is not None and deadline is None:
                 deadline = time.monotonic() + timeout
-            outcome = self._sleep(step, deadline, cancellation)
+            outcome = self.sleep(step, deadline, cancellation)
             if outcome is not None:
                 return outcome
 
-    def _sleep(
+    def sleep(
         self, wait: Wait, deadline: float | None, cancellation: Cancellation | None = None
     ) -> Outcome | None:
         """Wait for a claim; returns the outcome if that settles it, None if it is time to look again."""
@@ -139,43 +114,44 @@ class Resolver:
         return None
 
     def resolve_or_park(self, fault: PageFault, waiter: Waiter) -> Outcome | None:
-        """Make the faulting page present, but never wait for whoever is at it.
+        """Make the faulting page present, but never wait for the owner of a claim on it, nor for the end of a pause.
 
-        For userfaultfd readers and servers of other processes, who ask `room` first. Returns None if the page is
-        claimed: then `waiter` is notified when that claim has ended in whatever way, or when it is withdrawn.
+        For userfaultfd readers and servers of other processes, which ask `jobs.may_admit` first. Returns None if the
+        page is claimed, or held by a pause: then `waiter` is notified when that has ended in whatever way, or when it
+        is withdrawn.
         """
-        claim = Claim()
-        try:
-            step = self.begin(fault, waiter, claim)
-            if step is claim:
-                done = self._carry_out(claim, fault)
-        except BaseException:
-            self._settle(claim)
-            raise
-        if step is claim:
-            for remind in self.reminders:
-                remind()
-            return done
-        return step if isinstance(step, Outcome) else None
+        while True:
+            claim = Claim()
+            try:
+                step = self.begin(fault, waiter, claim)
+                if step is claim:
+                    done = self.carry_out(claim, fault)
+            except BaseException:
+                self._settle(claim)
+                raise
+            if step is not claim:
+                return step if isinstance(step, Outcome) else None
+            if done is not Outcome.FAILED or not self.is_held():
+                return done
 
     def begin(
         self, fault: PageFault, waiter: Waiter | None = None, claim: Claim | None = None
     ) -> Claim | Waiter | Outcome:
         """Claim the pages that a fault is to fetch, or say why not.
 
-        Never sleeps. Whoever gets a Claim, which is `claim` if that is given, fills it and commits, or fails it. If
-        somebody else has the page, `waiter` is queued and returned, or else a new Wait; but to a vCPU's fault with a
-        `waiter` a page that is being healed is POISONED still.
+        Never sleeps. The owner of the Claim, which is `claim` if that is given, fills it and commits, or fails it. If
+        the page has another owner, or a pause concerns it, `waiter` is queued and returned, or else a new Wait; but to
+        a vCPU's fault with a `waiter` a page that is being healed is POISONED still.
         """
-        page, ledger = fault.page, self.ledger
+        ledger = self.ledger
         with self.mutex:
-            step = ledger.obstacle(page)
+            step = ledger.obstacle(fault.page)
             if step is None:
                 if self.error is not None:
                     return Outcome.FAILED
                 ledger.counters.claims += 1
-                first, count = self._policy.window(page)
-                return ledger.claim(page, first, count, claim)
+                first, count = self._policy.window(fault)
+                return ledger.claim(fault.page, first, count, claim)
             if isinstance(step, Outcome):
                 return step
             # A vCPU that sleeps in userfaultfd is told what the page is until it is healed, for it may have to get on
@@ -187,85 +163,112 @@ class Resolver:
             return waiter
 
     def withdraw(self, waiter: Waiter, reason: Wake = Wake.CANCELLED) -> bool:
-        """Give up waiting for somebody: the waiter is notified, now, with `reason`; False if it had been woken."""
+        """Call a wait off: the waiter is notified, now, with `reason`; False if it had been woken."""
         with self.mutex:
             if not self.ledger.withdraw(waiter, reason):
                 return False
         waiter.notify()
         return True
 
+    # Pausing
+
+    def _pause(self, claim: Claim, error: SourceError | ShortageError) -> None:
+        """End a claim whose pages cannot be fetched, and pause."""
+        page = error.offset // PAGE_SIZE if isinstance(error, SourceError) else claim.first
+        reason = broken(
+            f"paused: the page at gpa {self._layout.gpa_of_page(page):#x} cannot be fetched", error
+        )
+        with self.mutex:
+            self.paused = self.paused or reason
+            if self.holds and self.error is None:
+                self.ledger.pause_fetches()
+            else:
+                self.error = self.error or reason
+        self.end(claim, claim.before, failed=True)
+
+    def is_held(self) -> bool:
+        """Whether a fault whose fetch has failed is to wait for the end of a pause."""
+        return self.holds and self.error is None and not self.ledger.cancelled
+
+    def resume(self) -> None:
+        """End a pause: the pages that it concerned are fetched again. Does nothing if there is none.
+
+        Faults that were held go on. If one cannot be served again, paging is paused again.
+        """
+        with self.mutex:
+            if self.error is self.paused:
+                self.error = None
+            self.paused = None
+            woken = self.ledger.resume_fetches()
+        notify(woken)
+
+    def abort(self, error: PagingError) -> None:
+        """Fail all faults on absent pages from now on, with `error`: something that serves them has broken."""
+        with self.mutex:
+            held = self._break(error)
+        notify(held)
+
+    def _break(self, error: PagingError) -> list[Waiter]:
+        """Do what `abort` does, under the mutex; returns whom to notify."""
+        self.error = self.error or error
+        return self.ledger.resume_fetches()
+
     # Carrying out a claim
 
-    def _carry_out(self, claim: Claim, fault: PageFault) -> Outcome:
-        began = 0 if self.observer is None else time.perf_counter_ns()
-        asking.fault = fault
+    def carry_out(self, claim: Claim, fault: PageFault) -> Outcome:
+        """Fill a claim and commit it, for `fault`. Returns ADMITTED, FAILED or CANCELLED; raises what breaks."""
+        observers = self.jobs.on_admitted
+        began = time.perf_counter_ns() if observers else 0
         try:
-            self.fill(claim)
+            self.contents.fill(claim, fault, self._land)
         except (SourceError, ShortageError) as error:
-            if self.ledger.cancelled:  # it was told to give up, and the machine stops for another reason
-                self._end(claim, claim.before)
+            if self.ledger.cancelled:  # the fetch was called off, and the machine stops for another reason
+                self.end(claim, claim.before)
                 return Outcome.CANCELLED
-            self.fail(claim, self._lacking(claim, error))
+            self._pause(claim, error)
             return Outcome.FAILED
         except Exception as error:
             self.fail(claim, broken(f"filling page {claim.first} broke", error))
             raise
-        finally:
-            asking.fault = None
         try:
             self.commit(claim)
         except ShortageError:
-            return Outcome.FAILED  # the machine is paused by now, and has the reason
-        if self.observer is not None:
-            self.observer(fault, claim, began)
+            return Outcome.FAILED  # `error` has the reason by now
+        for admitted in observers:
+            admitted(fault, claim, began)
         return Outcome.ADMITTED
 
-    def fill(self, claim: Claim) -> None:
-        """Put the bytes of a claim's pages where the trap wants them. Raises SourceError, ShortageError.
+    def _land(self, claim: Claim, page: int) -> None:
+        """Commit the pages of a claim before `page` apart: their bytes are in place, the rest is still being fetched.
 
-        Pages whose bytes are in RAM already (BACKED) are left alone.
+        The last unit stays, for the claim's own commit.
         """
-        first, before = claim.first, claim.before
-        if self._populate is not None:
-            self._populate(first * PAGE_SIZE, claim.count * PAGE_SIZE)
-        if before == _ONE_AT_SOURCE:  # the usual fault
-            offset = first * PAGE_SIZE
-            fetch(self._source, offset, self._fill_view[offset : offset + PAGE_SIZE], self._may_retry)
+        unit = self.ledger.unit
+        count = min(page - claim.first, claim.count - 1) // unit * unit
+        if count <= 0:
             return
-        start, count = 0, claim.count
-        while start < count:
-            state = before[start]
-            end = start + 1
-            while end < count and before[end] == state:
-                end += 1
-            offset, length = (first + start) * PAGE_SIZE, (end - start) * PAGE_SIZE
-            destination = self._fill_view[offset : offset + length]
-            if state == _SOURCE_BYTE:
-                fetch(self._source, offset, destination, self._may_retry)
-            elif state == State.ZERO:
-                destination[:] = bytes(length)
-            elif state == State.SINK:
-                assert self.sink is not None
-                self.sink.fill(offset, destination)
-            start = end
+        with Uninterrupted():  # two claims for a moment, and its owner knows of one
+            with self.mutex:
+                piece = self.ledger.split(claim, count)
+            try:
+                self.commit(piece)
+            except BaseException:
+                self._settle(piece)
+                raise
 
     def _may_retry(self) -> bool:
         """Count one more attempt to read from the source; False if the machine is stopping."""
         if self.ledger.cancelled:
             return False
         with self.mutex:
-            self.counters.retries += 1
+            self.ledger.counters.retries += 1
         return True
 
-    def _lacking(self, claim: Claim, error: SourceError | ShortageError) -> PagingError:
-        page = error.offset // PAGE_SIZE if isinstance(error, SourceError) else claim.first
-        return broken(f"paused: the page at gpa {self.layout.gpa_of_page(page):#x} cannot be fetched", error)
-
     def commit(self, claim: Claim) -> None:
-        """Admit a filled claim: state and bit, then the trap, then whoever waits. Can be made again.
+        """Admit a filled claim: state and bit, then the trap, then wake its waiters. Can be made again.
 
-        What somebody discards until the bits are set is zeroed before that; later, but before the claim has ended, the
-        trap is told once more, for there may be nothing of the page left.
+        What is discarded until the bits are set is zeroed before that; later, but before the claim has ended, the trap
+        is told once more, for there may be nothing of the page left.
         """
         if not claim.is_admitted:
             self._set_present(claim)
@@ -287,41 +290,43 @@ class Resolver:
                 if not discarded:
                     self.ledger.admit(claim)
                     return
-            self._zero(claim, discarded)
-
-    def _zero(self, claim: Claim, runs: Sequence[tuple[int, int]]) -> None:
-        for first, count in runs:
-            length = count * PAGE_SIZE
-            self._fill_view[first * PAGE_SIZE : first * PAGE_SIZE + length] = bytes(length)
-            claim.zeroed += 1
+            self.contents.zero(discarded, claim)
 
     def _admit(self, claim: Claim, discarded: Sequence[tuple[int, int]] = ()) -> None:
         """Tell the trap of pages whose bits are set, or once more of those that have been `discarded` since."""
         with Uninterrupted():
             try:
                 if not claim.is_admitted:
-                    self.trap.admit(claim.first, claim.count)
+                    self._trap.admit(claim.first, claim.count)
                 for first, count in discarded:
-                    self.trap.reassert(first, count)
+                    self._trap.reassert(first, count)
                     claim.zeroed += 1
             except BaseException as error:
                 # The bytes are in RAM; what is broken is the trap.
-                self._end(claim, State.BACKED, broken("pages could not be admitted", error))
+                self.end(claim, State.BACKED, broken("pages could not be admitted", error))
                 raise
             claim.is_admitted = True
 
-    def fail(self, claim: Claim, error: PagingError) -> None:
-        """Give a claim up: its pages are as absent as before, and the pager is paused with `error`."""
-        self._end(claim, claim.before, error)
+    # Ending claims
 
-    def _end(self, claim: Claim, states: bytes | State, error: PagingError | None = None) -> None:
-        """End a claim otherwise than by a commit, with the pages in `states`."""
+    def fail(self, claim: Claim, error: PagingError) -> None:
+        """Give a claim up: its pages are as absent as before, and faults fail from now on with `error`."""
+        self.end(claim, claim.before, error)
+
+    def end(
+        self, claim: Claim, states: bytes | State, error: PagingError | None = None, *, failed: bool = False
+    ) -> None:
+        """End a claim otherwise than by a commit, with the pages in `states`; with an `error`, as `abort` does.
+
+        `failed` is whether its waiters are told that the pages could not be fetched.
+        """
         if isinstance(states, State):
             states = bytes((states,)) * claim.count
         with self.mutex:
-            self.error = self.error or error
-            self.ledger.end(claim, states, Wake.REVOKED if error is None else Wake.FAILED)
+            self.ledger.end(claim, states, Wake.FAILED if failed or error is not None else Wake.REVOKED)
+            held = [] if error is None else self._break(error)
         notify(claim.woken)
+        notify(held)
 
     @contextlib.contextmanager
     def owning(self) -> Iterator[Claim]:
@@ -337,7 +342,7 @@ class Resolver:
         if is_to_be_committed:
             self.commit(claim)  # peers may have been at its pages, and the guest too
         else:
-            self._end(claim, claim.before if claim.after is None else claim.after)
+            self.end(claim, claim.before if claim.after is None else claim.after)
 
     # Pins: a present page that is held stays present, a poisoned one poisoned
 
@@ -350,14 +355,14 @@ class Resolver:
         """Undo one `hold`."""
         with self.mutex:
             if self.ledger.pins.unpin(page):
-                self._unpinned.notify_all()
+                self.unpinned.notify_all()
 
     @contextlib.contextmanager
     def held(self, fault: PageFault) -> Iterator[Outcome]:
         """Make the page present and keep it so for the time of the block; a poisoned page is kept poisoned.
 
         Yields PRESENT or POISONED, or another outcome that kept it from becoming present; then nothing is pinned.
-        Whoever holds a poisoned page waits for no page: two who did, and two heals, could wait for each other.
+        A thread that holds a poisoned page waits for no page: two that did, and two heals, could wait for each other.
         """
         pin = Pin(((fault.page, 1),))
         with undone(lambda: self._unpin(pin)):
@@ -378,18 +383,13 @@ class Resolver:
     def _unpin(self, pin: Pin) -> None:
         with self.mutex:
             self.ledger.pins.remove(pin)
-            self._unpinned.notify_all()
+            self.unpinned.notify_all()
 
-    def discarded(self, first: int, count: int) -> None:
+    def note_discarded(self, first: int, count: int) -> None:
         """Take note that the bytes of these pages are gone, or going: they read as zeros from now on.
 
-        Somebody discards them behind the pager's back (a balloon). Pages that are claimed are left to whoever has them,
+        For memory that is discarded without asking the pager (a balloon). Claimed pages are left to the claim's owner,
         which is told so.
         """
         with self.mutex:
             self.ledger.discarded(first, count)
-
-    def abort(self, error: PagingError) -> None:
-        """Pause with `error`: something that serves faults has broken."""
-        with self.mutex:
-            self.error = self.error or error

@@ -17,7 +17,7 @@ class Withdrawing(Protocol):
 
 
 class Cancellation:
-    """Calls off, from another thread, what a thread waits for in `Resolver.resolve`; for good."""
+    """Calls off, from another thread, what a thread waits for in `Admission.resolve`; for good."""
 
     def __init__(self, pager: Withdrawing) -> None:
         self._pager = pager

@@ -40,7 +40,7 @@ class Claim:
     """Pages [first, first + count) belong to one owner until it commits or fails.
 
     It is a claim from when the ledger lists it until that lists it no more, which is all that says so: its owner makes
-    the object first, and so can end it however far it has got when an exception comes (`Resolver.owning`).
+    the object first, and so can end it however far it has got when an exception comes (`Admission.owning`).
 
     `before` holds the pages' states when they were claimed, a byte a page; `after` what they are if it ended now, None
     for as before. `is_filled`: bytes are in RAM and bits set, so that it can only be committed; `is_admitted`: the trap
@@ -89,6 +89,12 @@ class Claim:
             if waiter.claim is self:
                 waiter.claim, waiter.reason = None, reason
         return queue
+
+
+def clipped(runs: Sequence[tuple[int, int]], low: int, high: int) -> tuple[tuple[int, int], ...]:
+    """Return what of runs (first, count) lies in [low, high)."""
+    ends = ((max(first, low), min(first + count, high)) for first, count in runs)
+    return tuple((first, end - first) for first, end in ends if first < end)
 
 
 class Waiter:

@@ -1,6 +1,6 @@
 """The ledger: the state of every page, the claims, the pins, and who waits for whom. Pure: no lock, no clock, no call.
 
-`DemandPager` calls every method under its mutex and notifies, outside it, the waiters that a method returns. A test
+The pager calls every method under its mutex and notifies, outside it, the waiters that a method returns. A test
 calls them in any order it likes: what is said here about wake-ups holds by the order of calls alone.
 
 Why no wake-up is lost: a waiter is queued while its claim is listed (`queue`). Each way for a claim to be over with
@@ -24,8 +24,9 @@ from collections.abc import Sequence
 
 from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.page import Outcome
-from kvmdp.paging.claim import Claim, Counters, State, Waiter, Wake
-from kvmdp.paging.pins import Pins
+from kvmdp.paging.claim import Claim, Counters, State, Waiter, Wake, clipped
+from kvmdp.paging.initial import present_runs
+from kvmdp.paging.pins import Pins, Retained
 from kvmdp.paging.takeable import REVOKE, WAIT
 
 # Looked up in the hot path, where an enum member costs an attribute access and a comparison by method.
@@ -40,6 +41,8 @@ _ADMITTING_BYTE = int(State.ADMITTING)
 _INFLIGHT_BYTE = int(State.INFLIGHT)
 _EVICTING_BYTE = int(State.EVICTING)
 _POISON_BYTE = int(State.POISON)
+_BACKED_BYTE = int(State.BACKED)
+_AT_REST = _CLAIMABLE | {State.PRESENT}
 _LOOKED_AT = 1 << 16  # pages that are looked at in one step for what can be taken
 
 
@@ -48,7 +51,11 @@ class Ledger:
 
     Arguments: `bitmap`, kept as the projection of the states: bit set if and only if PRESENT or ADMITTING; `unit`;
     `bounds`, the (first, end) pages of each stretch that is contiguous in guest-physical space, ascending: no claim
-    reaches over their borders; `data`, the (first, count) of the runs whose bytes are at the source; all else is ZERO.
+    reaches over their borders; `states`, the state of each page at the beginning, a byte a page (`initial_states`).
+
+    `pause`, if not None, is what accesses to pages wait for whose bytes are not in RAM.
+
+    Raises ValueError for initial states that no page can be in, or that cut a unit in two.
     """
 
     def __init__(
@@ -56,23 +63,26 @@ class Ledger:
         bitmap: PresentBitmap,
         unit: int,
         bounds: Sequence[tuple[int, int]],
-        data: Sequence[tuple[int, int]],
+        states: bytes | bytearray,
     ) -> None:
         self.bitmap = bitmap
         self.pages = bitmap.pages
         self.unit = unit
-        self.states = bytearray(_ZERO * self.pages)
-        for first, count in data:
-            self.states[first : first + count] = _SOURCE * count
+        self.states = bytearray(states)
         self.counters = Counters()
         self.claims: list[Claim] = []  # as many as threads that resolve: a list beats any tree
         self.cancelled = False
-        self.resident = 0  # pages whose bytes are in RAM, but for those that are being filled
+        self.pause: Claim | None = None  # no claim: it has no pages, and is not listed
+        self.resident = _in_ram(
+            self.states
+        )  # pages whose bytes are in RAM, but for those that are being filled
         # Grows after pages have left PRESENT and before their bytes are touched (`kvmdp.paging.access` reads it).
         self.departures = 0
         self._bounds = tuple(bounds)
         self.pins = Pins(self.states)
-        self._retained: list[tuple[int, int]] = []  # (first, end) of whole units; a few
+        self.retained = Retained()
+        for first, end in present_runs(states, self.pages, unit):
+            bitmap.set_range(first, end - first)
 
     def adopt(self) -> None:
         """Take all pages for present: their bytes are in RAM, and nobody has begun anything."""
@@ -93,7 +103,9 @@ class Ledger:
             return Outcome.CANCELLED
         if state == _POISON_BYTE:
             return Outcome.POISONED
-        return None if state in _CLAIMABLE else self._claim_on(page)
+        if state not in _CLAIMABLE:
+            return self._claim_on(page)
+        return None if self.pause is None or state == _BACKED_BYTE else self.pause
 
     def _claim_on(self, page: int) -> Claim:
         return next(each for each in self.claims if each.first <= page < each.first + each.count)
@@ -104,6 +116,8 @@ class Ledger:
         `claim`, here and in what else begins one, is made that claim; without, a new one is.
         """
         claim = claim or Claim()
+        if self.pause is not None:
+            first, count = page, 1  # its neighbours may have to be fetched
         if count == 1 == self.unit:
             claim.first, claim.count, claim.before = page, 1, bytes((self.states[page],))
             self.claims.append(claim)
@@ -137,12 +151,32 @@ class Ledger:
             last = min(last + unit, high)
         return first, last
 
+    def whole_units(self, first: int, end: int) -> tuple[int, int]:
+        """Return the (first, end) pages of the units that hold the pages [first, end)."""
+        return first // self.unit * self.unit, min(-(-end // self.unit) * self.unit, self.pages)
+
     def bounds_of(self, page: int) -> tuple[int, int]:
         """Return the (first, end) pages of the contiguous stretch that holds `page`. Raises IndexError."""
         for low, high in self._bounds:
             if low <= page < high:
                 return low, high
         raise IndexError(f"page {page} is not one of the {self.pages} of RAM")
+
+    def split(self, claim: Claim, count: int) -> Claim:
+        """Make the first `count` pages of a claim that is not filled, whole units, a claim of its own, and return that.
+
+        Its waiters go with that: they look again when it ends. The caller is not interrupted meanwhile.
+        """
+        border = claim.first + count
+        piece = Claim(claim.first, count, claim.before[:count])
+        piece.discarded = clipped(claim.discarded, 0, border)
+        piece.waiters, claim.waiters = claim.waiters, []
+        for waiter in piece.waiters:
+            waiter.claim = piece
+        claim.discarded = clipped(claim.discarded, border, self.pages)
+        claim.first, claim.count, claim.before = border, claim.count - count, claim.before[count:]
+        self.claims.append(piece)
+        return piece
 
     def admit(self, claim: Claim) -> None:
         """The bytes of a claim are in RAM: set state and bit. The claim goes on until the trap has been told."""
@@ -224,29 +258,25 @@ class Ledger:
         return True
 
     def cancel(self) -> list[Waiter]:
-        """Let nobody begin any more; returns whom to notify: all who wait for pages that are absent.
+        """Let no claim begin any more; returns whom to notify: all who wait for pages that are absent.
 
         Who waits for a page that is only being admitted is woken by that.
         """
         self.cancelled = True
-        woken: list[Waiter] = []
+        woken: list[Waiter] = [] if self.pause is None else self.pause.wake(Wake.CANCELLED)
         for claim in self.claims:
             if self.states[claim.first] != _ADMITTING_BYTE:
                 woken += claim.wake(Wake.CANCELLED)
         return woken
 
-    # Retained pages: once present they stay so, and a revocation passes them over
+    def pause_fetches(self) -> None:
+        """From now on accesses to pages whose bytes are not in RAM wait for `resume_fetches`."""
+        self.pause = self.pause or Claim()
 
-    def retain(self, first: int, end: int) -> None:
-        """Retain the units that hold the pages [first, end); counted, as the same may be retained twice."""
-        self._retained.append(self._whole_units(first, end))
-
-    def let_go(self, first: int, end: int) -> None:
-        """Undo one `retain` of the same pages."""
-        self._retained.remove(self._whole_units(first, end))
-
-    def _whole_units(self, first: int, end: int) -> tuple[int, int]:
-        return first // self.unit * self.unit, min(-(-end // self.unit) * self.unit, self.pages)
+    def resume_fetches(self) -> list[Waiter]:
+        """Undo `pause_fetches`, if it was called; returns whom to notify, to look again."""
+        pause, self.pause = self.pause, None
+        return [] if pause is None else pause.wake(Wake.REVOKED)
 
     # Taking away
 
@@ -263,11 +293,9 @@ class Ledger:
             return None, None, end
         first = run[0]
         last = min(first + min(run[1], max(most, self.unit)), self.bounds_of(first)[1])
-        for kept, kept_end in self._retained:
-            if kept <= first < kept_end:
-                return None, None, kept_end
-            if first < kept < last:
-                last = kept
+        last = self.retained.first_between(first, last)
+        if last == first:
+            return None, None, self.retained.end_at(first)
         for other in self.claims:
             if other.first <= first < other.first + other.count:
                 return None, other, first  # its bit is set: it is being admitted at this moment
@@ -300,7 +328,7 @@ class Ledger:
             return self.begin_revoke(first, end, most, claim)
         low, high = self.bounds_of(first)
         count = min(len(rest) - len(rest.lstrip(b"A")), max(most, self.unit))
-        first, last = self._whole_units(first, min(first + count, high))
+        first, last = self.whole_units(first, min(first + count, high))
         first, last = max(first, low), min(last, high)
         return self._list(claim, first, last, _EVICTING), None, last
 
@@ -311,16 +339,32 @@ class Ledger:
         """
         if self.states[page] != _POISON_BYTE:
             return None
-        first, last = self._whole_units(page, page + 1)
+        first, last = self.whole_units(page, page + 1)
         return self._list(claim, first, last, _INFLIGHT)
 
     def is_heal(self, claim: Claim) -> bool:
         """Whether the claim, which is listed, is that of `begin_heal`, and its page has not got its bytes yet."""
         return claim.before[:1] == _POISON and self.states[claim.first] == _INFLIGHT_BYTE
 
+    def begin_look(self, page: int, end: int, claim: Claim) -> Claim | Outcome | None:
+        """Claim pages in one state from `page` on, at most up to `end`, so that their bytes stay where they are.
+
+        Present ones stay present; all are to be ended in the state that they had. Also after `cancel`. Returns None, or
+        the claim to wait for first, or POISONED.
+        """
+        state = self.states[page : page + 1]
+        if state == _POISON:
+            return Outcome.POISONED
+        if state[0] not in _AT_REST:
+            return self._claim_on(page)
+        run = self.states[page : min(end, self.bounds_of(page)[1])]
+        count = len(run) - len(run.lstrip(state))
+        self._list(claim, page, page + count, _ADMITTING if state == _PRESENT else _INFLIGHT)
+        return None
+
     def begin_reassert(self, page: int, claim: Claim | None = None) -> Claim | None:
         """Claim the unit of a present page, which stays present, so that its trap can be told once more."""
-        first, last = self._whole_units(page, page + 1)
+        first, last = self.whole_units(page, page + 1)
         return self.begin_present(first, last - first, claim)
 
     def begin_present(self, first: int, count: int, claim: Claim | None = None) -> Claim | None:
@@ -332,7 +376,7 @@ class Ledger:
     def discarded(self, first: int, count: int) -> None:
         """The bytes of these pages, whole units, are gone: they read as zeros from now on.
 
-        Those that somebody has claimed are noted in the claim: its owner sees to it (`Resolver.commit`), or its end.
+        Those that somebody has claimed are noted in the claim: its owner sees to it (`Admission.commit`), or its end.
         """
         page, end = first, min(first + count, self.pages)
         claimed = sorted(self.claims, key=lambda each: each.first)

@@ -1,6 +1,7 @@
 """The pager: how a page becomes present (`kvmdp.paging.admission`) or stops being so (`kvmdp.paging.removal`).
 
-Here is what concerns all of RAM: switching demand paging on and off, freezing accesses, marking, stopping.
+Here is what concerns all of RAM: switching demand paging on and off, freezing accesses, marking, reading pages wherever
+their bytes are, stopping.
 
 Units: RAM pages, seconds.
 """
@@ -11,73 +12,161 @@ import contextlib
 import time
 from collections.abc import Generator, Iterator
 
-import numpy as np
-
-from kvmdp.errors import BusyError, PagingError, SwitchedOffError
+from kvmdp.errors import PagingError, PoisonedError
 from kvmdp.interruption import Uninterrupted, undone
-from kvmdp.memory.bitmap import Words, runs_of
+from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.memory.layout import GuestLayout
-from kvmdp.page import REGION, Outcome, PageFault
-from kvmdp.paging.claim import State, Wait, notify
+from kvmdp.page import PAGE_SIZE, REGION
+from kvmdp.paging.access_gate import AccessGate
+from kvmdp.paging.admission import Admission
+from kvmdp.paging.claim import Claim, State, Wait, notify
+from kvmdp.paging.initial import initial_states
+from kvmdp.paging.ledger import Ledger
+from kvmdp.paging.marking import Marking
 from kvmdp.paging.policy import FaultPolicy
-from kvmdp.paging.ports import Quiescer, Trap
-from kvmdp.paging.removal import Peers, Revoker
+from kvmdp.paging.ports import Peers, Quiescer, Trap
+from kvmdp.paging.removal import Removal
 from kvmdp.paging.takeable import takeable
-from kvmdp.source.base import PageSource, ram_source
+from kvmdp.source.base import PageSource, WritableSource
+from kvmdp.source.request import FetchCancel
 from kvmdp.waiting import Condition
 
-__all__ = ["DemandPager", "Peers"]
-
-ANSWER_SECONDS = 0.005  # for a device in another process to answer, by who waits for nobody else
-_MAX_CLAIM = 512  # pages claimed at once when a range is made present: 2 MiB
+_MAX_CLAIM = 512  # pages claimed at once when they are read: 2 MiB
 _ABSENT = takeable(State.SOURCE, State.BACKED, State.ZERO, State.SINK, State.POISON, present=False)
 
 
-class DemandPager(Revoker):
+class Pager:
     """Decides what happens to an access to an absent page.
 
-    Arguments: where RAM lies; the trap, not yet armed; the source; the policy; the gate the vCPUs pass.
-    `bitmap` is the projection of the states: bit set if and only if the guest may enter, or is about to be let in.
-    `error` is None until the source has failed for good; from then on nothing absent becomes present. `observer`, if
-    set, is told of each fault that was resolved, or what stands for it where a page was marked or healed, the claim
-    that did it, and when that began (time.perf_counter_ns); it must not block. `peers`, if set, is asked before pages
-    are taken away, and before accesses are frozen.
+    Arguments: where RAM lies; the trap, not yet armed; the source; the policy; the gate the vCPUs pass; `states`, the
+    state of each page at the beginning, a byte a page (None: all is at the source, or a hole of it). Raises ValueError
+    for a source that is larger than RAM, and for states that no page can begin in.
+
+    It has a `ledger`, an `admission` and a `removal`; what they do is called by the pager's own names: `resolve`,
+    `evict`, and so on. `bitmap` is the projection of the states: bit set if and only if the guest may enter, or is
+    about to be let in. `jobs` run beside the guest. `accesses` is the gate of accesses that no vCPU makes,
+    `vcpu_accesses` of what is done on a vCPU's account, which is never shut.
 
     `mutex` guards the ledger, `error`, `enabled` and the gates of accesses. `kvmdp.paging.access` takes it too, for a
     copy of a page at the most.
     """
 
     def __init__(
-        self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: Quiescer
+        self,
+        layout: GuestLayout,
+        trap: Trap,
+        source: PageSource,
+        policy: FaultPolicy,
+        gate: Quiescer,
+        states: bytes | bytearray | None = None,
     ) -> None:
-        super().__init__(layout, trap, source, policy, gate)
-        self._switcher: object = None  # who has the claim on `enabled`: to arm or disarm the trap
+        if source.size > layout.memory_bytes:
+            wanted = f"{source.name} has {source.size} bytes, RAM only {layout.memory_bytes}"
+            raise ValueError(f"{wanted}: make RAM at least as large")
+        data = [(offset // PAGE_SIZE, length // PAGE_SIZE) for offset, length in source.extents()]
+        self.layout = layout
+        self.trap = trap
+        self.gate = gate
+        self.bitmap = PresentBitmap(layout.pages)
+        try:
+            self.ledger = Ledger(
+                self.bitmap,
+                trap.granule // PAGE_SIZE,
+                [
+                    (each.offset // PAGE_SIZE, (each.offset + each.size) // PAGE_SIZE)
+                    for each in layout.regions
+                ],
+                initial_states(layout.pages, data) if states is None else states,
+            )
+        except BaseException:
+            self.bitmap.close()
+            raise
+        self.counters = self.ledger.counters
+        self.admission = admission = Admission(layout, self.ledger, trap, source, policy)
+        self.removal = removal = Removal(layout, trap, admission, gate)
+        marking = Marking(layout, admission, removal)
+        self.contents = admission.contents
+        self.jobs = admission.jobs
+        self.mutex = admission.mutex
+        self.accesses = AccessGate(self.ledger, self.mutex, admission.unpinned)
+        self.vcpu_accesses = AccessGate(self.ledger, self.mutex, admission.unpinned)
+        self._switcher: object = None  # the thread that has the claim on `enabled`: to arm or disarm the trap
         self._switched = Condition(self.mutex)
+        # Bound once: a method here that only handed on would be one more frame on the way of each fault.
+        self.resolve, self.resolve_or_park = admission.resolve, admission.resolve_or_park
+        self.begin, self.commit, self.fail = admission.begin, admission.commit, admission.fail
+        self.withdraw, self.owning = admission.withdraw, admission.owning
+        self.hold, self.release, self.held = admission.hold, admission.release, admission.held
+        self.note_discarded, self.abort, self.resume = (
+            admission.note_discarded,
+            admission.abort,
+            admission.resume,
+        )
+        self.mark_nonpresent, self.discard = removal.mark_nonpresent, removal.discard
+        self.retain, self.let_go = removal.retain, removal.let_go
+        self.evict, self.evict_shut_off, self.write_back = (
+            removal.evict,
+            removal.evict_shut_off,
+            removal.write_back,
+        )
+        self.poison, self.unpoison = removal.poison, removal.unpoison
+        self.mark_present, self.complete, self.shut_off = (
+            marking.mark_present,
+            marking.complete,
+            marking.shut_off,
+        )
+        self.mark_bitmap_present, self.mark_bitmap_nonpresent = (
+            marking.mark_bitmap_present,
+            marking.mark_bitmap_nonpresent,
+        )
 
-    # Pages that stay
+    @property
+    def enabled(self) -> bool:
+        """Whether the trap is armed."""
+        return self.admission.enabled
 
-    def retain(self, first: int, count: int) -> None:
-        """Never make these pages non-present from now on, once they are present; widened to whole units.
+    @property
+    def error(self) -> PagingError | None:
+        """Why faults on absent pages fail for good; None as long as they do not."""
+        return self.admission.error
 
-        For pages that KVM uses without an access that could trap: live page tables, of which it keeps what it has
-        read, and pages it writes to by itself. A pin would make a revocation wait; these it passes over. One that has
-        begun ends first: whoever wants the pages present makes them so afterwards. Undone by `let_go`; counted.
-        """
-        first, end = self._checked(first, count)
-        with self.mutex:
-            self.ledger.retain(first, end)
+    @property
+    def paused(self) -> PagingError | None:
+        """Why the source could not deliver; None if it can, or `resume` was called since."""
+        return self.admission.paused
 
-    def let_go(self, first: int, count: int) -> None:
-        """Undo one `retain` of the same pages."""
-        first, end = self._checked(first, count)
-        with self.mutex:
-            self.ledger.let_go(first, end)
+    @property
+    def holds(self) -> bool:
+        """Whether faults that a pause concerns wait for `resume`, instead of failing; to be set before any fault."""
+        return self.admission.holds
+
+    @holds.setter
+    def holds(self, holds: bool) -> None:
+        self.admission.holds = holds
+
+    @property
+    def sink(self) -> WritableSource | None:
+        """What takes evicted pages; a FileSink of the pager's own from the first eviction on, unless set before."""
+        return self.contents.sink
+
+    @sink.setter
+    def sink(self, sink: WritableSource) -> None:
+        self.contents.sink = sink
+
+    @property
+    def peers(self) -> Peers | None:
+        """Processes that access RAM by themselves: asked before pages go, and before accesses are frozen."""
+        return self.removal.peers
+
+    @peers.setter
+    def peers(self, peers: Peers | None) -> None:
+        self.removal.peers = peers
 
     # Accesses that no vCPU makes
 
     @contextlib.contextmanager
     def frozen(self, timeout: float | None = None) -> Iterator[None]:
-        """Keep everybody out of RAM but the vCPUs for the time of the block: accesses raise FrozenError.
+        """Keep all accesses but those of vCPUs out of RAM for the time of the block: they raise FrozenError.
 
         The block begins once no such access is under way and no view is open, in this process or a peer's. Raises
         BusyError if that takes longer than `timeout` seconds (None waits), PagingError if accesses are frozen already:
@@ -104,13 +193,13 @@ class DemandPager(Revoker):
         Under a claim, so that the trap is neither disarmed nor the page revoked meanwhile. Returns whether there was
         something to mend.
         """
-        with self.owning() as claim:
+        with self.admission.owning() as claim:
             with self.mutex:
                 if not self.enabled or self.ledger.begin_reassert(page, claim) is None:
                     return False
             with Uninterrupted():
                 mended = self.trap.reassert(claim.first, claim.count)
-            self._end(claim, State.PRESENT)
+            self.admission.end(claim, State.PRESENT)
             return mended
 
     def collapse(self, first: int, count: int) -> int:
@@ -118,109 +207,20 @@ class DemandPager(Revoker):
 
         Whole regions of 2 MiB (or whole units, if those are larger) inside the range of which every page is present;
         the others are passed over, as are all where `trap.collapses` is False. vCPUs may run, pages stay present, but
-        who faults on one or asks for it meanwhile waits. Returns how many pages have been put together.
+        an access that faults on one or asks for it meanwhile waits. Returns how many pages have been put together.
         """
-        first, end = self._checked(first, count)
+        first, end = self.layout.check_pages(first, count)
         size = max(REGION, self.ledger.unit)
         done = 0
         for page in range(-(-first // size) * size, end // size * size if self.trap.collapses else 0, size):
-            with self.owning() as claim:
+            with self.admission.owning() as claim:
                 with self.mutex:
                     if not self.enabled or self.ledger.begin_present(page, size, claim) is None:
                         continue
                 with Uninterrupted():
                     done += size * self.trap.collapse(page, size)
-                self._end(claim, State.PRESENT)
+                self.admission.end(claim, State.PRESENT)
         return done
-
-    # Marking, both ways
-
-    def mark_present(self, first: int, count: int) -> Outcome:
-        """Make a range present, fetching what has to be fetched; vCPUs may run meanwhile.
-
-        Returns PRESENT once each page of it has been present since, or the outcome that ended it. What is taken away
-        meanwhile, as by a resident limit of fewer pages, is absent again.
-        """
-        page, end = self._checked(first, count)
-        while (run := self.bitmap.next_absent_run(page, end)) is not None:
-            outcome, page = self._make_present(run[0], min(run[1], _MAX_CLAIM))
-            if outcome is Outcome.ADMITTED:
-                self.house.keep()
-            elif outcome is not Outcome.PRESENT:
-                return outcome
-        return Outcome.PRESENT
-
-    def _make_present(self, page: int, count: int) -> tuple[Outcome, int]:
-        """Make at least the first page of a run present, as much of it as can be had at once.
-
-        Returns ADMITTED, PRESENT if somebody else may have done it, or why not; and the page to go on at.
-        """
-        with self.owning() as claim:
-            with self.mutex:
-                step = self.ledger.obstacle(page)
-                if isinstance(step, Outcome):
-                    return step, page
-                if step is None:
-                    if self.error is not None:
-                        return Outcome.FAILED, page
-                    self.ledger.claim(page, page, count, claim)
-                else:
-                    wait = Wait()
-                    self.ledger.queue(step, wait)
-            if step is None:
-                return self._carry_out(claim, PageFault(page)), min(claim.first + claim.count, page + count)
-        return self._sleep(wait, None) or Outcome.PRESENT, page
-
-    def shut_off(self, first: int, count: int) -> None:
-        """Shut the guest out of a range, up to the first page that somebody is at.
-
-        Waits for nobody but a device in another process, and for that a moment.
-        """
-        with contextlib.suppress(BusyError, SwitchedOffError):
-            self.mark_nonpresent(first, count, timeout=0 if self.peers is None else ANSWER_SECONDS)
-
-    def complete(self, first: int, count: int) -> Outcome:
-        """Make present what nobody is at of a range, and pass over the rest: waits for no claim.
-
-        Returns PRESENT, or FAILED or CANCELLED if that ended it.
-        """
-        page, end = self._checked(first, count)
-        while (run := self.bitmap.next_absent_run(page, end)) is not None:
-            page = run[0]
-            with self.owning() as claim:
-                with self.mutex:
-                    step = self.ledger.obstacle(page)
-                    if step is None and self.error is not None:
-                        step = Outcome.FAILED
-                    if step is None:
-                        self.ledger.claim(page, page, min(run[1], _MAX_CLAIM), claim)
-                if step is None:
-                    step, page = self._carry_out(claim, PageFault(page)), claim.first + claim.count
-                else:
-                    page += 1
-            if step is Outcome.FAILED or step is Outcome.CANCELLED:
-                return step
-        return Outcome.PRESENT
-
-    def mark_bitmap_present(self, words: Words) -> Outcome:
-        """Make the pages of a sparse bitmap (`kvmdp.memory.bitmap`) present."""
-        for first, count in self._runs(words):
-            outcome = self.mark_present(first, count)
-            if outcome is not Outcome.PRESENT:
-                return outcome
-        return Outcome.PRESENT
-
-    def mark_bitmap_nonpresent(self, words: Words) -> int:
-        """Shut the guest out of the pages of a sparse bitmap; returns how many were present."""
-        return sum(self.mark_nonpresent(first, count) for first, count in self._runs(words))
-
-    def _runs(self, words: Words) -> list[tuple[int, int]]:
-        if words.dtype != np.uint64 or words.shape != ((self.layout.pages + 63) // 64,):
-            raise ValueError(
-                f"a bitmap of {self.layout.pages} pages is uint64[{(self.layout.pages + 63) // 64}], "
-                f"not {words.dtype}{list(words.shape)}"
-            )
-        return [(int(first), int(count)) for first, count in runs_of(words, self.layout.pages)]
 
     # Switching on and off, stopping
 
@@ -241,14 +241,14 @@ class DemandPager(Revoker):
             with self.gate.quiesced(), Uninterrupted():
                 self.trap.arm(self)
                 with self.mutex:
-                    self.enabled = True
-        for remind in self.reminders:  # all of RAM may be present
-            remind()
+                    self.admission.enabled = True
+        self.jobs.work()  # all of RAM may be present
 
     def disable(self) -> None:
         """Disarm the trap: RAM is plain memory again, with no overhead left. Does nothing if it is disarmed.
 
-        Raises PagingError while pages are absent: nothing would fetch them any more. Not for who keeps house.
+        Raises PagingError while pages are absent: nothing would fetch them any more. Must not be called
+        from a job.
         """
         with self._switching():
             if not self.enabled:
@@ -256,18 +256,18 @@ class DemandPager(Revoker):
             with self.gate.quiesced():
                 is_begun = False
                 try:
-                    self._let_nobody_begin()
+                    self._switch_off()
                     with Uninterrupted():
                         is_begun = True
                         self.trap.disarm()
                 except BaseException:
                     if not is_begun:  # an interruption came between the two
-                        self.enabled = True
+                        self.admission.enabled = True
                     raise
 
     @contextlib.contextmanager
     def _switching(self) -> Iterator[None]:
-        """Be the only one to arm or disarm the trap; who comes second waits and finds it done."""
+        """Be the only thread to arm or disarm the trap; one that comes second waits and finds it done."""
         switcher = object()
         with undone(lambda: self._let_switch(switcher)):
             with self.mutex:
@@ -282,18 +282,19 @@ class DemandPager(Revoker):
                 self._switcher = None
             self._switched.notify_all()
 
-    def _let_nobody_begin(self) -> None:
-        """Switch off once nobody is at a page or keeps house; raises PagingError if a page is absent.
+    def _switch_off(self) -> None:
+        """Switch off once no page has a claim and no thread is at a job; raises PagingError if a page is absent.
 
-        All pages are present is when the last regions of memslots are merged, with no claim held (`Housekeeping`): to
-        disarm meanwhile would delete the same memslots. So who is at that is waited for as well, and nobody begins once
+        When all pages are present the last regions of memslots are merged, by a job, with no claim held: to disarm
+        meanwhile would delete the same memslots. So threads at a job are waited for as well, and none begins once
         `enabled` is False, which is set in the step that finds no page absent and no claim.
 
-        Why it comes to an end although the caller keeps the vCPUs out: whoever is waited for is outside the gate, needs
-        none of them to get on, and may stop them too (the gate counts who closes it). Who is at a present page admits
-        it; a revocation would wait (for pins), but its pages are absent from its beginning. Who keeps house does not
-        insist on a claim or a pin, so not on the views that the caller or the housekeeper itself may hold; it finds
-        nothing absent to fetch, and is refused what it would take away. What was begun before is a claim and has ended.
+        Why it comes to an end although the caller keeps the vCPUs out: each thread that is waited for is outside the
+        gate, needs none of them to get on, and may stop them too (the gate counts its closers). The owner of a claim on
+        a present page admits it; a revocation would wait (for pins), but its pages are absent from its beginning. A job
+        does not insist on a claim or a pin, so not on the views that the caller or the job's own thread may hold; it
+        finds nothing absent to fetch, and is refused what it would take away. What was begun before is a claim and has
+        ended.
         """
         while True:
             with self.mutex:
@@ -304,8 +305,8 @@ class DemandPager(Revoker):
                         f"make them present first{self._remedy_for_poison()}"
                     )
                 if not self.ledger.claims:
-                    self.enabled = False
-                    self.house.await_nobody()
+                    self.admission.enabled = False
+                    self.jobs.await_idle()
                     return
                 wait = Wait()
                 self.ledger.queue(self.ledger.claims[0], wait)
@@ -322,25 +323,21 @@ class DemandPager(Revoker):
     def cancel(self) -> None:
         """Begin no more claims: every fault on an absent page ends as CANCELLED.
 
-        Claims under way end in their own time, at once if it is another process that fills them. Whoever waits for one
-        is woken now, but for pages that are present already and only being admitted; so is whoever sleeps in the
-        kernel on an absent page.
+        Claims under way end in their own time, or as soon as their source gives up. Threads that wait for one are woken
+        now, but for pages that are present already and only being admitted; so is a vCPU that sleeps in the kernel on
+        an absent page.
         """
         with self.mutex:
             woken = self.ledger.cancel()
-            self._unpinned.notify_all()
+            self.admission.unpinned.notify_all()
         notify(woken)
-        remote = ram_source(self._source)
-        if remote is not None:
-            remote.cancel()
+        self.contents.cancel.set()
         if self.enabled:
             self.trap.release_sleepers()
 
-    def resume(self) -> None:
-        """Undo `cancel`: an access to an absent page is a fault again. No vCPU may run.
-
-        A source in another process that has been told to give up stays so: what it has not filled cannot be had.
-        """
+    def reopen(self) -> None:
+        """Undo `cancel`: an access to an absent page is a fault again. No vCPU may run."""
+        self.contents.cancel = FetchCancel()
         with self.mutex:
             self.ledger.cancelled = False
         if self.enabled:
@@ -350,18 +347,49 @@ class DemandPager(Revoker):
     def _absent_runs(self) -> Generator[tuple[int, int]]:
         """Yield the runs of pages that are absent, each claimed until the next is asked for.
 
-        Somebody else's are passed over: what comes of those is admitted as ever, over whatever the trap has there.
+        Pages with another claim are passed over: what comes of those is admitted as ever, over whatever the trap has
+        there.
         """
         page, pages = 0, self.layout.pages
         while page < pages:
-            with self.owning() as claim:
+            with self.admission.owning() as claim:
                 with self.mutex:
                     _, _, page = self.ledger.begin_take(page, pages, pages, _ABSENT, claim)
                 if claim.count:
                     yield claim.first, claim.count
 
+    # Reading pages wherever their bytes are
+
+    def content(self, first: int, count: int, into: memoryview) -> None:
+        """Copy the bytes of a range to `into`, `count` * 4096 bytes, and leave its pages in the states they are in.
+
+        Pages at the source or in the sink are fetched to `into` and not admitted. Claims that are in the way are waited
+        for, as faults wait for this. vCPUs may run: a store to a page that they may enter is in the copy or is not.
+        Works after `cancel` too, but for sources that wait for another process. Raises ValueError outside RAM,
+        PoisonedError for a range with a poisoned page, SourceError.
+        """
+        page, end = self.layout.check_pages(first, count)
+        while page < end:
+            with self.admission.owning() as claim:
+                with self.mutex:
+                    obstacle = self.ledger.begin_look(page, min(end, page + _MAX_CLAIM), claim)
+                    if isinstance(obstacle, Claim):
+                        wait = Wait()
+                        self.ledger.queue(obstacle, wait)
+                if obstacle is None:
+                    start, stop = claim.first - first, claim.first + claim.count - first
+                    self.contents.copy(
+                        claim.before[0], claim.first, into[start * PAGE_SIZE : stop * PAGE_SIZE]
+                    )
+                    page = claim.first + claim.count
+            if isinstance(obstacle, Claim):
+                self.admission.sleep(wait, None)
+            elif obstacle is not None:
+                gpa = self.layout.gpa_of_page(page)
+                raise PoisonedError(f"the page at gpa {gpa:#x} is poisoned: what was in it is lost")
+
     def close(self) -> None:
-        """Give bitmap and sink back; nobody may use the pager any more."""
+        """End the jobs, and give bitmap and sink back; the pager must not be used any more."""
+        self.jobs.close()
         self.bitmap.close()
-        if self.sink is not None:
-            self.sink.close()
+        self.contents.close()

@@ -118,3 +118,26 @@ class Pins:
         first, end = claim.first, claim.first + claim.count
         runs = itertools.chain(self._counted, *(pin.runs for pin in self._listed))
         return any(page < end and first < page + count for page, count in runs)
+
+
+class Retained:
+    """Runs of pages that stay present once they are: a revocation passes them over. There are few."""
+
+    def __init__(self) -> None:
+        self._runs: list[tuple[int, int]] = []  # (first, end)
+
+    def add(self, run: tuple[int, int]) -> None:
+        """Retain the pages (first, end); the same may be retained twice."""
+        self._runs.append(run)
+
+    def remove(self, run: tuple[int, int]) -> None:
+        """Undo one `add` of the same pages."""
+        self._runs.remove(run)
+
+    def first_between(self, first: int, end: int) -> int:
+        """Return the first retained page of [first, end), or `end`."""
+        return min((max(low, first) for low, high in self._runs if low < end and first < high), default=end)
+
+    def end_at(self, page: int) -> int:
+        """Return where a retained run ends that holds `page`."""
+        return next(high for low, high in self._runs if low <= page < high)

@@ -1,12 +1,14 @@
 """Which pages are fetched on a fault besides the one that was touched.
 
 A policy proposes; the pager cuts the proposal to pages that are absent and lie in one stretch of
-guest-physical space. Units: RAM pages.
+guest-physical space. `MachineOptions.policy` takes any object with the one method below. Units: RAM pages.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
+
+from kvmdp.page import PageFault
 
 MAX_FAULT_AROUND = 512
 
@@ -14,8 +16,13 @@ MAX_FAULT_AROUND = 512
 class FaultPolicy(Protocol):
     """Proposes the run of pages to fetch for a fault."""
 
-    def window(self, page: int) -> tuple[int, int]:
-        """Return (first, count), a run that holds `page`."""
+    def window(self, fault: PageFault) -> tuple[int, int]:
+        """Return (first, count), a run of at most 512 pages that holds `fault.page`.
+
+        `fault` says which page, who touched it (`origin`, and `number` for which vCPU or device, -1 where the kernel
+        does not tell) and how (`access`). Called under the pager's mutex, once for each fault that fetches: it must
+        neither wait nor call the pager.
+        """
         ...
 
 
@@ -33,6 +40,6 @@ class FaultAround:
         self.pages = pages
         self._mask = ~(pages - 1)
 
-    def window(self, page: int) -> tuple[int, int]:
-        """Return the aligned block that holds `page`."""
-        return page & self._mask, self.pages
+    def window(self, fault: PageFault) -> tuple[int, int]:
+        """Return the aligned block that holds the page."""
+        return fault.page & self._mask, self.pages

@@ -2,6 +2,7 @@
 
     Quiescer      keeps the vCPUs out of KVM_RUN           `kvmdp.vcpu.gate`
     Trap          makes absent pages trap                  `kvmdp.trap`
+    Peers         processes that access RAM by themselves  `kvmdp.peers`
     ForReaders    of the pager, for threads that read the kernel's faults and must not wait
     ForMemslots   of the pager, for traps that rearrange memslots behind a fault
 
@@ -19,6 +20,7 @@ from kvmdp.errors import PagingError
 from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.page import Outcome, PageFault
 from kvmdp.paging.claim import Waiter
+from kvmdp.paging.jobs import Jobs
 
 
 class Quiescer(Protocol):
@@ -63,7 +65,7 @@ class Presence(Protocol):
         ...
 
     def abort(self, error: PagingError) -> None:
-        """Pause the pager: the trap can no longer serve faults."""
+        """Fail all faults from now on: the trap can no longer serve them."""
         ...
 
 
@@ -73,20 +75,16 @@ class ForReaders(Presence, Protocol):
     def resolve_or_park(self, fault: PageFault, waiter: Waiter) -> Outcome | None:
         """Resolve a fault without ever waiting for a claim.
 
-        Returns None if somebody else is at the page: then `waiter` is notified when that has ended.
+        Returns None if the page has a claim, or a pause concerns it: then `waiter` is notified when that has ended.
         """
         ...
 
     @property
-    def room(self) -> Callable[[int], bool]:
-        """Tells, without waiting, whether a fault that nobody keeps house after may bring pages in now.
-
-        It is asked with the time of the fault (time.perf_counter_ns). If there is no room somebody is taking other
-        pages out: ask again by and by. It comes true before long, whatever becomes of that.
-        """
+    def jobs(self) -> Jobs:
+        """What runs beside the guest; its `may_admit` is asked before a fault."""
         ...
 
-    def discarded(self, first: int, count: int) -> None:
+    def note_discarded(self, first: int, count: int) -> None:
         """Take note that the bytes of these pages have gone, or are going: they read as zeros from now on."""
         ...
 
@@ -95,40 +93,53 @@ class ForMemslots(Presence, Protocol):
     """What the pager does for a trap that rearranges memslots when pages have come or gone."""
 
     @property
-    def is_limited(self) -> bool:
-        """Whether pages are taken away again because there must not be too many of them."""
-        ...
-
-    @property
-    def housekeeping(self) -> list[Callable[[], None]]:
-        """What is called after a commit by threads that may sleep, with no claim held; for a trap to add to.
-
-        Such a call may stop the vCPUs, but waits for no claim and no pin, for more than a moment: its thread may hold
-        a view of pages, and who disarms the trap waits until nobody is in such a call.
-        """
+    def jobs(self) -> Jobs:
+        """What runs beside the guest, for a trap to add a job to."""
         ...
 
     def complete(self, first: int, count: int) -> Outcome:
-        """Make present what nobody is at of a range, and pass over the rest. Waits for no claim.
+        """Make the unclaimed pages of a range present, and pass over the rest. Waits for no claim.
 
         PRESENT, or the outcome that ended it (FAILED, CANCELLED).
         """
         ...
 
     def shut_off(self, first: int, count: int) -> None:
-        """Make a range absent, up to the first page that somebody is at, and keep its bytes. Waits for no claim."""
+        """Make a range absent, up to the first page that has a claim or a pin, and keep its bytes. Waits for no claim."""
         ...
 
 
-class Pager(ForReaders, ForMemslots, Protocol):
-    """What a trap is armed with."""
+class ForTraps(ForReaders, ForMemslots, Protocol):
+    """What a trap is armed with: the pager."""
+
+
+class Peers(Protocol):
+    """Processes that access RAM by themselves wherever its bit is set."""
+
+    def invalidate(self, first: int, count: int, deadline: float | None) -> None:
+        """Return when no peer accesses these pages any more; their bits are cleared.
+
+        `deadline` is of time.monotonic. Raises BusyError if a peer does not let go.
+        """
+        ...
+
+    def freeze(self, deadline: float | None) -> None:
+        """Return when no peer accesses RAM before `thaw`; one that comes meanwhile is told too.
+
+        Raises BusyError if a peer does not let go; `thaw` follows.
+        """
+        ...
+
+    def thaw(self) -> None:
+        """Let the peers go on."""
+        ...
 
 
 class Trap(Protocol):
     """Makes absent pages trap.
 
     The pager calls `admit` and `revoke` under a claim on exactly these pages, from any thread, for different
-    pages at the same time; `arm` and `disarm` with every vCPU out of KVM_RUN, no claim left and nobody keeping house.
+    pages at the same time; `arm` and `disarm` with every vCPU out of KVM_RUN, no claim left and no job at work.
     """
 
     @property
@@ -152,6 +163,11 @@ class Trap(Protocol):
         ...
 
     @property
+    def ram_view(self) -> memoryview:
+        """All of RAM as bytes: where the content of a present page is."""
+        ...
+
+    @property
     def populate(self) -> Callable[[int, int], None] | None:
         """What is to be called before bytes are put into `fill_view` (offset and length of them), if anything is.
 
@@ -169,7 +185,7 @@ class Trap(Protocol):
         """Nanoseconds from event to wake of vCPUs' faults served by threads of the trap's own, an array a thread."""
         ...
 
-    def arm(self, pager: Pager) -> None:
+    def arm(self, pager: ForTraps) -> None:
         """Make every page trap that is not present in `pager.bitmap`; RAM may have been plain before."""
         ...
 
@@ -188,7 +204,7 @@ class Trap(Protocol):
     def forget(self, first: int, count: int) -> None:
         """Give up the bytes of pages that are revoked, and the memory behind them where it can be freed.
 
-        What is read there afterwards is undefined. Nobody is at the pages: they are claimed.
+        What is read there afterwards is undefined. The pages are claimed, and no access is at them.
         """
         ...
 

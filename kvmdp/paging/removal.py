@@ -2,7 +2,7 @@
 
 Order: state EVICTING and bit, peers and pins drained, then `trap.revoke` (with every vCPU out of KVM_RUN where the trap
 needs that), then the bytes saved or dropped, then the new state, then wake. Nobody can write to a page after
-`trap.revoke`, and whoever faults on it waits for the claim: so no write between save and removal is lost.
+`trap.revoke`, and an access to it waits for the claim: so no write between save and removal is lost.
 
 Units: RAM pages, seconds.
 """
@@ -12,21 +12,19 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from kvmdp.errors import BusyError, CancelledError, PagingError, SwitchedOffError
 from kvmdp.interruption import Uninterrupted
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE, PageFault
-from kvmdp.paging.admission import Resolver
+from kvmdp.paging.admission import Admission
 from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import Claim, State, Wait
-from kvmdp.paging.policy import FaultPolicy
-from kvmdp.paging.ports import Quiescer, Trap
+from kvmdp.paging.ports import Peers, Quiescer, Trap
 from kvmdp.paging.store import FileSink
 from kvmdp.paging.takeable import runs_to_take, takeable
 from kvmdp.shortage import ShortageError, in_words
-from kvmdp.source.base import PageSource, SourceError, WritableSource
+from kvmdp.source.base import SourceError, WritableSource
 
 _REVOKE_BATCH = 512  # pages revoked at once: bounds how long vCPUs are kept out of KVM_RUN
 
@@ -38,37 +36,41 @@ _DISCARDABLE = takeable(State.BACKED, State.SOURCE, State.SINK)
 _POISONABLE = takeable(State.BACKED, State.SOURCE, State.SINK, State.ZERO)
 
 
-class Peers(Protocol):
-    """Those in other processes who access RAM by themselves wherever its bit is set."""
+class Removal:
+    """Takes pages away, and heals poisoned ones.
 
-    def invalidate(self, first: int, count: int, deadline: float | None) -> None:
-        """Return when no peer accesses these pages any more; their bits are cleared.
+    Arguments: where RAM lies; the trap; what makes the pages present that this takes away; the gate the vCPUs pass.
+    `peers`, if set, is asked before pages are taken away.
+    """
 
-        `deadline` is of time.monotonic. Raises BusyError if a peer does not let go.
-        """
-        ...
-
-    def freeze(self, deadline: float | None) -> None:
-        """Return when no peer accesses RAM any more, or will before `thaw`; who comes meanwhile is told too.
-
-        Raises BusyError if a peer does not let go; `thaw` follows.
-        """
-        ...
-
-    def thaw(self) -> None:
-        """Let the peers go on."""
-        ...
-
-
-class Revoker(Resolver):
-    """The half of `DemandPager` that takes pages away."""
-
-    def __init__(
-        self, layout: GuestLayout, trap: Trap, source: PageSource, policy: FaultPolicy, gate: Quiescer
-    ) -> None:
-        super().__init__(layout, trap, source, policy)
-        self.gate = gate
+    def __init__(self, layout: GuestLayout, trap: Trap, admission: Admission, gate: Quiescer) -> None:
         self.peers: Peers | None = None
+        self._layout = layout
+        self._trap = trap
+        self._admission = admission
+        self._ledger = admission.ledger
+        self._mutex = admission.mutex
+        self._contents = admission.contents
+        self._gate = gate
+
+    # Pages that stay
+
+    def retain(self, first: int, count: int) -> None:
+        """Never make these pages non-present from now on, once they are present; widened to whole units.
+
+        For pages that KVM uses without an access that could trap: live page tables, of which it keeps what it has
+        read, and pages it writes to by itself. A pin would make a revocation wait; these it passes over. One that has
+        begun ends first: a caller that wants the pages present makes them so afterwards. Undone by `let_go`; counted.
+        """
+        first, end = self._layout.check_pages(first, count)
+        with self._mutex:
+            self._ledger.retained.add(self._ledger.whole_units(first, end))
+
+    def let_go(self, first: int, count: int) -> None:
+        """Undo one `retain` of the same pages."""
+        first, end = self._layout.check_pages(first, count)
+        with self._mutex:
+            self._ledger.retained.remove(self._ledger.whole_units(first, end))
 
     # Taking away. All may be called while vCPUs and devices run.
 
@@ -76,16 +78,16 @@ class Revoker(Resolver):
         """Shut the guest out of a range: its bytes stay in RAM, the next access traps and costs no fetch.
 
         The range is widened to whole units; pages that are retained are passed over. Returns how many pages were shut
-        off. Raises BusyError if somebody keeps a page for longer than `timeout` seconds (None waits): what was taken
-        away before that stays away, the rest is present. SwitchedOffError while demand paging is switched off. When the
-        machine stops nothing more is taken away: it returns then too.
+        off. Raises BusyError if an access or a claim keeps a page for longer than `timeout` seconds (None waits): what
+        was taken away before that stays away, the rest is present. SwitchedOffError while demand paging is switched
+        off. When the machine stops nothing more is taken away: it returns then too.
         """
         return self._take_away(first, count, timeout, _SHUT_OFF, self._keep)
 
     def evict(self, first: int, count: int, timeout: float | None = None) -> int:
         """Move the bytes of a range out of RAM: the next access brings back exactly those.
 
-        They go to `sink`, which is a FileSink if nobody has set another before the first eviction. Pages whose bytes
+        They go to the sink, a FileSink unless another was set before the first eviction. Pages whose bytes
         are not in RAM are left alone. Returns how many pages were evicted; widened, passed over and raising as
         `mark_nonpresent`, and raises PagingError if the sink takes no more: those pages stay in RAM.
         """
@@ -93,7 +95,7 @@ class Revoker(Resolver):
         return self._take_away(first, count, timeout, _EVICTABLE, self._store)
 
     def evict_shut_off(self, first: int, count: int, timeout: float | None = None) -> int:
-        """Evict those pages of a range that are shut off, and leave alone what somebody has come for since."""
+        """Evict those pages of a range that are shut off, and leave alone what has been admitted again since."""
         self._have_sink()
         return self._take_away(first, count, timeout, _SHUT_OFF_EVICTABLE, self._store)
 
@@ -102,14 +104,15 @@ class Revoker(Resolver):
 
         Raises PagingError if the source takes no pages (`kvmdp.source.base.WritableSource`), or ends before the range.
         """
-        if not isinstance(self._source, WritableSource):
+        source = self._contents.source
+        if not isinstance(source, WritableSource):
             raise PagingError(
-                f"{self._source.name} takes no pages back: evict them to a sink, or open the image for writing"
+                f"{source.name} takes no pages back: evict them to a sink, or open the image for writing"
             )
         _, end = self._widened(first, count)
-        if end * PAGE_SIZE > self._source.size:
+        if end * PAGE_SIZE > source.size:
             raise PagingError(
-                f"{self._source.name} ends at {self._source.size:#x}, before page {end - 1} of RAM: "
+                f"{source.name} ends at {source.size:#x}, before page {end - 1} of RAM: "
                 "evict the pages behind its end to a sink"
             )
         return self._take_away(first, count, timeout, _EVICTABLE, self._give_back)
@@ -131,10 +134,10 @@ class Revoker(Resolver):
         first, end = self._widened(page, 1)
         count = end - first
         taken = self._take_away(first, count, timeout, _POISONABLE, self._spoil)
-        if taken != count and not self.ledger.cancelled:
-            why = "poisoned already" if self.ledger.states[page] == State.POISON else "in use by KVM itself"
+        if taken != count and not self._ledger.cancelled:
+            why = "poisoned already" if self._ledger.states[page] == State.POISON else "in use by KVM itself"
             raise PagingError(
-                f"the page at gpa {self.layout.gpa_of_page(page):#x} cannot be poisoned: it is {why}"
+                f"the page at gpa {self._layout.gpa_of_page(page):#x} cannot be poisoned: it is {why}"
             )
         return first, count
 
@@ -142,62 +145,61 @@ class Revoker(Resolver):
         """Give a poisoned page, with its unit, new bytes, and admit it.
 
         `content` is as long as the unit. Raises PagingError if the page is not poisoned. Waits until KVM is done with
-        each access to it that it has half emulated: so this is for no vCPU's thread that is at one, and not for
-        whoever keeps the vCPUs out of KVM_RUN (`quiesced`). A stop of the machine does not end it: the page is healed.
+        each access to it that it has half emulated: so a vCPU's thread that is at one must not call this, nor a thread
+        that keeps the vCPUs out of KVM_RUN (`quiesced`). A stop of the machine does not end it: the page is healed.
         """
-        self._checked(page, 1)
-        with self.owning() as claim:
+        self._layout.check_pages(page, 1)
+        admission = self._admission
+        with admission.owning() as claim:
             began = self._heal(page, content, claim)
         # As when any other page becomes present: it may be the last of a region.
-        if self.observer is not None:
-            self.observer(PageFault(page), claim, began)
-        self.house.keep()
+        for admitted in admission.jobs.on_admitted:
+            admitted(PageFault(page), claim, began)
+        admission.jobs.work()
 
     def _heal(self, page: int, content: bytes, claim: Claim) -> int:
         """Carry out `unpoison`; returns when the page had its bytes (time.perf_counter_ns)."""
-        gpa = self.layout.gpa_of_page(page)
-        with self.mutex:
-            was_poisoned = self.ledger.begin_heal(page, claim) is not None
+        gpa = self._layout.gpa_of_page(page)
+        with self._mutex:
+            was_poisoned = self._ledger.begin_heal(page, claim) is not None
         if not was_poisoned:
             raise PagingError(f"the page at gpa {gpa:#x} is not poisoned: there is nothing to heal")
-        offset, length = claim.first * PAGE_SIZE, claim.count * PAGE_SIZE
+        length = claim.count * PAGE_SIZE
         if len(content) != length:
             raise ValueError(
                 f"{len(content)} bytes for gpa {gpa:#x}, where {length} are poisoned: give all of them"
             )
-        # Since the claim nobody new is at the page: whoever comes waits for it. Who holds it (`held`) has an access of
-        # KVM's emulator to get out of the way, in a KVM_RUN that does not enter the guest. Until that is done KVM may
-        # store once more, and must find the page poisoned.
+        # Since the claim no new access is at the page: those that come wait for it. A vCPU that holds it (`held`) has
+        # an access of KVM's emulator to get out of the way, in a KVM_RUN that does not enter the guest. Until that is
+        # done KVM may store once more, and must find the page poisoned.
         #
-        # That it ends: such a vCPU waits for the gate and for no page, and a stop makes it turn round at the gate. Who
-        # has closed the gate does not wait for this claim: `disable` finds the page absent and raises, others wait for
-        # no claim. Should it sleep on this page in that KVM_RUN (userfaultfd), the reader tells it at once that it is
-        # poisoned (`begin`), and does not wait for this claim.
-        with self.mutex:
-            while self.ledger.pins.hold(claim):
-                self._unpinned.wait()
-        if self._populate is not None:
-            self._populate(offset, length)
-        self._fill_view[offset : offset + length] = content
+        # That it ends: such a vCPU waits for the gate and for no page, and a stop makes it turn round at the gate. The
+        # thread that has closed the gate does not wait for this claim: `disable` finds the page absent and raises,
+        # others wait for no claim. Should the vCPU sleep on this page in that KVM_RUN (userfaultfd), the reader tells
+        # it at once that it is poisoned (`begin`), and does not wait for this claim.
+        with self._mutex:
+            while self._ledger.pins.hold(claim):
+                self._admission.unpinned.wait()
+        self._contents.put(claim.first, content)
         began = time.perf_counter_ns()
-        self.commit(claim)
+        self._admission.commit(claim)
         return began
 
     def _have_sink(self) -> None:
-        with self.mutex:
-            missing = self.sink is None
+        with self._mutex:
+            missing = self._contents.sink is None
         if missing:
             with Uninterrupted():  # or its file would be closed by the garbage collector at best
                 self._make_sink()
 
     def _make_sink(self) -> None:
         try:
-            sink = FileSink()
+            sink = FileSink(self._layout.memory_bytes)
         except OSError as error:
             raise PagingError(f"no page can be evicted: {in_words(error)}") from error
-        with self.mutex:
-            if self.sink is None:
-                self.sink = sink
+        with self._mutex:
+            if self._contents.sink is None:
+                self._contents.sink = sink
                 return
         sink.close()  # another thread was faster
 
@@ -217,7 +219,7 @@ class Revoker(Resolver):
         deadline = None if timeout is None else time.monotonic() + timeout
         taken = 0
         while page < end:
-            with self.owning() as claim:
+            with self._admission.owning() as claim:
                 wait, page = self._begin_take(page, end, kinds, claim, deadline)
                 if wait is not None:
                     self._await(wait, deadline, page)
@@ -228,45 +230,45 @@ class Revoker(Resolver):
                     taken += self._take(claim, deadline, kinds, finish)
                 except CancelledError:
                     break  # as before a claim was had: the pages are as they were
-            self.house.keep()
+            self._admission.jobs.work()
         return taken
 
     def _await(self, wait: Wait, deadline: float | None, page: int) -> None:
-        """Wait for whoever is at a page. Raises BusyError."""
-        if self._sleep(wait, deadline) is not None:
-            gpa = self.layout.gpa_of_page(page)
-            raise BusyError(f"the page at gpa {gpa:#x} is being fetched or taken away by somebody else")
+        """Wait for the end of a claim on a page. Raises BusyError."""
+        if self._admission.sleep(wait, deadline) is not None:
+            gpa = self._layout.gpa_of_page(page)
+            raise BusyError(f"the page at gpa {gpa:#x} is being fetched or taken away by another thread")
 
     def _begin_take(
         self, page: int, end: int, kinds: bytes, claim: Claim, deadline: float | None
     ) -> tuple[Wait | None, int]:
         """Claim the next run of [page, end) that `kinds` names, if nothing is in its way; returns what is."""
-        with self.mutex:
+        with self._mutex:
             end = self._give_way(page, end, deadline)
-            if not self.enabled:
+            if not self._admission.enabled:
                 raise SwitchedOffError(
                     "pages cannot be marked while demand paging is switched off: enable it first"
                 )
-            _, in_the_way, page = self.ledger.begin_take(page, end, _REVOKE_BATCH, kinds, claim)
+            _, in_the_way, page = self._ledger.begin_take(page, end, _REVOKE_BATCH, kinds, claim)
             wait = None
             if in_the_way is not None:
                 wait = Wait()
-                self.ledger.queue(in_the_way, wait)
+                self._ledger.queue(in_the_way, wait)
             return wait, page
 
     def _give_way(self, page: int, end: int, deadline: float | None) -> int:
         """Wait, with the mutex held, until no access insists on `page`; returns where one does, or the `end`.
 
-        That it ends: whoever insists waits for claims alone, and this thread has none. Each that is there ends, with
-        the page present, and no thread takes that away again. Raises BusyError.
+        That it ends: an access that insists waits for claims alone, and this thread has none. Each that is there ends,
+        with the page present, and no thread takes that away again. Raises BusyError.
         """
-        unit = self.ledger.unit
-        while (found := self.ledger.pins.first_insisted(page, end)) is not None:
-            if self.ledger.cancelled:
+        unit = self._ledger.unit
+        while (found := self._ledger.pins.first_insisted(page, end)) is not None:
+            if self._ledger.cancelled:
                 break
             if found // unit * unit > page:
                 return found // unit * unit
-            gpa = self.layout.gpa_of_page(found)
+            gpa = self._layout.gpa_of_page(found)
             self._await_pins(
                 deadline, f"the page at gpa {gpa:#x} is wanted by an access that had lost it before"
             )
@@ -277,7 +279,7 @@ class Revoker(Resolver):
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             raise BusyError(busy)
-        self._unpinned.wait(left)
+        self._admission.unpinned.wait(left)
 
     def _take(
         self,
@@ -301,95 +303,85 @@ class Revoker(Resolver):
                     claim.after = bytes(states)
                 taken += count
         except (OSError, ShortageError, SourceError) as error:
-            gpa = self.layout.gpa_of_page(claim.first)
+            gpa = self._layout.gpa_of_page(claim.first)
             raise PagingError(
                 f"pages from gpa {gpa:#x} on stay in RAM, they cannot be saved: {in_words(error)}"
             ) from error
         finally:
             with Uninterrupted():  # or memory would not be freed of which it is said that nothing is there
-                self._end(claim, bytes(states), self._forget(gone))
+                self._admission.end(claim, bytes(states), self._forget(gone))
         return taken
 
     def _forget(self, runs: list[tuple[int, int]]) -> PagingError | None:
         """Free the memory of pages that are still claimed; returns what to pause the machine with if that fails."""
         try:
             for first, count in runs:
-                self.trap.forget(first, count)
+                self._trap.forget(first, count)
         except OSError as error:
             return broken("the memory of pages that were taken away cannot be freed", error)
         return None
 
     def _revoke(self, claim: Claim, deadline: float | None) -> None:
-        """Shut everybody out of present pages. Raises with the pages as before, unless it is the trap that fails."""
+        """Shut all accesses out of present pages. Raises with the pages as before, unless it is the trap that fails."""
         self._drain(claim, deadline)
-        quiesced = self.gate.quiesced() if self.trap.needs_quiesce else contextlib.nullcontext()
+        quiesced = self._gate.quiesced() if self._trap.needs_quiesce else contextlib.nullcontext()
         with quiesced, Uninterrupted():
             try:
-                self.trap.revoke(claim.first, claim.count)
+                self._trap.revoke(claim.first, claim.count)
             except BaseException as error:
-                self._end(claim, State.BACKED, broken("pages could not be revoked", error))
+                self._admission.end(claim, State.BACKED, broken("pages could not be revoked", error))
                 raise
             claim.after = bytes((State.BACKED,)) * claim.count  # what they are until they are finished
-            with self.mutex:
-                self.counters.pages_revoked += claim.count
+            with self._mutex:
+                self._ledger.counters.pages_revoked += claim.count
 
     def _drain(self, claim: Claim, deadline: float | None) -> None:
-        """Wait until nobody in user space is at the pages; nobody can begin to be any more.
+        """Wait until no access of user space is at the pages; none can begin any more.
 
         Raises BusyError, CancelledError.
         """
         if self.peers is not None:
             self.peers.invalidate(claim.first, claim.count, deadline)
-        with self.mutex:
-            while self.ledger.pins.hold(claim):
-                if self.ledger.cancelled:
+        with self._mutex:
+            while self._ledger.pins.hold(claim):
+                if self._ledger.cancelled:
                     raise CancelledError("the machine is stopping: pages in use are not taken away any more")
-                gpa = self.layout.gpa_of_page(claim.first)
+                gpa = self._layout.gpa_of_page(claim.first)
                 self._await_pins(
                     deadline, f"the {claim.count} pages from gpa {gpa:#x} are in use: a view of them is open"
                 )
 
-    # What becomes of the bytes of pages that nobody can touch
+    # What becomes of the bytes of pages that no access can touch
 
     def _keep(self, _first: int, _count: int) -> State:
         return State.BACKED
 
     def _store(self, first: int, count: int) -> State:
-        assert self.sink is not None
-        self.sink.store(first * PAGE_SIZE, self._bytes_of(first, count))
-        with self.mutex:
-            self.counters.pages_evicted += count
+        assert self._contents.sink is not None
+        self._contents.store(self._contents.sink, first, count)
+        with self._mutex:
+            self._ledger.counters.pages_evicted += count
         return State.SINK
 
     def _give_back(self, first: int, count: int) -> State:
-        assert isinstance(self._source, WritableSource)
-        self._source.store(first * PAGE_SIZE, self._bytes_of(first, count))
-        with self.mutex:
-            self.counters.pages_evicted += count
+        assert isinstance(self._contents.source, WritableSource)
+        self._contents.store(self._contents.source, first, count)
+        with self._mutex:
+            self._ledger.counters.pages_evicted += count
         return State.SOURCE
 
-    def _bytes_of(self, first: int, count: int) -> memoryview:
-        return self._fill_view[first * PAGE_SIZE : (first + count) * PAGE_SIZE]
-
     def _drop(self, _first: int, count: int) -> State:
-        with self.mutex:
-            self.counters.pages_discarded += count
+        with self._mutex:
+            self._ledger.counters.pages_discarded += count
         return State.ZERO
 
     def _spoil(self, _first: int, count: int) -> State:
-        with self.mutex:
-            self.counters.pages_discarded += count
+        with self._mutex:
+            self._ledger.counters.pages_discarded += count
         return State.POISON
 
     def _widened(self, first: int, count: int) -> tuple[int, int]:
-        """Return the (first, end) pages of the whole units that hold a range. Raises IndexError outside RAM."""
-        first, end = self._checked(first, count)
-        unit = self.ledger.unit
-        return first // unit * unit, min(-(-end // unit) * unit, self.layout.pages)
-
-    def _checked(self, first: int, count: int) -> tuple[int, int]:
-        if count < 1 or first < 0 or first + count > self.layout.pages:
-            raise IndexError(
-                f"pages {first} to {first + count - 1} are not all in the {self.layout.pages} of RAM"
-            )
-        return first, first + count
+        """Return the (first, end) pages of the whole units that hold a range. Raises ValueError outside RAM."""
+        first, end = self._layout.check_pages(first, count)
+        unit = self._ledger.unit
+        return first // unit * unit, min(-(-end // unit) * unit, self._layout.pages)

@@ -6,31 +6,18 @@ Units: bytes; offsets are into RAM, in the order of the RAM file, whole pages.
 from __future__ import annotations
 
 import os
-from typing import Protocol
 
 from kvmdp.shortage import ShortageError, of_errno
 from kvmdp.source.base import SourceError
+from kvmdp.source.image import data_extents
+from kvmdp.source.request import FetchRequest
 from kvmdp.temporary import REMEDY, temporary_folder, unnamed_file
 
 
-class Sink(Protocol):
-    """Keeps pages. Called from several threads at once, for different pages."""
-
-    def store(self, offset: int, content: memoryview) -> None:
-        """Keep the pages from `offset` on. Raises OSError, ShortageError: what was there is not to be used then."""
-        ...
-
-    def fill(self, offset: int, destination: memoryview) -> None:
-        """Write over every byte of `destination` what was stored there last. Raises SourceError."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back; a second call does nothing."""
-        ...
-
-
 class FileSink:
-    """A `Sink` in an unnamed file in `folder` (default: that of temporary files), which goes with the process.
+    """A `kvmdp.source.base.WritableSource` in an unnamed file, which goes with the process.
+
+    `size` is RAM's, in bytes; `folder` is where the file is (default: that of temporary files).
 
     Pages that have come back keep their place in it, so that it grows to RAM's size at the most. To free each would be
     one more change of the file on the way of its fault, and most go again and would take a new place: a guest that is
@@ -39,7 +26,11 @@ class FileSink:
     Raises OSError if there can be none.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    name = "the sink"
+    concurrency = 4
+
+    def __init__(self, size: int, folder: str | None = None) -> None:
+        self.size = size
         self._folder = folder or temporary_folder()
         self._fd = unnamed_file("evicted pages", self._folder)
 
@@ -56,16 +47,20 @@ class FileSink:
                     error.errno, f"{error.strerror} in {self._folder}, where evicted pages go: {REMEDY}"
                 ) from None
 
-    def fill(self, offset: int, destination: memoryview) -> None:
-        """Read the pages."""
-        length, done = len(destination), 0
+    def extents(self) -> list[tuple[int, int]]:
+        """Return where pages have been stored: sorted (offset, length) ranges."""
+        return data_extents(self._fd, os.fstat(self._fd).st_size)
+
+    def fetch(self, request: FetchRequest, destination: memoryview) -> None:
+        """Read the pages. Raises SourceError."""
+        offset, length, done = request.offset, len(destination), 0
         while done < length:
             try:
                 count = os.preadv(self._fd, [destination[done:]], offset + done)
             except OSError as error:
-                raise SourceError("the sink", offset, length, str(error)) from error
+                raise SourceError(self.name, offset, length, str(error)) from error
             if not count:
-                raise SourceError("the sink", offset, length, "its file has become shorter")
+                raise SourceError(self.name, offset, length, "its file has become shorter")
             done += count
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ from kvmdp.errors import PagingError
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 from kvmdp.paging.ports import Trap
 from kvmdp.peers.requests import PeerCounters
 from kvmdp.peers.session import DeviceSession
@@ -76,7 +76,7 @@ class DeviceServer:
         self,
         layout: GuestLayout,
         backing: Backing,
-        pager: DemandPager,
+        pager: Pager,
         report: Callable[[str], None],
         patience: float = _PATIENCE_SECONDS,
     ) -> None:

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from kvmdp.page import Access, Origin, Outcome, PageFault
 from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import Waiter
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 from kvmdp.thread import JoinableThread
 
 _HELD_SECONDS = 0.001  # from one look whether there is room for a page to the next
@@ -65,7 +65,7 @@ class FaultRequests:
 
     def __init__(
         self,
-        pager: DemandPager,
+        pager: Pager,
         counters: PeerCounters,
         answer: Callable[[int, Outcome], None],
         broke: Callable[[Exception], None],
@@ -188,7 +188,7 @@ class FaultRequests:
         return request.outcome
 
     def _may_begin(self, request: _Request) -> bool:
-        return self._pager.bitmap.test(request.page) or self._pager.room(request.asked)
+        return self._pager.bitmap.test(request.page) or self._pager.jobs.may_admit(request.asked)
 
     def _released(self, request: _Request) -> bool:
         with self._mutex:

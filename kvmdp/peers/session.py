@@ -30,7 +30,7 @@ from kvmdp.memory.layout import GuestLayout
 from kvmdp.own_clock import OwnClock
 from kvmdp.page import PAGE_SHIFT, Outcome
 from kvmdp.paging.broken import broken
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 from kvmdp.peers.requests import FaultRequests, PeerCounters
 from kvmdp.peers.wire.endpoint import Peer
 from kvmdp.peers.wire.records import RECORD_SIZE, Kind, Record, RecordError, unpack
@@ -62,7 +62,7 @@ class DeviceSession:
         epoch: int,
         credits: int,
         layout: GuestLayout,
-        pager: DemandPager,
+        pager: Pager,
         counters: PeerCounters,
         patience: float,
         frozen: Callable[[], bool],

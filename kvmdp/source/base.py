@@ -9,7 +9,6 @@ Units: bytes. Offsets and lengths are multiples of `PAGE_SIZE`.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
@@ -18,20 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmdp.errors import KvmdpError
-from kvmdp.page import PAGE_SIZE, PageFault
+from kvmdp.page import PAGE_SIZE
+from kvmdp.source.request import FetchRequest
 
 WORDS_PER_PAGE = PAGE_SIZE // 8
 
 _RETRY_SECONDS = (0.001, 0.004, 0.016, 0.064, 0.256)
-
-
-class _Asking(threading.local):
-    fault: PageFault | None = None
-
-
-# The fault on whose account this thread is in a source's `fill`, None if it is no fault's. Set by the pager, for
-# sources that tell somebody who is asking; it goes past wrappers, which have no use for it.
-asking = _Asking()
 
 
 class SourceError(KvmdpError):
@@ -59,7 +50,7 @@ class SourceError(KvmdpError):
 class PageSource(Protocol):
     """Delivers the content of guest RAM, page by page, in any order.
 
-    `fill` is called from several threads at once, each with a destination of its own: an implementation keeps
+    `fetch` is called from several threads at once, each with a destination of its own: an implementation keeps
     no state that one call writes and another reads, or guards it with a lock.
     """
 
@@ -73,12 +64,18 @@ class PageSource(Protocol):
         """Bytes of RAM this source covers from offset 0; RAM beyond that reads as zeros."""
         ...
 
-    def fill(self, offset: int, destination: memoryview) -> None:
-        """Write the pages from `offset` on over every byte of `destination`.
+    @property
+    def concurrency(self) -> int:
+        """How many fetches gain by being under way at the same time, at least 1."""
+        ...
 
-        `destination` is a writable, contiguous view of bytes, a whole number of pages long. The range lies
-        inside `extents()`: nobody asks for a hole. Raises `SourceError` if the content cannot be had, and
-        ValueError if the range is not whole pages inside `size`.
+    def fetch(self, request: FetchRequest, destination: memoryview) -> None:
+        """Write the pages from `request.offset` on over every byte of `destination`.
+
+        `destination` is a writable, contiguous view of bytes, a whole number of pages long. The range lies inside
+        `extents()`: holes are never asked for. A fetch that waits for anything but a local file ends soon after
+        `request.cancel` is set. Raises SourceError if the source cannot deliver, or was called off; ValueError if the
+        range is not whole pages inside `size`.
         """
         ...
 
@@ -96,16 +93,16 @@ class PageSource(Protocol):
 
 @runtime_checkable
 class WritableSource(PageSource, Protocol):
-    """A source that takes pages back, whose later `fill` gives what was stored last."""
+    """A source that takes pages back, whose later `fetch` gives what was stored last."""
 
     def store(self, offset: int, content: memoryview) -> None:
-        """Keep whole pages from `offset` on, inside `size`, holes too. Raises SourceError."""
+        """Keep whole pages from `offset` on, inside `size`, holes too. Raises SourceError, OSError, ShortageError."""
         ...
 
 
 @runtime_checkable
 class RamSource(PageSource, Protocol):
-    """A source whose pages another process writes straight into RAM: it fills nothing else, and is told of it first."""
+    """A source whose pages another process writes into RAM, of which it is told first; it delivers nowhere else."""
 
     def bind(
         self, memory: memoryview, ram: int, bitmap: int, regions: Sequence[tuple[int, int, int]]
@@ -115,10 +112,6 @@ class RamSource(PageSource, Protocol):
         `regions` are (gpa, bytes, offset in the file). Descriptors stay the caller's. Raises ValueError for RAM that
         other processes cannot map.
         """
-        ...
-
-    def cancel(self) -> None:
-        """End every `fill` that waits, for good: the machine is stopping. Called from any thread, does not wait."""
         ...
 
 
@@ -159,21 +152,26 @@ def _always() -> bool:
 
 
 def fetch(
-    source: PageSource, offset: int, destination: memoryview, may_retry: Callable[[], bool] = _always
+    source: PageSource,
+    request: FetchRequest,
+    destination: memoryview,
+    may_retry: Callable[[], bool] = _always,
 ) -> None:
-    """Fill from a source as everything does that reads one: again if it says that this may help.
+    """Fetch from a source as every reader of one does: again if the source says that this may help.
 
     `may_retry` is asked before each further attempt, the first a millisecond after the failure; there are five, a third
-    of a second in all. Raises what `source.fill` raises.
+    of a second in all. What has landed is not fetched again. Raises what `source.fetch` raises.
     """
     for pause in _RETRY_SECONDS:
         try:
-            return source.fill(offset, destination)
+            return source.fetch(request, destination)
         except SourceError as error:
             if not error.transient or not may_retry():
                 raise
         time.sleep(pause)
-    return source.fill(offset, destination)
+        done, request = request.done, request.rest()
+        destination = destination[done:]
+    return source.fetch(request, destination)
 
 
 def read_pages(source: PageSource, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
@@ -190,9 +188,9 @@ def read_pages(source: PageSource, pages: npt.NDArray[np.int64]) -> npt.NDArray[
     nearest = np.searchsorted(extents[:, 0], pages, side="right") - 1
     into_extent = pages - extents[nearest, 0]
     rows = np.flatnonzero((nearest >= 0) & (into_extent < extents[nearest, 1]))
-    # One fill a run of neighbouring rows that are neighbouring pages.
+    # One fetch a run of neighbouring rows that are neighbouring pages.
     breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(pages[rows]) != 1)) + 1
     for run in np.split(rows, breaks) if len(rows) else ():
         destination = content[run[0] : run[-1] + 1].data.cast("B")
-        fetch(source, int(pages[run[0]]) * PAGE_SIZE, destination)
+        fetch(source, FetchRequest(int(pages[run[0]]) * PAGE_SIZE), destination)
     return content

@@ -16,12 +16,14 @@ from kvmdp.errors import KvmdpError
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import SourceError, check_range, page_extents
 from kvmdp.source.formats import recognise_file
+from kvmdp.source.request import FetchRequest
 
 # The read did not take place. EIO is not among them: by the time the kernel says so, it has made its own
 # retries.
 _TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR})
 
 _REFUSED = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a character device"}
+_PIECE = 256 << 10  # bytes that are read at once, of a run of which the asker wants pieces
 _WANTED = "give a regular file or a block device that holds raw memory"
 
 
@@ -44,6 +46,7 @@ class ImageSource:
     at any offset.
     """
 
+    concurrency = 4  # a disk of today serves more at once, and the host's read-ahead does the rest
     _flags = os.O_RDONLY
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -59,7 +62,7 @@ class ImageSource:
                     f"image {self.name!r} is said to have {self._file_size} bytes and has less: {_WANTED}"
                 )
             self.format = recognise_file(self._fd)
-            self._extents = page_extents(_data_ranges(self._fd, self._file_size))
+            self._extents = data_extents(self._fd, self._file_size)
         except BaseException as error:
             os.close(self._fd)
             if isinstance(error, OSError):  # as of files in /proc that are memory
@@ -70,19 +73,20 @@ class ImageSource:
         self.tail_bytes = self._file_size % PAGE_SIZE
         self.size = -(-self._file_size // PAGE_SIZE) * PAGE_SIZE
 
-    def fill(self, offset: int, destination: memoryview) -> None:
-        """Read the pages from `offset` on straight into `destination`.
+    def fetch(self, request: FetchRequest, destination: memoryview) -> None:
+        """Read the pages straight into `destination`, a long run piece by piece.
 
         Raises `SourceError`: transient for EAGAIN and EINTR; permanent for any other error, and if the file
         ends before its size at opening.
         """
-        length = destination.nbytes
+        offset, length = request.offset, destination.nbytes
         check_range(self, offset, length)
         wanted = min(length, self._file_size - offset)
+        most = length if request.on_landed is None else _PIECE
         done = 0
         while done < wanted:
             try:
-                count = os.preadv(self._fd, [destination[done:wanted]], offset + done)
+                count = os.preadv(self._fd, [destination[done : min(done + most, wanted)]], offset + done)
             except OSError as error:
                 transient = error.errno in _TRANSIENT
                 raise SourceError(self.name, offset, length, str(error), transient=transient) from error
@@ -93,6 +97,8 @@ class ImageSource:
                 )
                 raise SourceError(self.name, offset, length, reason)
             done += count
+            if request.on_landed is not None and done % PAGE_SIZE == 0:
+                request.landed(done)
         if done < length:
             destination[done:] = bytes(length - done)
 
@@ -172,6 +178,11 @@ def _ends_before(fd: int, size: int) -> bool:
         return not os.pread(fd, 1, size - 1)
     except OSError:
         return False  # what cannot be read is told of when it is wanted
+
+
+def data_extents(fd: int, size: int) -> list[tuple[int, int]]:
+    """Return where a file of `size` bytes has data, in the form of `PageSource.extents` (SEEK_DATA, lseek(2))."""
+    return page_extents(_data_ranges(fd, size))
 
 
 def _data_ranges(fd: int, size: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from kvmdp.source.base import PageSource, check_range, page_extents
+from kvmdp.source.request import FetchRequest
 
 
 class PatchedSource:
@@ -32,19 +33,25 @@ class PatchedSource:
         self.name = inner.name
         self.size = max(inner.size, sum(self._extents[-1]) if self._extents else 0)
 
-    def fill(self, offset: int, destination: memoryview) -> None:
-        """Write the pages from `offset` on over `destination`, patches included.
+    @property
+    def concurrency(self) -> int:
+        """The inner source's."""
+        return self.inner.concurrency
 
-        Raises what the inner source's `fill` raises.
+    def fetch(self, request: FetchRequest, destination: memoryview) -> None:
+        """Write the pages over `destination`, patches included.
+
+        Raises what the inner source's `fetch` raises.
         """
+        offset = request.offset
         end = offset + destination.nbytes
         index = bisect_right(self._ends, offset)
         if index == len(self._patches) or self._patches[index][0] >= end:
             # Nearly every fault: no patch here, so what is in our extents is in the inner source's too.
-            self.inner.fill(offset, destination)
+            self.inner.fetch(request, destination)
             return
         check_range(self, offset, destination.nbytes)
-        self._fill_from_inner(offset, destination)
+        self._fetch_from_inner(request, destination)
         while index < len(self._patches) and self._patches[index][0] < end:
             at, data = self._patches[index]
             first, last = max(at, offset), min(at + len(data), end)
@@ -59,8 +66,9 @@ class PatchedSource:
         """Close the inner source."""
         self.inner.close()
 
-    def _fill_from_inner(self, offset: int, destination: memoryview) -> None:
-        """Fill the range from the inner source where that has data, and with zeros elsewhere."""
+    def _fetch_from_inner(self, request: FetchRequest, destination: memoryview) -> None:
+        """Fetch the range from the inner source where that has data, and write zeros elsewhere."""
+        offset = request.offset
         position, end = offset, offset + destination.nbytes
         index = bisect_right(self._inner_ends, offset)
         while position < end:
@@ -70,7 +78,7 @@ class PatchedSource:
                 stop = min(self._inner_ends[index], end)
             destination[position - offset : start - offset] = bytes(start - position)
             if start < stop:
-                self.inner.fill(start, destination[start - offset : stop - offset])
+                self.inner.fetch(request.part(start), destination[start - offset : stop - offset])
             position = stop
             index += 1
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import WORDS_PER_PAGE, check_range
+from kvmdp.source.request import FetchRequest
 
 _MASK = (1 << 64) - 1
 # The increment and the two multipliers of SplitMix64.
@@ -29,6 +30,8 @@ class SyntheticSource:
     from 0 to 2**64 - 1.
     """
 
+    concurrency = 1  # it waits for nothing
+
     def __init__(self, size: int, seed: int = 0) -> None:
         if size <= 0 or size % PAGE_SIZE:
             raise ValueError(f"a synthetic image of {size} bytes: give a positive multiple of {PAGE_SIZE}")
@@ -40,8 +43,9 @@ class SyntheticSource:
         self._template = _outputs(seed, np.arange(WORDS_PER_PAGE, dtype=np.uint64))
         self._key_state = seed + WORDS_PER_PAGE * _GAMMA
 
-    def fill(self, offset: int, destination: memoryview) -> None:
-        """Write the pages from `offset` on over `destination`."""
+    def fetch(self, request: FetchRequest, destination: memoryview) -> None:
+        """Compute the pages into `destination`."""
+        offset = request.offset
         check_range(self, offset, destination.nbytes)
         words = np.frombuffer(destination, dtype=np.uint64)
         page = offset // PAGE_SIZE

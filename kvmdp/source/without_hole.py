@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import PageSource, SourceError, check_range, page_extents
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.wrapper import SourceWrapper
 
 
@@ -39,22 +40,23 @@ class WithoutHole(SourceWrapper):
         above = [(max(first, end) - self._hole, last - self._hole) for first, last in ranges if last > end]
         return page_extents(below + above)
 
-    def fill(self, offset: int, destination: memoryview) -> None:
-        """Fill from the inner source, from both sides of the hole where the range goes over it. Raises what that does.
+    def fetch(self, request: FetchRequest, destination: memoryview) -> None:
+        """Fetch from the inner source, from both sides of the hole where the range goes over it. Raises what that does.
 
         The offset in a SourceError is one of this source; the reason names that in `inner`.
         """
+        offset = request.offset
         check_range(self, offset, destination.nbytes)
         below = min(max(self._start - offset, 0), destination.nbytes)
         if below:
-            self.inner.fill(offset, destination[:below])
+            self.inner.fetch(request.part(offset), destination[:below])
         if below < destination.nbytes:
-            self._fill_above(offset + below, destination[below:])
+            self._fetch_above(request, offset + below, destination[below:])
 
-    def _fill_above(self, offset: int, destination: memoryview) -> None:
+    def _fetch_above(self, request: FetchRequest, offset: int, destination: memoryview) -> None:
         place = offset + self._hole
         try:
-            self.inner.fill(place, destination)
+            self.inner.fetch(request.part(place), destination)
         except SourceError as error:
             reason = f"{error.reason} (with its hole: offset {place:#x})"
             raise SourceError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvmdp.source.base import PageSource
+from kvmdp.source.request import FetchRequest
 
 
 class SourceWrapper:
@@ -28,9 +29,14 @@ class SourceWrapper:
         """Return the inner source's extents: which pages are holes is known in advance."""
         return self.inner.extents()
 
-    def fill(self, offset: int, destination: memoryview) -> None:
-        """Fill from the inner source. Raises what that does."""
-        self.inner.fill(offset, destination)
+    @property
+    def concurrency(self) -> int:
+        """The inner source's."""
+        return self.inner.concurrency
+
+    def fetch(self, request: FetchRequest, destination: memoryview) -> None:
+        """Fetch from the inner source. Raises what that does."""
+        self.inner.fetch(request, destination)
 
     def close(self) -> None:
         """Close the inner source."""

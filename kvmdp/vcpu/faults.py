@@ -36,7 +36,7 @@ from kvmdp.kvm import (
 from kvmdp.kvm.machine_check import PoisonedAccess
 from kvmdp.memory.backing import Backing
 from kvmdp.page import PAGE_SHIFT, PAGE_SIZE, Access, Origin, Outcome, PageFault
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 from kvmdp.vcpu.emulated import Emulation, Form, Store
 from kvmdp.vcpu.gate import VcpuGate
 from kvmdp.vcpu.instruction import InstructionReader
@@ -65,7 +65,7 @@ class VcpuPaging:
 
     def __init__(
         self,
-        pager: DemandPager,
+        pager: Pager,
         gate: VcpuGate,
         vcpu: Vcpu,
         backing: Backing,

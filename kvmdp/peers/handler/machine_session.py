@@ -27,6 +27,7 @@ from kvmdp.peers.wire.handover import Descriptors, Handover, HandoverError, Role
 from kvmdp.peers.wire.records import RECORD_SIZE, Kind, Record, RecordError, unpack
 from kvmdp.shortage import NoThreadError, in_words
 from kvmdp.source.base import PageSource, SourceError, fetch
+from kvmdp.source.request import FetchRequest
 from kvmdp.thread import JoinableThread
 
 _MOST_WORKERS = 16  # faults in flight: as many as a machine has vCPUs
@@ -211,7 +212,7 @@ class MachineSession:
             if self._copies:
                 _fill_by_copy(self._source, offset, destination)
             else:
-                fetch(self._source, offset, destination)
+                fetch(self._source, FetchRequest(offset), destination)
 
     def _offset_of(self, fault: Record) -> int:
         for gpa, size, offset in self._terms.regions:
@@ -239,7 +240,7 @@ def _fill_by_copy(source: PageSource, offset: int, destination: memoryview) -> N
         try:
             os.ftruncate(file, length)
             with mmap.mmap(file, length) as mapping, memoryview(mapping) as content:
-                fetch(source, offset, content)
+                fetch(source, FetchRequest(offset), content)
             done = 0
             while done < length:
                 done += os.preadv(file, [destination[done:]], done)

@@ -32,7 +32,8 @@ from kvmdp.peers.wire.endpoint import EndpointError
 from kvmdp.peers.wire.offer import Offer
 from kvmdp.peers.wire.records import UNKNOWN_NUMBER, Kind, Record, RecordError
 from kvmdp.shortage import in_words
-from kvmdp.source.base import SourceError, asking, check_range
+from kvmdp.source.base import SourceError, check_range
+from kvmdp.source.request import FetchRequest
 from kvmdp.thread import JoinableThread
 from kvmdp.waiting import Condition, Latch
 
@@ -128,17 +129,24 @@ class HandlerSource:
         """Return the one extent there is: a handler writes the zeros of its holes."""
         return [(0, self.size)]
 
-    def fill(self, offset: int, destination: memoryview) -> None:
-        """Have the handler write the pages from `offset` on into RAM, where `destination` must lie.
+    @property
+    def concurrency(self) -> int:
+        """How many faults the handler takes before it has answered one."""
+        return self._first.credits
 
-        Raises SourceError if it does not, or says that it cannot; ValueError for a range that is not whole pages inside
-        `size`, or a destination elsewhere.
+    def fetch(self, request: FetchRequest, destination: memoryview) -> None:
+        """Have the handler write the pages into RAM, where `destination` must lie.
+
+        A fetch that is called off ends all others too, and for good: the handler may write these pages at any time
+        later, when they would be admitted already. Raises SourceError if the handler does not deliver, or says that it
+        cannot; ValueError for a range that is not whole pages inside `size`, or a destination elsewhere.
         """
-        length = destination.nbytes
+        offset, length = request.offset, destination.nbytes
         check_range(self, offset, length)
         if not self._address or _address_of(destination) != self._address + offset:
             raise ValueError(f"{self.name} writes into RAM and nowhere else: its pages cannot be read apart")
-        reason = self._ask(self._gpa_of(offset, length), length)
+        with request.cancel.waking(self.cancel):
+            reason = self._ask(self._gpa_of(offset, length), length, request.fault or PageFault(0))
         if reason is not None:
             raise SourceError(self.name, offset, length, reason)
 
@@ -148,9 +156,8 @@ class HandlerSource:
                 return gpa + offset - start
         raise ValueError(f"{length} bytes at offset {offset:#x} are not in one region of RAM")
 
-    def _ask(self, gpa: int, size: int) -> str | None:
+    def _ask(self, gpa: int, size: int, fault: PageFault) -> str | None:
         """Send a FAULT and wait for its DONE; returns why the pages cannot be had, None if they are there."""
-        fault = asking.fault or PageFault(0)
         number = UNKNOWN_NUMBER if fault.number < 0 else fault.number
         with self._mutex:
             while len(self._outstanding) >= self._first.credits and self._broken is None:

@@ -3,10 +3,10 @@
 A region of which some pages are present and some absent takes a memslot for each of its pieces. When its last page
 comes it is merged, with its neighbours as far as they are full too. When all partial regions together take more kernel
 memory than they may, or more memslots than KVM can spare, the fullest are completed: what they lack is fetched, and
-they are merged. Where not all of RAM may be present at once (`ForMemslots.is_limited`) others would have to go for
+they are merged. Where not all of RAM may be present at once (`Job.most_at_once`) others would have to go for
 that, and leave pieces: there the emptiest are shut off, which makes one memslot of each, if nobody is at a page of it.
 
-That is not done where the page becomes present, but by `housekeep`, with no claim held: it stops the vCPUs and may
+That is not done where the page becomes present, but by `after_fault`, with no claim held: it stops the vCPUs and may
 fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`complete`, `shut_off`), because
 whoever calls it may hold a pin on which the owner of a claim waits. An interruption is let in while it fetches, and
 else put off: it could come between the memslots that are deleted and the one that replaces them.
@@ -20,6 +20,7 @@ import threading
 
 from kvmdp.interruption import Interruptible, Uninterrupted
 from kvmdp.page import REGION, Outcome
+from kvmdp.paging.jobs import Job
 from kvmdp.paging.ports import ForMemslots
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Kind
@@ -30,7 +31,7 @@ DEFAULT_SLOT_MEMORY = 256 << 20
 _MARGIN = 4 * REGION
 
 
-class PartialRegions:
+class PartialRegions(Job):
     """Keeps count of the partial regions of `slots`, whose memslots may take `memory` bytes of the kernel's."""
 
     def __init__(self, slots: RamSlots, pager: ForMemslots, pages: int, memory: int) -> None:
@@ -69,7 +70,7 @@ class PartialRegions:
         low = region * REGION
         return low, min(REGION, self._pages - low)
 
-    def housekeep(self) -> None:
+    def after_fault(self) -> None:
         """Merge the regions that are full, and complete some if too much is in pieces."""
         if (
             not self._full and self._taken <= self._most
@@ -110,7 +111,7 @@ class PartialRegions:
         with self._mutex:
             partial = dict(self._partial)
             left = self._taken
-        present, is_limited = self._pager.bitmap.count_range, self._pager.is_limited
+        present, is_limited = self._pager.bitmap.count_range, self._pager.jobs.most_at_once is not None
         for region in sorted(partial, key=lambda each: present(*self._run(each)), reverse=not is_limited):
             if left <= self._most * 7 // 8:
                 return

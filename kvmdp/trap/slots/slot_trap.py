@@ -71,6 +71,11 @@ class SlotTrap:
         return self._backing.vmm.view
 
     @property
+    def ram_view(self) -> memoryview:
+        """The VMM view."""
+        return self._backing.vmm.view
+
+    @property
     def populate(self) -> Callable[[int, int], None] | None:
         """What comes before a store in the VMM view."""
         return self._backing.populate if self._backing.refusable else None
@@ -90,7 +95,7 @@ class SlotTrap:
             self._partial = PartialRegions(
                 self._slots, pager, self._backing.size // PAGE_SIZE, self._options.memory
             )
-            pager.housekeeping.append(self._partial.housekeep)
+            pager.jobs.add(self._partial)
 
     def _open(self, first: int, count: int, size: int | None = None) -> None:
         """Open a run that has no slots, as one or cut at the multiples of `size` pages."""
@@ -130,10 +135,10 @@ class SlotTrap:
         return self._slots.blocks_in(first, count) == 1
 
     def disarm(self) -> None:
-        """Replace the blocks by one a region of the layout. Nobody keeps house: nobody else is at the memslots."""
+        """Replace the blocks by one a region of the layout. No job is at work: no other thread is at the memslots."""
         if self._partial is not None:
             assert self._pager is not None
-            self._pager.housekeeping.remove(self._partial.housekeep)
+            self._pager.jobs.remove(self._partial)
             self._partial = None
         self._slots.unmap()
         self._slots.map_plain()

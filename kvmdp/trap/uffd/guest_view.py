@@ -123,6 +123,11 @@ class UffdTrap(UffdView):
         return (self._staging or self._backing.vmm).view
 
     @property
+    def ram_view(self) -> memoryview:
+        """The VMM view; of private memory the guest view itself, where present pages do not trap."""
+        return self._backing.vmm.view
+
+    @property
     def populate(self) -> Callable[[int, int], None] | None:
         """What comes before a store in the VMM view; the staging area is ordinary memory."""
         return self._backing.populate if self._backing.refusable and self._staging is None else None
@@ -267,7 +272,7 @@ class UffdTrap(UffdView):
             if announced:
                 return
         first = (start - self._view.hva) // PAGE_SIZE
-        self._pager.discarded(first, (end - start) // PAGE_SIZE)
+        self._pager.note_discarded(first, (end - start) // PAGE_SIZE)
 
     def forget(self, first: int, count: int) -> None:
         """Give up the bytes of pages that were revoked, wherever they lie."""

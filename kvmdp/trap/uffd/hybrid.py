@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 
-from kvmdp.paging.ports import Pager
+from kvmdp.paging.ports import ForTraps
 from kvmdp.trap.inspect import InspectedTrap, Picture
 from kvmdp.trap.uffd.device_view import DeviceFaults, DeviceView
 
@@ -51,6 +51,11 @@ class HybridTrap:
         return self._vcpus.fill_view
 
     @property
+    def ram_view(self) -> memoryview:
+        """The VMM view."""
+        return self._vcpus.ram_view
+
+    @property
     def populate(self) -> Callable[[int, int], None] | None:
         """What the exit trap needs."""
         return self._vcpus.populate
@@ -60,7 +65,7 @@ class HybridTrap:
         """How many memslots RAM takes now."""
         return self._vcpus.memslots
 
-    def arm(self, pager: Pager) -> None:
+    def arm(self, pager: ForTraps) -> None:
         """Make absent pages trap on both sides."""
         self._devices.arm(pager)
         self._vcpus.arm(pager)

@@ -193,7 +193,9 @@ class UffdView(ABC):
             self._at_work.add(reader)
             try:
                 take()
-                while faults and (is_present(self._page_of(faults[0][0])) or pager.room(faults[0][1])):
+                while faults and (
+                    is_present(self._page_of(faults[0][0])) or pager.jobs.may_admit(faults[0][1])
+                ):
                     serve(*faults.popleft())
             except BaseException as error:
                 self._reader_broke(error)

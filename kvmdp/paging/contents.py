@@ -1,0 +1,122 @@
+"""Where the bytes of pages are: at the source, in the sink, in RAM; how they get from one place to another.
+
+Units: RAM pages, unless a name says bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from kvmdp.page import PAGE_SIZE, PageFault
+from kvmdp.paging.claim import Claim, State
+from kvmdp.paging.ports import Trap
+from kvmdp.source.base import PageSource, WritableSource, fetch
+from kvmdp.source.request import FetchCancel, FetchRequest
+
+Landed: TypeAlias = Callable[[Claim, int], None]
+
+_SOURCE_BYTE = int(State.SOURCE)
+_ONE_AT_SOURCE = bytes((State.SOURCE,))
+
+
+class Contents:
+    """The bytes of all pages.
+
+    Arguments: the source; the trap, which says where the bytes of absent and of present pages are in RAM;
+    `may_retry`, asked before each further attempt to fetch.
+
+    `sink` takes evicted pages and gives them back. `cancel` is what fetches under way are called off with.
+    """
+
+    def __init__(self, source: PageSource, trap: Trap, may_retry: Callable[[], bool]) -> None:
+        self.source = source
+        self.sink: WritableSource | None = None
+        self.cancel = FetchCancel()
+        self._trap = trap
+        self._fill_view = trap.fill_view
+        self._populate = trap.populate
+        self._may_retry = may_retry
+
+    def fill(self, claim: Claim, fault: PageFault, landed: Landed) -> None:
+        """Put the bytes of a claim's pages where the trap wants them. Raises SourceError, ShortageError.
+
+        Pages whose bytes are in RAM already (BACKED) are left alone. `landed(claim, page)` is called when the bytes of
+        all pages of the claim before `page` are in place, as a long fetch tells of its pieces; the claim may be shorter
+        at its beginning from then on.
+        """
+        first, before = claim.first, claim.before
+        if self._populate is not None:
+            self._populate(first * PAGE_SIZE, claim.count * PAGE_SIZE)
+        if before == _ONE_AT_SOURCE:  # the usual fault
+            offset = first * PAGE_SIZE
+            fetch(
+                self.source,
+                FetchRequest(offset, fault, self.cancel),
+                self._fill_view[offset : offset + PAGE_SIZE],
+                self._may_retry,
+            )
+            return
+        start, count = 0, claim.count
+        while start < count:
+            state = before[start]
+            end = start + 1
+            while end < count and before[end] == state:
+                end += 1
+            self._fill_run(state, first + start, first + end, fault, lambda page: landed(claim, page))
+            start = end
+
+    def _fill_run(
+        self, state: int, first: int, end: int, fault: PageFault, landed: Callable[[int], None]
+    ) -> None:
+        """Fill a run of pages that are in one state."""
+        offset = first * PAGE_SIZE
+        destination = self._fill_view[offset : end * PAGE_SIZE]
+        if state == _SOURCE_BYTE or state == State.SINK:
+            source = self.source if state == _SOURCE_BYTE else self.sink
+            assert source is not None
+            request = FetchRequest(
+                offset, fault, self.cancel, on_landed=lambda length: landed(first + length // PAGE_SIZE)
+            )
+            fetch(source, request, destination, self._may_retry)
+        elif state == State.ZERO:
+            destination[:] = bytes(len(destination))
+
+    def zero(self, runs: Sequence[tuple[int, int]], claim: Claim) -> None:
+        """Write zeros over runs of pages of a claim that were discarded, and count them as dealt with."""
+        for first, count in runs:
+            length = count * PAGE_SIZE
+            self._fill_view[first * PAGE_SIZE : first * PAGE_SIZE + length] = bytes(length)
+            claim.zeroed += 1
+
+    def put(self, first: int, content: bytes) -> None:
+        """Write whole pages from `first` on that are absent and claimed. Raises ShortageError."""
+        offset, length = first * PAGE_SIZE, len(content)
+        if self._populate is not None:
+            self._populate(offset, length)
+        self._fill_view[offset : offset + length] = content
+
+    def store(self, sink: WritableSource, first: int, count: int) -> None:
+        """Save pages that the guest is shut out of. Raises OSError, ShortageError, SourceError."""
+        sink.store(first * PAGE_SIZE, self._fill_view[first * PAGE_SIZE : (first + count) * PAGE_SIZE])
+
+    def copy(self, state: int, first: int, destination: memoryview) -> None:
+        """Copy the bytes of a run of pages that are all in `state` to `destination`, as long as the run.
+
+        For a state that says where they are: SOURCE, SINK, ZERO, BACKED or PRESENT. Raises SourceError.
+        """
+        offset, length = first * PAGE_SIZE, len(destination)
+        if state == _SOURCE_BYTE or state == State.SINK:
+            source = self.source if state == _SOURCE_BYTE else self.sink
+            assert source is not None
+            fetch(source, FetchRequest(offset, None, self.cancel), destination, self._may_retry)
+        elif state == State.ZERO:
+            destination[:] = bytes(length)
+        else:
+            view = self._trap.ram_view if state == State.PRESENT else self._fill_view
+            destination[:] = view[offset : offset + length]
+
+    def close(self) -> None:
+        """Close the sink."""
+        if self.sink is not None:
+            self.sink.close()
