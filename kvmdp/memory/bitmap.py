@@ -39,10 +39,10 @@ def words_for(pages: int) -> int:
 def bitmap_from_pages(pages: int, numbers: npt.NDArray[np.integer]) -> Words:
     """Return a sparse bitmap of `pages` bits in which the bits named by the array `numbers` are set.
 
-    `numbers` may come in any order and repeat. Raises IndexError if one of them is not below `pages`.
+    `numbers` may come in any order and repeat. Raises ValueError if one of them is not below `pages`.
     """
     if len(numbers) and not (numbers.min() >= 0 and numbers.max() < pages):
-        raise IndexError(f"page numbers {numbers.min()} to {numbers.max()} are not all in the {pages} of RAM")
+        raise ValueError(f"page numbers {numbers.min()} to {numbers.max()} are not all in the {pages} of RAM")
     bits = np.zeros(words_for(pages) * 64, dtype=np.bool_)
     bits[numbers] = True
     return np.packbits(bits, bitorder="little").view(np.uint64)
@@ -83,8 +83,8 @@ class PresentBitmapView(Closing):
     Attributes: `pages`, the number of bits; `fd`, the memfd, open as long as this object.
 
     What is read may change at once if the owner is changing it: a reader that acts on a bit needs an order of
-    its own with the owner. Ranges are (first, count), count at least 1; a range that is not inside the bitmap
-    raises IndexError, a count below 1 ValueError.
+    its own with the owner. Ranges are (first, count), count at least 1; ValueError for any
+    other, and for one that is not inside the bitmap.
     """
 
     # The same memory three ways. A numpy call costs more than a whole operation on one page, and those lie on
@@ -201,7 +201,7 @@ class PresentBitmapView(Closing):
     def _next_run(self, start: int, limit: int | None, *, present: bool) -> tuple[int, int] | None:
         limit = self.pages if limit is None else limit
         if not 0 <= start <= limit <= self.pages:
-            raise IndexError(f"cannot search from page {start} up to {limit}: RAM has {self.pages} pages")
+            raise ValueError(f"cannot search from page {start} up to {limit}: RAM has {self.pages} pages")
         first = self._next_page(start, limit, present=present)
         if first == limit:
             return None
@@ -246,7 +246,7 @@ class PresentBitmapView(Closing):
     def _refuse(self, first: int, count: int) -> None:
         if count < 1:
             raise ValueError(f"a range of {count} pages: the least is 1")
-        raise IndexError(f"pages {first} to {first + count - 1} are not all in the {self.pages} of RAM")
+        raise ValueError(f"pages {first} to {first + count - 1} are not all in the {self.pages} of RAM")
 
 
 class PresentBitmap(PresentBitmapView):

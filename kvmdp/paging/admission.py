@@ -113,9 +113,10 @@ class Admission:
             return Outcome.CANCELLED
         return None
 
-    def resolve_or_park(self, fault: PageFault, waiter: Waiter) -> Outcome | None:
+    def resolve_or_park(self, fault: PageFault, waiter: Waiter, count: int = 1) -> Outcome | None:
         """Make the faulting page present, but never wait for the owner of a claim on it, nor for the end of a pause.
 
+        Of more than one page, `count` from the faulting one on, as many become present as one claim can have.
         For userfaultfd readers and servers of other processes, which ask `jobs.may_admit` first. Returns None if the
         page is claimed, or held by a pause: then `waiter` is notified when that has ended in whatever way, or when it
         is withdrawn.
@@ -123,7 +124,7 @@ class Admission:
         while True:
             claim = Claim()
             try:
-                step = self.begin(fault, waiter, claim)
+                step = self.begin(fault, waiter, claim, count)
                 if step is claim:
                     done = self.carry_out(claim, fault)
             except BaseException:
@@ -135,9 +136,9 @@ class Admission:
                 return done
 
     def begin(
-        self, fault: PageFault, waiter: Waiter | None = None, claim: Claim | None = None
+        self, fault: PageFault, waiter: Waiter | None = None, claim: Claim | None = None, wanted: int = 1
     ) -> Claim | Waiter | Outcome:
-        """Claim the pages that a fault is to fetch, or say why not.
+        """Claim the pages that a fault is to fetch, or `wanted` pages from the faulting one on, or say why not.
 
         Never sleeps. The owner of the Claim, which is `claim` if that is given, fills it and commits, or fails it. If
         the page has another owner, or a pause concerns it, `waiter` is queued and returned, or else a new Wait; but to
@@ -150,7 +151,7 @@ class Admission:
                 if self.error is not None:
                     return Outcome.FAILED
                 ledger.counters.claims += 1
-                first, count = self._policy.window(fault)
+                first, count = self._policy.window(fault) if wanted == 1 else (fault.page, wanted)
                 return ledger.claim(fault.page, first, count, claim)
             if isinstance(step, Outcome):
                 return step

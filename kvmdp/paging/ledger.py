@@ -156,11 +156,11 @@ class Ledger:
         return first // self.unit * self.unit, min(-(-end // self.unit) * self.unit, self.pages)
 
     def bounds_of(self, page: int) -> tuple[int, int]:
-        """Return the (first, end) pages of the contiguous stretch that holds `page`. Raises IndexError."""
+        """Return the (first, end) pages of the contiguous stretch that holds `page`. Raises ValueError."""
         for low, high in self._bounds:
             if low <= page < high:
                 return low, high
-        raise IndexError(f"page {page} is not one of the {self.pages} of RAM")
+        raise ValueError(f"page {page} is not one of the {self.pages} of RAM")
 
     def split(self, claim: Claim, count: int) -> Claim:
         """Make the first `count` pages of a claim that is not filled, whole units, a claim of its own, and return that.

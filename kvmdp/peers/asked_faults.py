@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Sequence
 
 from kvmdp.errors import CancelledError, FrozenError, PagingError, PoisonedError
+from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.page import Outcome
 from kvmdp.peers.wire.records import RecordError
 from kvmdp.waiting import Latch
+
+_MOST_PAGES = 512  # of one FAULT
+_MOST_RUNS = 64  # that one access asks for at once
 
 
 class AskedFault:
@@ -87,3 +92,22 @@ def check_outcome(outcome: Outcome, where: str) -> None:
         raise FrozenError("accesses to guest memory are frozen: try again when they are thawed")
     if outcome not in (Outcome.PRESENT, Outcome.ADMITTED):
         raise PagingError(f"{where} cannot be made present: {outcome.name.lower()}")
+
+
+def absent_runs(bitmap: PresentBitmapView, runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return what is absent of runs (first page, end), as (page, count) each: as much as one access asks for at once.
+
+    Empty if every page was present when it was looked at.
+    """
+    absent: list[tuple[int, int]] = []
+    for first, end in runs:
+        if end - first == 1:
+            if not bitmap.test(first):
+                absent.append((first, 1))
+        elif not bitmap.test_range(first, end - first):
+            # The machine may set bits meanwhile: then it is looked at again.
+            found = bitmap.next_absent_run(first, end)
+            absent.append((found[0], min(found[1], _MOST_PAGES)) if found else (first, 1))
+        if len(absent) == _MOST_RUNS:
+            break
+    return absent

@@ -34,7 +34,7 @@ from kvmdp.memory.bitmap import PresentBitmapView
 from kvmdp.memory.mapping import Mapping
 from kvmdp.memory.ram_map import RamMap
 from kvmdp.page import PAGE_SHIFT, PAGE_SIZE, Access, Origin
-from kvmdp.peers.asked_faults import AskedFaults, check_outcome, seconds_left
+from kvmdp.peers.asked_faults import AskedFault, AskedFaults, absent_runs, check_outcome, seconds_left
 from kvmdp.peers.machine_link import LinkEndedError, MachineLink
 from kvmdp.peers.owed_acks import OwedAcks
 from kvmdp.peers.wire.endpoint import Peer
@@ -48,7 +48,6 @@ BytesLike = bytes | bytearray | memoryview
 
 _IN_PAGE = PAGE_SIZE - 1
 _AT_ONCE = 2 << 20  # bytes copied under the mutex at once
-_MOST_PAGES = 512  # of one FAULT
 _TRUST_SECONDS = 0.1  # for which an access takes the session to last because one before it has found that
 
 _T = TypeVar("_T")
@@ -200,23 +199,11 @@ class RemoteMemory(Closing):
         while True:
             with self._mutex:
                 self._check_open()
-                if (absent := self._absent_run(runs)) is None:
+                if not (absent := absent_runs(self._bitmap, runs)):
                     return work()
                 if nowait:
-                    raise BusyError(f"the page at gpa {self._gpa_of(absent[0]):#x} is not present")
-            self._fetch(*absent, access, deadline)
-
-    def _absent_run(self, runs: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-        """Return the first absent (page, count) of the runs, or None."""
-        for first, end in runs:
-            if end - first == 1:
-                if not self._bitmap.test(first):
-                    return first, 1
-            elif not self._bitmap.test_range(first, end - first):
-                # The machine may set bits meanwhile: then it is looked at again.
-                found = self._bitmap.next_absent_run(first, end)
-                return (found[0], min(found[1], _MOST_PAGES)) if found else (first, 1)
-        return None
+                    raise BusyError(f"the page at gpa {self._gpa_of(absent[0][0]):#x} is not present")
+            self._fetch(absent, access, deadline)
 
     def _check_open(self) -> None:
         if self._over is not None:
@@ -230,31 +217,52 @@ class RemoteMemory(Closing):
         if self._frozen:
             raise FrozenError("accesses to guest memory are frozen: try again when they are thawed")
 
-    def _fetch(self, first: int, count: int, access: Access, deadline: float | None) -> None:
-        """Ask for a run of pages and sleep until they have been present, or it is time to look again."""
-        gpa = self._gpa_of(first)
-        where = f"the page at gpa {gpa:#x}"
-        if not self._faults.wait_credit(seconds_left(deadline)):
-            raise BusyError(
-                f"{where} was not asked for within {self._timeout:g} seconds: others are waited for"
+    def _fetch(self, absent: Sequence[tuple[int, int]], access: Access, deadline: float | None) -> None:
+        """Ask for runs of pages, and sleep until they have been present, or it is time to look again.
+
+        For the first run it waits for a credit; the others are asked for too as far as there are credits left.
+        """
+        asked: list[tuple[AskedFault, int]] = []  # with the gpa
+        for first, count in absent:
+            gpa = self._gpa_of(first)
+            if not self._faults.wait_credit(0 if asked else seconds_left(deadline)):
+                break
+            with self._mutex:
+                try:
+                    self._check_open()
+                except PagingError:
+                    self._faults.give_back()
+                    if asked:
+                        break
+                    raise
+                fault = self._faults.begin()
+            asked.append((fault, gpa))
+            self._send(
+                Record(Kind.FAULT, fault.token, gpa, count << PAGE_SHIFT, access, Origin.DEVICE, self._number)
             )
-        with self._mutex:
-            try:
-                self._check_open()
-            except PagingError:
-                self._faults.give_back()
-                raise
-            fault = self._faults.begin()
-        size = count << PAGE_SHIFT
-        self._send(Record(Kind.FAULT, fault.token, gpa, size, access, Origin.DEVICE, self._number))
-        if not fault.done.wait(seconds_left(deadline)):
-            # The credit comes back with the DONE that answers the RELEASE.
-            self._send(Record(Kind.RELEASE, fault.token))
-            raise BusyError(f"{where} was not made present within {self._timeout:g} seconds")
-        if fault.outcome is None:
-            self._send(Record(Kind.RELEASE, fault.token))
-        else:
-            check_outcome(fault.outcome, where)
+        if not asked:
+            gpa = self._gpa_of(absent[0][0])
+            raise BusyError(
+                f"the page at gpa {gpa:#x} was not asked for within {self._timeout:g} seconds: others are waited for"
+            )
+        self._await_answers(asked, deadline)
+
+    def _await_answers(self, asked: Sequence[tuple[AskedFault, int]], deadline: float | None) -> None:
+        """Sleep until each FAULT has its DONE. Raises what the first means that is not the pages' presence."""
+        late = None
+        for fault, gpa in asked:
+            if not fault.done.wait(seconds_left(deadline)):
+                late = gpa if late is None else late
+            if fault.outcome is None:
+                # The credit comes back with the DONE that answers the RELEASE.
+                self._send(Record(Kind.RELEASE, fault.token))
+        if late is not None:
+            raise BusyError(
+                f"the page at gpa {late:#x} was not made present within {self._timeout:g} seconds"
+            )
+        for fault, gpa in asked:
+            if fault.outcome is not None:
+                check_outcome(fault.outcome, f"the page at gpa {gpa:#x}")
 
     # Addresses
 

@@ -1,8 +1,11 @@
-"""The faults of one peer: resolved in a thread of its own, so that whoever reads the peer's notifier never waits.
+"""The faults of one peer: resolved by threads of their own, so that the reader of the peer's notifier never waits.
 
-A fault on a page that somebody else is at is parked: the end of that claim puts it into the queue again. A fault of
-several pages ends when each of them has been present once since it was asked for; what is taken away meanwhile is
-asked for again by the peer, which looks at the bitmap.
+As many threads as the source can use at once serve a peer's faults: those that wait for a network overlap. They are
+made as faults come that no thread is free for, and answer in any order.
+
+A fault on a page that has a claim is parked: the end of that claim puts it into the queue again. A fault of several
+pages ends when each of them has been present once since it was asked for; what is taken away meanwhile is asked for
+again by the peer, which looks at the bitmap.
 
 Units: RAM pages.
 """
@@ -18,8 +21,10 @@ from kvmdp.page import Access, Origin, Outcome, PageFault
 from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import Waiter
 from kvmdp.paging.pager import Pager
+from kvmdp.shortage import ShortageError
 from kvmdp.thread import JoinableThread
 
+_MOST_AT_ONCE = 512  # pages in one claim: 2 MiB
 _HELD_SECONDS = 0.001  # from one look whether there is room for a page to the next
 
 
@@ -40,7 +45,7 @@ class PeerCounters:
 
 
 class _Request:
-    """One FAULT for the pages [page, end), and how far it is. Changed by the thread that has it in hand."""
+    """One FAULT for the pages [page, end), and how far it is. Changed by the one thread that has it in hand."""
 
     __slots__ = ("access", "asked", "end", "number", "outcome", "page", "released", "token", "waiter")
 
@@ -57,9 +62,9 @@ class _Request:
 
 
 class FaultRequests:
-    """The open faults of one peer, and the thread that resolves them.
+    """The open faults of one peer, and the threads that resolve them, at most `most`.
 
-    `answer(token, outcome)` is called from that thread when a fault has ended, `broke(error)` if the pager raised;
+    `answer(token, outcome)` is called from those threads when a fault has ended, `broke(error)` if the pager raised;
     neither may block.
     """
 
@@ -70,22 +75,40 @@ class FaultRequests:
         answer: Callable[[int, Outcome], None],
         broke: Callable[[Exception], None],
         name: str,
+        most: int = 1,
     ) -> None:
         self._pager = pager
         self._counters = counters
         self._answer = answer
         self._broke = broke
+        self._name = name
+        self._most = most
         self._todo: SimpleQueue[_Request | None] = SimpleQueue()
         self._mutex = threading.Lock()  # guards what follows
         self._open: dict[int, _Request] = {}
         self._closed = False
-        self._thread = JoinableThread(
-            self._work, name, lambda error: pager.abort(broken(f"the thread {name} broke", error))
-        )
+        self._threads: list[JoinableThread] = []
+        self._busy = 0  # threads that have a fault in hand
 
     def start(self) -> None:
         """Begin to resolve."""
-        self._thread.start()
+        self._add_thread()
+
+    def _add_thread(self) -> None:
+        name = self._name
+        thread = JoinableThread(
+            self._work, name, lambda error: self._pager.abort(broken(f"the thread {name} broke", error))
+        )
+        with self._mutex:
+            if self._closed and self._threads:
+                return
+            self._threads.append(thread)
+        try:
+            thread.start()
+        except BaseException:
+            with self._mutex:
+                self._threads.remove(thread)
+            raise
 
     @property
     def open(self) -> int:
@@ -108,7 +131,14 @@ class FaultRequests:
         request = _Request(token, first, count, access, number)
         with self._mutex:
             self._open[token] = request
+            threads = len(self._threads)
+            is_short = self._busy + self._todo.qsize() >= threads and threads < self._most
         self._todo.put(request)
+        if is_short:
+            try:
+                self._add_thread()
+            except ShortageError:
+                self._most = threads  # those that there are will do
 
     def release(self, token: int) -> None:
         """End a fault as CANCELLED, unless it has been answered; a fetch of its own that is under way ends first."""
@@ -128,9 +158,11 @@ class FaultRequests:
                 return
             self._closed = True
             left = list(self._open)
+            threads = len(self._threads)
         for token in left:
             self.release(token)
-        self._todo.put(None)
+        for _ in range(threads):
+            self._todo.put(None)
         self._counters.count("replies", self._abandon())
 
     def _abandon(self) -> int:
@@ -140,14 +172,21 @@ class FaultRequests:
         return count
 
     def join(self, timeout: float) -> bool:
-        """Wait for the thread's end; False if a fetch holds it for longer than `timeout` seconds."""
-        return self._thread.join(timeout)
+        """Wait for the threads' end; False if a fetch holds one of them for longer than `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        return all(thread.join(max(deadline - time.monotonic(), 0)) for thread in self._threads)
 
     def _work(self) -> None:
         while (request := self._todo.get()) is not None:
-            outcome = self._resolve(request)
-            if outcome is not None:
-                self._end(request, outcome)
+            with self._mutex:
+                self._busy += 1
+            try:
+                outcome = self._resolve(request)
+                if outcome is not None:
+                    self._end(request, outcome)
+            finally:
+                with self._mutex:
+                    self._busy -= 1
 
     def _end(self, request: _Request, outcome: Outcome) -> None:
         with self._mutex:
@@ -159,7 +198,9 @@ class FaultRequests:
 
     def _resolve(self, request: _Request) -> Outcome | None:
         """Go on with a request; returns how it ended, or None if it is parked."""
-        while request.page < request.end:
+        absent = self._pager.bitmap.next_absent_run
+        while (run := absent(request.page, request.end)) is not None:
+            request.page = run[0]
             while not (self._may_begin(request) or self._released(request)):
                 time.sleep(_HELD_SECONDS)
             waiter = Waiter(lambda: self._todo.put(request))
@@ -169,13 +210,13 @@ class FaultRequests:
                 return Outcome.CANCELLED
             fault = PageFault(request.page, Origin.DEVICE, request.number, request.access)
             try:
-                outcome = self._pager.resolve_or_park(fault, waiter)
-            except Exception as error:  # the pager is paused by now; the machine must not lose this thread
+                outcome = self._pager.resolve_or_park(fault, waiter, min(run[1], _MOST_AT_ONCE))
+            except Exception as error:  # the pager has failed by now; the machine must not lose this thread
                 self._broke(error)
                 return Outcome.FAILED
             if outcome is None:
-                # `release` may have come before there was anything to withdraw. Whichever of the two is later finds
-                # the other's mark; if both withdraw, the pager lets one of them.
+                # `release` may have come before there was anything to withdraw. The later of the two finds the other's
+                # mark; if both withdraw, the pager lets one of them.
                 if self._released(request):
                     self._pager.withdraw(waiter)
                 return None
@@ -184,7 +225,6 @@ class FaultRequests:
             if outcome is Outcome.ADMITTED:
                 request.outcome = outcome
                 request.asked = time.perf_counter_ns()
-            request.page += 1
         return request.outcome
 
     def _may_begin(self, request: _Request) -> bool:

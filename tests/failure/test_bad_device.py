@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from device_process import SOON, bench
-from fakes import PAGES, content, page_of
+from fakes import PAGES, content, fill, page_of
 
 from kvmdp.errors import BusyError
 from kvmdp.page import Outcome, PageFault
@@ -76,7 +76,7 @@ def test_one_that_asks_twice_with_a_token_is_cut_off():
         assert "a second FAULT with token 7" in here.next_report()
         assert claim.waiters == []
         assert here.balanced()
-        here.pager.fill(claim)
+        fill(here.pager, claim)
         here.pager.commit(claim)
 
 
@@ -85,7 +85,7 @@ def test_one_that_asks_beyond_its_credits_is_cut_off():
         claim = here.pager.begin(PageFault(1))
         here.child(f"for n in range(given.credits + 1):\n {FAULT.format('n', 4096)}{SLEEP}", raw=True)
         assert "a FAULT beyond its 64 credits" in here.next_report()
-        here.pager.fill(claim)
+        fill(here.pager, claim)
         here.pager.commit(claim)
 
 

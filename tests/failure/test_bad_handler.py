@@ -18,6 +18,7 @@ from kvmdp.peers.wire import handover, offer
 from kvmdp.peers.wire.endpoint import EndpointError, Listener
 from kvmdp.peers.wire.records import Kind, Record, unpack
 from kvmdp.source.base import SourceError
+from kvmdp.source.request import FetchRequest
 
 PAGE = 4096
 
@@ -37,7 +38,7 @@ def bound(path, timeout=20.0, report=lambda text: None):
 
 def fill(source, memory, page):
     with memory[page * PAGE : (page + 1) * PAGE] as destination:
-        source.fill(page * PAGE, destination)
+        source.fetch(FetchRequest(page * PAGE), destination)
 
 
 def ask(notifier, terms):
@@ -236,7 +237,7 @@ def test_pages_of_a_handler_cannot_be_read_apart(socket_path):
 
     with scripted(socket_path, until_the_end), bound(socket_path) as (source, _):
         with pytest.raises(ValueError, match="writes into RAM and nowhere else"):
-            source.fill(0, memoryview(bytearray(PAGE)))
+            source.fetch(FetchRequest(0), memoryview(bytearray(PAGE)))
         with pytest.raises(ValueError, match="fills the RAM of one machine"):
             source.bind(memoryview(bytearray(PAGE)), 0, 0, [])
 

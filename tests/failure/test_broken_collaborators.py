@@ -7,11 +7,12 @@ import contextlib
 import threading
 
 import pytest
-from fakes import PAGES, content, page_of, pager_of, started
+from fakes import PAGES, content, fill, page_of, pager_of, started
 
 from kvmdp.errors import BusyError, PagingError
 from kvmdp.page import PAGE_SIZE, Outcome, PageFault
 from kvmdp.paging.claim import State, Waiter
+from kvmdp.paging.jobs import Job, Observer
 from kvmdp.paging.store import FileSink
 from kvmdp.vcpu import gate
 
@@ -56,7 +57,7 @@ def test_a_waiter_that_breaks_when_it_is_notified_keeps_no_other_from_being_noti
         waiter = started(lambda: pager.resolve(PageFault(3), SOON))
         while pager.counters.waits < 5:
             pass
-        pager.fill(claim)
+        fill(pager, claim)
         with pytest.raises(BrokenError):
             pager.commit(claim)
         waiter.join(TIMEOUT)
@@ -75,8 +76,8 @@ def test_a_waiter_that_breaks_when_the_machine_stops_keeps_no_other_from_being_n
         with pytest.raises(BrokenError):
             pager.cancel()
         assert told == ["second"]
-        pager.resume()
-        pager.fill(claim)
+        pager.reopen()
+        fill(pager, claim)
         pager.commit(claim)
         check_all_goes_on(pager)
 
@@ -207,7 +208,7 @@ class BrokenSink(FileSink):
 
 
 def test_a_sink_that_breaks_half_way_has_what_it_took_and_the_rest_stays_in_ram():
-    with pager_of() as pager, contextlib.closing(BrokenSink()) as sink:
+    with pager_of() as pager, contextlib.closing(BrokenSink(PAGES * PAGE_SIZE)) as sink:
         pager.mark_present(0, 8)
         pager.sink = sink
         assert pager.evict(0, 4) == 4
@@ -256,25 +257,37 @@ def test_new_bytes_of_a_wrong_kind_leave_the_page_poisoned(wrong, error):
 
 def test_an_observer_that_breaks_has_broken_no_fault():
     with pager_of() as pager:
-        pager.observer = breaks
+        observer = Observer(breaks)
+        pager.jobs.add(observer)
         with pytest.raises(BrokenError):
             pager.resolve(PageFault(3))
         assert pager.resolve(PageFault(3)) is Outcome.PRESENT
-        pager.observer = None
+        pager.jobs.remove(observer)
         check_all_goes_on(pager)
 
 
-def test_housekeeping_that_breaks_is_over_and_keeps_nobody_from_switching_off():
+class Worker(Job):
+    """A job whose work is `work`."""
+
+    def __init__(self, work):
+        self._work = work
+
+    def after_fault(self):
+        self._work()
+
+
+def test_a_job_that_breaks_is_over_and_keeps_no_thread_from_switching_off():
     with pager_of() as pager:
-        pager.housekeeping.append(breaks)
+        worker = Worker(breaks)
+        pager.jobs.add(worker)
         for take in (lambda: pager.resolve(PageFault(3)), lambda: pager.mark_nonpresent(3, 1)):
             with pytest.raises(BrokenError):
                 take()
-        pager.housekeeping.remove(breaks)
+        pager.jobs.remove(worker)
         done = []
-        pager.housekeeping.append(lambda: done.append(True))
+        pager.jobs.add(Worker(lambda: done.append(True)))
         pager.resolve(PageFault(4))
-        assert done, "the thread is said to keep house still"
+        assert done, "the thread is said to be at the job still"
         check_all_goes_on(pager)
 
 

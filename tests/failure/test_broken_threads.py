@@ -150,9 +150,7 @@ def test_a_source_whose_supervisor_breaks_fails_the_fetches_that_wait(monkeypatc
         fill(source, memory, 3)
 
 
-BREAKS = (
-    "from kvmdp.source.synthetic import SyntheticSource\ndef fill(*_): raise {}\nSyntheticSource.fill = fill"
-)
+BREAKS = "from kvmdp.source.synthetic import SyntheticSource\ndef fetch(*_): raise {}\nSyntheticSource.fetch = fetch"
 
 
 @pytest.mark.parametrize(

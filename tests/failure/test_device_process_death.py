@@ -12,7 +12,6 @@ from harness import MEMORY, SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, 
 
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.page import PAGE_SIZE, Origin
-from kvmdp.source.base import asking
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd.userfaultfd import UffdOptions
 
@@ -53,11 +52,13 @@ class Watched:
             self.inner.close,
         )
         self._before = before
+        self.concurrency = self.inner.concurrency
 
-    def fill(self, offset, destination):
-        if asking.fault is not None:
-            self._before(asking.fault.origin, offset // PAGE_SIZE)
-        self.inner.fill(offset, destination)
+    def fetch(self, request, destination):
+        offset = request.offset
+        if request.fault is not None:
+            self._before(request.fault.origin, offset // PAGE_SIZE)
+        self.inner.fetch(request, destination)
 
 
 class Executioner:

@@ -16,6 +16,7 @@ from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.page import Origin, Outcome, PageFault
 from kvmdp.peers.handler.source import HandlerSource
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
@@ -73,7 +74,7 @@ def test_a_device_fault_arrives_as_one(socket_path):
                 device.join()
                 assert outcomes == [Outcome.ADMITTED]
                 expected = bytearray(PAGE)
-                SyntheticSource(MEMORY, SEED).fill(7 * PAGE, memoryview(expected))
+                SyntheticSource(MEMORY, SEED).fetch(FetchRequest(7 * PAGE), memoryview(expected))
                 assert machine.memory.read(7 * PAGE, PAGE) == expected
         finally:
             source.close()
@@ -83,20 +84,20 @@ def test_a_device_fault_arrives_as_one(socket_path):
 DYING = """
 import os, signal, threading
 from kvmdp.source.synthetic import SyntheticSource
-fill, mutex, taken = SyntheticSource.fill, threading.Lock(), 0
-def fill_until(self, offset, destination):
+fetch, mutex, taken = SyntheticSource.fetch, threading.Lock(), 0
+def fetch_until(self, request, destination):
     global taken
     with mutex:
         taken += 1
         last = taken == {faults}
     if last:
         if {filled} > 0:
-            fill(self, offset, destination)
+            fetch(self, request, destination)
         if {filled} == 1:
             destination[2048:] = bytes(b"junk") * 512
         os.kill(os.getpid(), signal.SIGKILL)
-    fill(self, offset, destination)
-SyntheticSource.fill = fill_until
+    fetch(self, request, destination)
+SyntheticSource.fetch = fetch_until
 """
 
 

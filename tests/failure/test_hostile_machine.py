@@ -15,6 +15,7 @@ from machines import PAGE, Machine, MachineProcess, answer, check_served, fault,
 from kvmdp.memory.hugepages import Reservation
 from kvmdp.page import Outcome
 from kvmdp.peers.wire.handover import Handover, Role
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 
 IMPATIENT = "from kvmdp.peers.handler import server as serving\nserving._PATIENCE_SECONDS = 0.2"
@@ -114,7 +115,7 @@ def test_huge_pages_that_are_taken_back_are_an_error_and_no_signal(handler):
         machine.ours.send(fault(2))
         assert answer(machine).outcome is Outcome.PRESENT
         expected = bytearray(PAGE)
-        SyntheticSource(MEMORY, SEED).fill(2 * PAGE, memoryview(expected))
+        SyntheticSource(MEMORY, SEED).fetch(FetchRequest(2 * PAGE), memoryview(expected))
         with mmap.mmap(ram, HUGE_PAGE) as memory:
             assert memory[2 * PAGE : 3 * PAGE] == expected
     check_served(handler.path)

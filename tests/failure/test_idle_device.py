@@ -19,7 +19,6 @@ from kvmdp.errors import BusyError, PagingError
 from kvmdp.machine.remote_disk import RemoteDisk
 from kvmdp.page import Origin
 from kvmdp.peers.wire.endpoint import Listener
-from kvmdp.source.base import asking
 from kvmdp.source.synthetic import SyntheticSource
 
 pytestmark = pytest.mark.kvm
@@ -174,11 +173,11 @@ class SlowForDevices(SyntheticSource):
 
     slow = 2
 
-    def fill(self, offset, destination):
-        if asking.fault is not None and asking.fault.origin is Origin.DEVICE and self.slow:
+    def fetch(self, request, destination):
+        if request.fault is not None and request.fault.origin is Origin.DEVICE and self.slow:
             self.slow -= 1
             time.sleep(1.5)
-        super().fill(offset, destination)
+        super().fetch(request, destination)
 
 
 def test_a_device_that_waits_for_a_page_is_not_cut_off(tmp_path, disk):

@@ -14,7 +14,8 @@ from kvmdp.errors import PagingError
 from kvmdp.jobs.collapse import Collapser
 from kvmdp.machine.machine import Machine
 from kvmdp.page import REGION, Outcome
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.jobs import Observer
+from kvmdp.paging.pager import Pager
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import collapse as trap_collapse
 from kvmdp.trap.collapse import can_collapse
@@ -276,7 +277,7 @@ def test_only_whole_regions_that_are_all_present_are_put_together(machine_of, tr
     pager.mark_present(0, 3 * REGION - 1)
     collapse(pager, 0, PAGES, regions=range(2))
     assert pager.collapse(1, 2 * REGION - 2) == 0
-    with pytest.raises(IndexError, match="not all in the"):
+    with pytest.raises(ValueError, match="not all in the"):
         pager.collapse(0, PAGES + 1)
     machine.run(TIMEOUT)
     assert pager.counters.pages_fetched == PAGES
@@ -289,10 +290,10 @@ def test_a_policy_collapses_what_the_guest_fills(machine_of, monkeypatch, trap, 
     workload = atomic(iterations=4)
     machine = machine_of(trap, backing, workload)
     pager, seen, tried = machine.pager, [], set()
-    pager.observer = lambda fault, claim, began: seen.append(claim.count)
+    pager.jobs.add(Observer(lambda fault, claim, began: seen.append(claim.count)))
 
     def try_to(first, count):
-        done = DemandPager.collapse(pager, first, count)
+        done = Pager.collapse(pager, first, count)
         tried.add(first)
         return done
 

@@ -28,6 +28,7 @@ from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.page import PAGE_SIZE, Outcome
+from kvmdp.paging.jobs import Job
 from kvmdp.paging.store import FileSink
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
@@ -221,7 +222,13 @@ def test_who_comes_to_a_present_page_is_not_kept_waiting_for_room():
         pager = machine.pager
         machine.memory.read(0, LIMIT // 2)
         asked = []
-        pager.room = lambda since: asked.append(since) or True
+
+        class Asked(Job):
+            def may_admit(self, since):
+                asked.append(since)
+                return True
+
+        pager.jobs.add(Asked())
         device = machine.device_view
         assert device.read(5 * PAGE_SIZE, 8) == machine.memory.read(5 * PAGE_SIZE, 8)
         assert asked == []
@@ -305,11 +312,9 @@ def test_a_run_ends_once_the_eviction_under_way_has(monkeypatch):
             assert may_end.wait(TIMEOUT)
             super().store(offset, content)
 
-    monkeypatch.setattr(
-        ResidentLimit, "_keep_to_it_on_the_way", ResidentLimit._remind
-    )  # the thread alone evicts
+    monkeypatch.setattr(ResidentLimit, "after_fault", ResidentLimit._remind)  # the thread alone evicts
     with make_machine("mmio", workload=plan("fill"), resident_limit=LIMIT) as machine:
-        machine.pager.sink = SlowSink()
+        machine.pager.sink = SlowSink(machine.layout.memory_bytes)
         timer, cancel = threading.Timer(0.2, may_end.set), machine.pager.cancel
 
         def cancel_first():

@@ -13,6 +13,7 @@ from kvmdp.lab.coverage_cell import Seen
 from kvmdp.machine.hostinfo import emulates_ring_0, uses_nested_paging
 from kvmdp.machine.options import catches_page_walks
 from kvmdp.paging.access import GuestMemory
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import registry
 from kvmdp.trap.registry import PURE_TRAPS as ALL_TRAPS
@@ -45,7 +46,7 @@ class FilledBefore(NeverTraps):
 
     def arm(self, presence):
         super().arm(presence)
-        SyntheticSource(module._MEMORY, module._SEED).fill(0, self.fill_view)
+        SyntheticSource(module._MEMORY, module._SEED).fetch(FetchRequest(0), self.fill_view)
 
 
 def cell(access, trap):

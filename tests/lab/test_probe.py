@@ -9,6 +9,7 @@ from harness import BACKINGS, MEMORY, TRAPS, require_trap
 from kvmdp.errors import UnsupportedError
 from kvmdp.lab import probe
 from kvmdp.lab.probe import ACCESSES, choose_trap, prove, userfaultfd_facts, working_traps, works
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import registry
 from kvmdp.trap.registry import EXIT_TRAPS
@@ -35,7 +36,7 @@ class FilledBefore(NeverTraps):
 
     def arm(self, presence):
         super().arm(presence)
-        SyntheticSource(probe._MEMORY, probe._SEED).fill(0, self.fill_view)
+        SyntheticSource(probe._MEMORY, probe._SEED).fetch(FetchRequest(0), self.fill_view)
 
 
 @pytest.fixture(autouse=True)

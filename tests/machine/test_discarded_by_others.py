@@ -62,8 +62,9 @@ class CutIn(SyntheticSource):
         super().__init__(MEMORY, SEED)
         self.between = lambda: None
 
-    def fill(self, offset, destination):
-        super().fill(offset, destination)
+    def fetch(self, request, destination):
+        offset = request.offset
+        super().fetch(request, destination)
         if offset == PAGE * PAGE_SIZE:
             between, self.between = self.between, lambda: None
             between()

@@ -91,10 +91,11 @@ def test_a_disk_that_is_too_small_fails_the_run_with_a_sentence():
 @pytest.mark.kvm
 def test_a_source_that_fails_under_the_device_pauses_the_machine():
     class Failing(SyntheticSource):
-        def fill(self, offset, destination):
+        def fetch(self, request, destination):
+            offset = request.offset
             if offset >= 3 * PAGE_SIZE:  # behind the ring: only the device goes there
                 raise SourceError(self.name, offset, len(destination), "it is a test")
-            super().fill(offset, destination)
+            super().fetch(request, destination)
 
     machine = make_machine("mmio", workload=plan("disk"), source=Failing(MEMORY, SEED))
     with (

@@ -163,7 +163,7 @@ def test_poison(trap, backing):
 
 def test_what_cannot_be_taken_away():
     with make_machine("marker") as machine:
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError, match="of RAM"):
             machine.pager.evict(MEMORY // PAGE_SIZE - 1, 2)
         with machine.memory.view(0, 8):
             for take in (machine.pager.evict, machine.pager.discard):
@@ -202,11 +202,12 @@ class Held(SyntheticSource):
         super().__init__(MEMORY, SEED)
         self.asked, self.released = threading.Event(), threading.Event()
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         if offset == 3 * PAGE_SIZE:
             self.asked.set()
             assert self.released.wait(TIMEOUT)
-        super().fill(offset, destination)
+        super().fetch(request, destination)
 
 
 @every_trap

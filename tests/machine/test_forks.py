@@ -56,7 +56,7 @@ def test_no_addition_is_lost_where_pages_are_shut_off_and_programs_run(fork):
         with meanwhile(fork, shut_off):
             machine.run(TIMEOUT)
         pages = np.arange(PAGES)
-        machine.pager.resume()
+        machine.pager.reopen()
         wanted = workload.expected_pages(lambda numbers: read_pages(source, numbers), pages)
         assert np.array_equal(machine.memory.read_pages(pages), wanted)
         assert machine.pager.counters.pages_revoked > 0

@@ -27,6 +27,7 @@ from kvmdp.machine.hostinfo import cpu_model
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END
 from kvmdp.page import PAGE_SIZE, Origin
+from kvmdp.paging.jobs import Observer
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -65,8 +66,8 @@ def test_reads_of_absent_pages_have_what_the_source_has(trap, backing):
     faults = []
     with make_machine(trap, backing, source=source) as machine:
         device = machine.memory_for_device(7)
-        machine.pager.observer = lambda fault, claim, began: faults.append(
-            (fault.page, fault.origin, fault.number)
+        machine.pager.jobs.add(
+            Observer(lambda fault, claim, began: faults.append((fault.page, fault.origin, fault.number)))
         )
         assert device.read(5, 8) == image[5:13]
         assert device.read(2 * PAGE_SIZE - 3, PAGE_SIZE + 6) == image[2 * PAGE_SIZE - 3 : 3 * PAGE_SIZE + 3]

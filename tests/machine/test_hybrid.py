@@ -24,6 +24,7 @@ from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END
 from kvmdp.page import PAGE_SIZE, Origin
+from kvmdp.paging.jobs import Observer
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd.userfaultfd import UffdOptions
@@ -58,7 +59,9 @@ def test_a_device_reads_what_the_source_has_and_the_pager_knows_it_was_a_device(
     source = SyntheticSource(MEMORY, SEED)
     faults = []
     with make_machine(trap, source=source, uffd=uffd) as machine:
-        machine.pager.observer = lambda fault, claim, began: faults.append((fault.page, fault.origin))
+        machine.pager.jobs.add(
+            Observer(lambda fault, claim, began: faults.append((fault.page, fault.origin)))
+        )
         device = machine.device_view
         assert device.read(0, 3 * PAGE_SIZE) == b"".join(content(source, page) for page in range(3))
         assert device.read(511 * PAGE_SIZE - 3, 6) == content(source, 510)[-3:] + content(source, 511)[:3]
@@ -273,7 +276,7 @@ def test_a_page_marked_non_present_traps_for_devices_again_and_costs_no_fetch(tr
     with make_machine(trap) as machine:
         pager, device = machine.pager, machine.device_view
         device.write(0, b"kept")
-        pager.observer = lambda fault, claim, began: faults.append(fault.page)
+        pager.jobs.add(Observer(lambda fault, claim, began: faults.append(fault.page)))
         for _ in range(3):
             assert pager.mark_nonpresent(0, 1) == 1
             assert device.read(0, 4) == b"kept"
@@ -301,10 +304,11 @@ def test_switched_off_and_on_the_device_view_goes_on(trap):
 class Stuck(SyntheticSource):
     """Fails for good at page 5."""
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         if offset <= 5 * PAGE_SIZE < offset + destination.nbytes:
             raise SourceError(self.name, offset, destination.nbytes, "it is gone")
-        super().fill(offset, destination)
+        super().fetch(request, destination)
 
 
 def asleep_on_page_5(machine):
@@ -353,8 +357,8 @@ def test_an_access_cut_off_by_the_end_does_not_get_into_ram(trap):
     reached, go_on = threading.Event(), threading.Event()
 
     class Slow(SyntheticSource):
-        def fill(self, offset, destination):
-            super().fill(offset, destination)
+        def fetch(self, request, destination):
+            super().fetch(request, destination)
             reached.set()
             assert go_on.wait(TIMEOUT)
 

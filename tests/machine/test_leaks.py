@@ -13,7 +13,7 @@ from kvmdp.errors import PagingError
 from kvmdp.machine.machine import GuestTimeoutError, Machine
 from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots.mmio import MmioTrap
@@ -39,10 +39,11 @@ EVERY = pytest.mark.parametrize(
 class BrokenSource(SyntheticSource):
     """Fails for good at page 5."""
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         if offset <= 5 * 4096 < offset + destination.nbytes:
             raise SourceError(self.name, offset, destination.nbytes, "it is gone")
-        super().fill(offset, destination)
+        super().fetch(request, destination)
 
 
 def holdings():
@@ -244,7 +245,7 @@ def test_options_that_make_no_sense_are_refused_and_leave_nothing(options, messa
     [
         ("marker", (MarkerTrap, "arm")),
         ("marker", (RamSlots, "map_plain")),
-        ("mmio", (DemandPager, "enable")),
+        ("mmio", (Pager, "enable")),
         ("memory-fault", (RamSlots, "close_pieces")),
     ],
     ids=["marker", "marker-slots", "mmio", "memory-fault"],

@@ -72,7 +72,7 @@ def test_without_mappings_pages_stay_as_they_are_and_come_and_go(trap, backing):
             assert few < REGIONS // 2
         assert pager.error is None
         machine.run(TIMEOUT)
-        pager.resume()
+        pager.reopen()
         for number in range(REGIONS):
             assert pager.mark_nonpresent(number * REGION + 3, 1) == 1
             pager.mark_present(number * REGION + 3, 1)

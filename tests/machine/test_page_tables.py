@@ -216,10 +216,11 @@ def test_a_workload_that_would_write_over_the_tables_is_refused():
 class TablesLost(SyntheticSource):
     """Fails for good where the tables are."""
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         if offset + destination.nbytes > TABLE_PAGES.start * PAGE_SIZE:
             raise SourceError(self.name, offset, destination.nbytes, "it is gone")
-        super().fill(offset, destination)
+        super().fetch(request, destination)
 
 
 @pytest.mark.kvm

@@ -178,7 +178,8 @@ def test_a_refused_address_is_not_retained():
 
 def test_a_source_that_fails_pauses_the_machine():
     class Failing(SyntheticSource):
-        def fill(self, offset, destination):
+        def fetch(self, request, destination):
+            offset = request.offset
             raise SourceError(self.name, offset, len(destination), "it is gone")
 
     with pytest.raises(PagingError, match=f"{PAGE * 4096:#x}"):

@@ -13,6 +13,7 @@ from harness import MEMORY, SEED, TIMEOUT, make_machine, meanwhile, plan, progra
 from kvmdp.errors import PagingError
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.page import PAGE_SIZE
+from kvmdp.paging.jobs import Observer
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd import marker
 from kvmdp.trap.uffd.descriptor import Uffd
@@ -33,14 +34,14 @@ class BreakingSource(SyntheticSource):
         self._error, self._left = error, 100
         self.waits, self.may_break = threading.Event(), threading.Event()
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
         self._left -= 1
         if not self._left:
             self.waits.set()
             self.may_break.wait(0.5)
             time.sleep(0.05)
             raise self._error
-        super().fill(offset, destination)
+        super().fetch(request, destination)
 
 
 def endless(trap, source):
@@ -104,7 +105,7 @@ def test_an_observer_that_breaks_ends_the_run():
         raise RuntimeError("odd")
 
     with endless("userfaultfd", SyntheticSource(MEMORY, SEED)) as machine:
-        machine.pager.observer = observe
+        machine.pager.jobs.add(Observer(observe))
         with pytest.raises(
             PagingError, match=r"a userfaultfd reader broke: internal error: RuntimeError\('odd'\)"
         ):

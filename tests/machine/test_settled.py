@@ -12,6 +12,7 @@ from kvmdp.kvm import BusError, InternalError
 from kvmdp.machine.machine import GuestTimeoutError
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.page import PAGE_SIZE
+from kvmdp.paging.jobs import Observer
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.vcpu.emulated import Emulation, Form
@@ -134,7 +135,7 @@ def test_string_input_goes_to_pages_of_which_each_is_taken_away_when_the_other_c
 
     with program_machine("mmio", INPUT_ACROSS) as machine:
         given = count_up(machine)
-        machine.pager.observer = rob
+        machine.pager.jobs.add(Observer(rob))
         machine.run(TIMEOUT)
         assert (given, hex(machine.threads[0].parameters.checksum)) == ([1, 2, 3, 4], "0x4030201")
 
@@ -143,10 +144,10 @@ def test_a_machine_stops_whose_string_input_waits_for_a_page_that_another_thread
     fetching, stopping = threading.Event(), threading.Event()
 
     class Slow(SyntheticSource):
-        def fill(self, offset, destination):
+        def fetch(self, request, destination):
             fetching.set()
             assert stopping.wait(TIMEOUT)
-            super().fill(offset, destination)
+            super().fetch(request, destination)
 
     with program_machine("mmio", INPUT_ACROSS, source=Slow(MEMORY, SEED)) as machine:
         given = count_up(machine)

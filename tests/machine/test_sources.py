@@ -36,12 +36,13 @@ class FailingSource:
         self._fails = fails
         self._mutex = threading.Lock()
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         with self._mutex:
             call = self.calls[offset // PAGE] = self.calls.get(offset // PAGE, -1) + 1
         transient = self._fails(offset // PAGE, call)
         if transient is None:
-            self._inner.fill(offset, destination)
+            self._inner.fetch(request, destination)
             return
         destination[:] = bytes([GARBAGE]) * len(destination)
         raise SourceError(self.name, offset, len(destination), "the disk is on fire", transient=transient)
@@ -140,10 +141,11 @@ class TruncatedAt:
         self.name, self.size = self._inner.name, self._inner.size
         self.extents, self.close = self._inner.extents, self._inner.close
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         if offset == self._page * PAGE:
             os.truncate(self._path, 0)
-        self._inner.fill(offset, destination)
+        self._inner.fetch(request, destination)
 
 
 @pytest.mark.parametrize("backing", BACKINGS)

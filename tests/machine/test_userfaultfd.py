@@ -15,6 +15,7 @@ from kvmdp.machine import machine as machine_module
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
 from kvmdp.page import PAGE_SIZE
+from kvmdp.paging.jobs import Observer
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd.userfaultfd import UffdOptions
@@ -124,10 +125,11 @@ def test_anonymous_memory_has_no_minor_faults():
 class Stuck(SyntheticSource):
     """Fails for good at page 5."""
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         if offset == 5 * 4096:
             raise SourceError(self.name, offset, destination.nbytes, "it is gone")
-        super().fill(offset, destination)
+        super().fetch(request, destination)
 
 
 @pytest.mark.parametrize("ring", [3, 0])
@@ -180,7 +182,7 @@ def test_all_is_counted_and_traced_when_the_run_ends_however_slow_the_reader_is_
             time.sleep(0.05)
 
         monkeypatch.setattr(trap, "admit", admit_and_dawdle)
-        machine.pager.observer = lambda fault, *_: traced.append(fault.page)
+        machine.pager.jobs.add(Observer(lambda fault, *_: traced.append(fault.page)))
         machine.run(TIMEOUT)
         assert machine.pager.counters.pages_fetched == 8
         assert sorted(traced) == list(range(8))

@@ -51,11 +51,11 @@ def test_runs_are_split_at_the_hole():
 
 def test_pages_outside_ram_are_refused():
     layout = GuestLayout(2 * MiB)
-    with pytest.raises(IndexError, match="pages 512 to 512 are not all in the 512 of RAM"):
+    with pytest.raises(ValueError, match="pages 512 to 512 are not all in the 512 of RAM"):
         layout.gpa_of_page(512)
-    with pytest.raises(IndexError, match="pages 511 to 512"):
+    with pytest.raises(ValueError, match="pages 511 to 512"):
         layout.runs(511, 2)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="of RAM"):
         layout.gpa_of_page(-1)
     with pytest.raises(ValueError, match="the least is 1"):
         layout.runs(0, 0)

@@ -13,6 +13,7 @@ from kvmdp.errors import BusyError, CancelledError, FrozenError, PagingError
 from kvmdp.page import PAGE_SIZE, Access, Origin
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.cancellation import Cancellation
+from kvmdp.paging.jobs import Observer
 
 RAM = PAGES * PAGE_SIZE
 SOON = 0.02  # seconds until a wait in vain is over
@@ -214,7 +215,7 @@ def test_pages_are_read_by_number():
 def test_a_fault_says_who_wanted_the_page_and_what_for(call, access):
     with memory() as (pager, ram):
         faults = []
-        pager.observer = lambda fault, claim, began: faults.append(fault)
+        pager.jobs.add(Observer(lambda fault, claim, began: faults.append(fault)))
         call(ram)
         assert faults == [(0, Origin.DEVICE, 3, access)]
 

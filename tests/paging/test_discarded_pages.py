@@ -17,7 +17,7 @@ def test_a_trap_that_cannot_map_a_discarded_page_pauses_the_machine_and_ends_the
         raise error
 
     with pager_of() as pager:
-        pager.trap.on_admit = pager.discarded
+        pager.trap.on_admit = pager.note_discarded
         pager.trap.reassert = refuse
         if isinstance(error, ShortageError):
             assert pager.resolve(PageFault(3)) is Outcome.FAILED

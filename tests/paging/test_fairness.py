@@ -10,6 +10,7 @@ from test_access import LONG, SOON, memory_of
 
 from kvmdp.errors import BusyError, PagingError
 from kvmdp.page import PAGE_SIZE, Access, Origin, Outcome, PageFault
+from kvmdp.paging.jobs import Observer
 from kvmdp.paging.pins import Pin
 
 THREE_PAGES = (PAGE_SIZE - 4, PAGE_SIZE + 8)  # gpa, length
@@ -31,7 +32,7 @@ def robbed():
                 if page != fault.page or fault.origin is Origin.VCPU:
                     pager.shut_off(page, 1)
 
-        pager.observer = rob
+        pager.jobs.add(Observer(rob))
         yield pager
 
 
@@ -72,11 +73,12 @@ def insisting(pager):
 
     def rob(fault, claim, began):
         if fault.page == 2:
-            pager.observer = None
+            pager.jobs.remove(robber)
             pager.shut_off(0, 2)
             pager.trap.on_admit = wait
 
-    pager.observer = rob
+    robber = Observer(rob)
+    pager.jobs.add(robber)
     reader = started(lambda: found.append(memory_of(pager).read(*THREE_PAGES)))
     assert waits.wait(LONG)
     try:
@@ -118,16 +120,17 @@ def test_an_access_that_fails_insists_on_nothing_any_more():
 
         def rob(fault, claim, began):
             if fault.page == 2:
-                pager.observer = None
+                pager.jobs.remove(robber)
                 pager.evict(0, 2)
 
-        def fail(offset, destination):
-            if offset:
+        def fail(request, destination):
+            if request.offset:
                 raise source_error(1)
 
         pager.evict(9, 1)  # so that there is a sink
-        pager.sink.fill = fail
-        pager.observer = rob
+        pager.sink.fetch = fail
+        robber = Observer(rob)
+        pager.jobs.add(robber)
         with pytest.raises(PagingError, match="cannot be fetched"):
             memory_of(pager).read(*THREE_PAGES)
         assert pager.mark_nonpresent(0, 3, SOON) == 2

@@ -4,13 +4,13 @@ import os
 
 import numpy as np
 import pytest
-from fakes import PAGES, content, page_of, pager_of
+from fakes import PAGES, content, page_of, pager_of, source_error
 from interruptions import interrupt_everywhere
 
 from kvmdp.page import PAGE_SIZE, Origin, Outcome, PageFault
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.claim import State, Waiter
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 
 # Of steps, which are many, every so manieth is interrupted; all of them where that is asked for.
 STRIDE = 1 if os.environ.get("KVMDP_EFFORT") == "full" else 7
@@ -70,6 +70,22 @@ def nothing(pager):
     pass
 
 
+def pieces(pager):
+    pager.source.pieces = 5
+
+
+def pause_and_resume(pager):
+    def fail(first, count):
+        raise source_error(first, count)
+
+    pager.source.before = fail
+    try:
+        assert pager.resolve(PageFault(5)) is Outcome.FAILED
+    finally:
+        pager.source.before = lambda first, count: None
+        pager.resume()
+
+
 THREE_PAGES = np.array([0b1011, *[0] * (PAGES // 64 - 1)], np.uint64)
 
 
@@ -120,11 +136,17 @@ OPERATIONS = {
     "hold": (nothing, held),
     "hold what is poisoned": (poisoned, held),
     "freeze and thaw": (present, frozen),
-    "disable": (full, DemandPager.disable),
-    "enable": (off, DemandPager.enable),
+    "disable": (full, Pager.disable),
+    "enable": (off, Pager.enable),
     "disable and enable": (full, switch_on_and_off),
-    "cancel": (shut_off, DemandPager.cancel),
-    "resume": (cancelled, DemandPager.resume),
+    "cancel": (shut_off, Pager.cancel),
+    "reopen": (cancelled, Pager.reopen),
+    "mark present piece by piece": (pieces, lambda pager: pager.mark_present(0, 16)),
+    "read pages where they are": (
+        evicted,
+        lambda pager: pager.content(0, 16, memoryview(bytearray(16 * PAGE_SIZE))),
+    ),
+    "pause and resume": (nothing, pause_and_resume),
 }
 
 
@@ -150,7 +172,7 @@ def check_nothing_is_left(pager):
 
 def check_all_goes_on(pager):
     """Each of these would wait in vain for a claim, a pin or a freeze that was left behind; and all bytes are right."""
-    pager.resume()
+    pager.reopen()
     pager.enable()
     for page in range(PAGES):
         if pager.ledger.states[page] == State.POISON:
@@ -178,6 +200,7 @@ def check(name, steps, stride=1):
         with pager_of(needs_quiesce=True) as pager:
             before(pager)
             interrupted(lambda: operate(pager))
+            pager.resume()
             check_nothing_is_left(pager)
             check_all_goes_on(pager)
 

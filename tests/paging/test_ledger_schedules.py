@@ -6,7 +6,7 @@ from schedules import Schedule
 from kvmdp.page import Outcome
 from kvmdp.paging.claim import State, Wake
 from kvmdp.paging.ledger import Ledger
-from kvmdp.paging.pins import Pins
+from kvmdp.paging.pins import Pins, Retained
 
 SCHEDULES = 100_000
 BLOCK = 5_000
@@ -111,11 +111,9 @@ class LetsInBeforeTheTrapIsTold(Ledger):
 
 
 class TakesAwayWhatIsRetained(Ledger):
-    def retain(self, first, end):
-        pass
-
-    def let_go(self, first, end):
-        pass
+    def begin_revoke(self, *arguments):
+        self.retained = Retained()
+        return super().begin_revoke(*arguments)
 
 
 def with_pins(broken):

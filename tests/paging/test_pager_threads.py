@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from fakes import PAGES, content, in_threads, page_of, pager_of, source_error, started
+from fakes import PAGES, content, fill, in_threads, page_of, pager_of, source_error, started
 
 from kvmdp.errors import PagingError
 from kvmdp.page import Origin, Outcome, PageFault
@@ -37,7 +37,7 @@ def test_all_who_wait_for_a_page_are_woken_by_its_commit():
         threads = [started(lambda: outcomes.append(pager.resolve(PageFault(1)))) for _ in range(8)]
         while pager.counters.waits < 8:
             time.sleep(0.001)
-        pager.fill(claim)
+        fill(pager, claim)
         pager.commit(claim)
         for thread in threads:
             thread.join(SOON)
@@ -79,7 +79,7 @@ def test_cancel_wakes_everybody_and_lets_a_fill_under_way_end():
         for thread in threads:
             thread.join(SOON)
         assert results == [Outcome.CANCELLED] * 2
-        pager.fill(claim)
+        fill(pager, claim)
         pager.commit(claim)
         assert page_of(pager, 1) == content(1)
         assert pager.begin(PageFault(20)) is Outcome.CANCELLED

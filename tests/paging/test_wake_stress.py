@@ -16,7 +16,7 @@ import time
 import pytest
 from device_process import bench
 from effort import by_effort
-from fakes import PAGES, content, in_threads, page_of, pager_of, source_error
+from fakes import PAGES, content, fill, in_threads, page_of, pager_of, source_error
 
 from kvmdp.errors import BusyError
 from kvmdp.page import Access, Outcome, PageFault
@@ -241,7 +241,7 @@ def test_who_gives_up_is_let_go_though_the_claim_goes_on():
                 each.start()
             done, stuck = concurrent.futures.wait(ends, STUCK)
             left = len(claim.waiters)
-            pager.fill(claim)
+            fill(pager, claim)
             pager.commit(claim)  # which lets everybody go, if need be
         for _ in callers:
             cancellations.put(None)
@@ -258,9 +258,9 @@ def test_a_release_that_comes_just_before_its_fault_is_parked_is_not_forgotten()
         claim = pager.begin(PageFault(1))
         park, answers, broken = pager.resolve_or_park, queue.SimpleQueue(), []
 
-        def released_before(fault, waiter):
+        def released_before(fault, waiter, count):
             requests.release(7)
-            return park(fault, waiter)
+            return park(fault, waiter, count)
 
         pager.resolve_or_park = released_before
         requests = FaultRequests(
@@ -321,7 +321,7 @@ memory.close()
         child.done()
         assert here.server.counters.requests > 3
         assert here.sentences == []
-        here.pager.fill(claim)
+        fill(here.pager, claim)
         here.pager.commit(claim)
 
 

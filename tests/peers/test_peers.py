@@ -5,7 +5,7 @@ import time
 
 import pytest
 from device_process import SOON, bench
-from fakes import PAGES, content, in_threads, page_of, source_error
+from fakes import PAGES, content, fill, in_threads, page_of, source_error
 
 from kvmdp.errors import BusyError
 from kvmdp.memory.backing import AnonymousBacking
@@ -110,7 +110,7 @@ def test_a_parked_fault_goes_on_when_the_claim_has_ended():
         claim = here.pager.begin(PageFault(2))
         child = here.child("say(memory.read(2 * 4096, 1)[0])")
         wait_for(lambda: claim.waiters)
-        here.pager.fill(claim)
+        fill(here.pager, claim)
         here.pager.commit(claim)
         assert child.hear() == content(2)[0]
         assert here.nobody_waits()
@@ -134,7 +134,7 @@ say([answer.token, answer.outcome.name])
         assert child.hear() == [77, "CANCELLED"]
         assert claim.waiters == []
         assert here.balanced()
-        here.pager.fill(claim)
+        fill(here.pager, claim)
         here.pager.commit(claim)
 
 
@@ -162,7 +162,7 @@ except CancelledError as error:
         child.tell("go on")
         assert "called off" in child.hear()
         wait_for(lambda: not claim.waiters and here.balanced())
-        here.pager.fill(claim)
+        fill(here.pager, claim)
         here.pager.commit(claim)
 
 
@@ -347,7 +347,7 @@ def test_a_killed_device_is_noticed_and_replaced():
         child.process.kill()
         assert here.next_report() == f"device process {child.pid} has died"
         assert claim.waiters == []
-        here.pager.fill(claim)
+        fill(here.pager, claim)
         here.pager.commit(claim)
         assert here.pager.mark_nonpresent(0, PAGES, timeout=SOON) == 1
         other = here.child("say(memory.read(2 * 4096, 1)[0])")

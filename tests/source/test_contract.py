@@ -17,6 +17,7 @@ from kvmdp.source.base import read_pages
 from kvmdp.source.image import ImageSource
 from kvmdp.source.network import NetworkSource
 from kvmdp.source.patched import PatchedSource
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.source.without_hole import WithoutHole
 
@@ -58,7 +59,7 @@ def source(request, tmp_path):
 def filled(source, offset, length):
     """The bytes that `fill` writes, over others."""
     destination = bytearray(b"\xa5" * length)
-    source.fill(offset, memoryview(destination))
+    source.fetch(FetchRequest(offset), memoryview(destination))
     return bytes(destination)
 
 
@@ -102,7 +103,7 @@ def test_what_is_no_whole_page_inside_is_refused(source):
     end = -(-source.size // PAGE_SIZE) * PAGE_SIZE
     for offset, length in ((1, PAGE_SIZE), (0, 100), (-PAGE_SIZE, PAGE_SIZE), (end, PAGE_SIZE), (0, 0)):
         with pytest.raises(ValueError, match="not whole 4096-byte pages"):
-            source.fill(offset, memoryview(bytearray(length)))
+            source.fetch(FetchRequest(offset), memoryview(bytearray(length)))
 
 
 def test_pages_are_rows_and_holes_are_zeros(source):

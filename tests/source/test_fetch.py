@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kvmdp.source.base import SourceError, fetch, read_pages
+from kvmdp.source.request import FetchRequest
 
 PAGE = 4096
 
@@ -20,7 +21,8 @@ class Failing:
     def extents(self):
         return [(0, self.size)]
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         self.calls.append(offset)
         if self.calls.count(offset) <= self._failures:
             destination[:] = b"\xa5" * len(destination)
@@ -33,26 +35,26 @@ class Failing:
 
 def test_a_transient_error_is_tried_again_five_times():
     source, page = Failing(5), memoryview(bytearray(PAGE))
-    fetch(source, 0, page)
+    fetch(source, FetchRequest(0), page)
     assert bytes(page) == b"\1" * PAGE
     with pytest.raises(SourceError, match="try again"):
-        fetch(Failing(6), 0, page)
+        fetch(Failing(6), FetchRequest(0), page)
 
 
 def test_another_error_is_not():
     source = Failing(1, transient=False)
     with pytest.raises(SourceError, match="try again"):
-        fetch(source, 0, memoryview(bytearray(PAGE)))
+        fetch(source, FetchRequest(0), memoryview(bytearray(PAGE)))
     assert source.calls == [0]
 
 
 def test_the_caller_is_asked_before_each_further_attempt():
     asked = []
-    fetch(Failing(3), 0, memoryview(bytearray(PAGE)), lambda: asked.append(None) is None)
+    fetch(Failing(3), FetchRequest(0), memoryview(bytearray(PAGE)), lambda: asked.append(None) is None)
     assert len(asked) == 3
     source = Failing(3)
     with pytest.raises(SourceError):
-        fetch(source, 0, memoryview(bytearray(PAGE)), lambda: False)
+        fetch(source, FetchRequest(0), memoryview(bytearray(PAGE)), lambda: False)
     assert source.calls == [0]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from kvmdp.source.base import SourceError, read_pages
 from kvmdp.source.image import ImageError, ImageSource
+from kvmdp.source.request import FetchRequest
 
 PAGE = 4096
 
@@ -28,7 +29,7 @@ def make_image(path, layout, size=None):
 
 def fill(source, offset, length):
     destination = bytearray(b"\xee" * length)
-    source.fill(offset, memoryview(destination))
+    source.fetch(FetchRequest(offset), memoryview(destination))
     return bytes(destination)
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from kvmdp.source.base import SourceError, read_pages
 from kvmdp.source.patched import PatchedSource
+from kvmdp.source.request import FetchRequest
 
 PAGE = 4096
 
@@ -22,7 +23,8 @@ class SparseSource:
         for page in data_pages:
             self.image[page * PAGE : (page + 1) * PAGE] = bytes([page % 250 + 1]) * PAGE
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         assert offset % PAGE == 0
         assert len(destination) % PAGE == 0
         assert len(destination) > 0
@@ -44,7 +46,7 @@ class SparseSource:
 
 def fill(source, first, count):
     destination = bytearray(b"\xee" * (count * PAGE))
-    source.fill(first * PAGE, memoryview(destination))
+    source.fetch(FetchRequest(first * PAGE), memoryview(destination))
     return bytes(destination)
 
 
@@ -131,10 +133,10 @@ def test_unusable_patches_are_refused(patches, message):
 def test_errors_of_the_inner_source_come_through():
     inner = SparseSource(4, range(4))
 
-    def fail(offset, destination):
-        raise SourceError("sparse", offset, len(destination), "it is broken", transient=True)
+    def fail(request, destination):
+        raise SourceError("sparse", request.offset, len(destination), "it is broken", transient=True)
 
-    inner.fill = fail
+    inner.fetch = fail
     source = PatchedSource(inner, [(PAGE, b"x")])
     for page in (0, 1):
         with pytest.raises(SourceError, match=f"offset {page * PAGE:#x} of sparse: it is broken") as caught:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kvmdp.source.base import read_pages
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 
 PAGE = 4096
@@ -24,7 +25,7 @@ def splitmix64(seed, count):
 
 def content(source, first, count):
     destination = bytearray(b"\xee" * (count * PAGE))
-    source.fill(first * PAGE, memoryview(destination))
+    source.fetch(FetchRequest(first * PAGE), memoryview(destination))
     return np.frombuffer(destination, dtype="<u8").reshape(count, 512)
 
 
@@ -81,7 +82,7 @@ def test_threads_fill_at_once():
 
     def fill_every_fourth(start):
         for page in range(start, 1024, 4):
-            source.fill(page * PAGE, view[page * PAGE : (page + 1) * PAGE])
+            source.fetch(FetchRequest(page * PAGE), view[page * PAGE : (page + 1) * PAGE])
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(fill_every_fourth, range(4)))
@@ -103,4 +104,4 @@ def test_a_seed_out_of_range_is_refused(seed):
 @pytest.mark.parametrize(("offset", "length"), [(8, PAGE), (0, 8), (4 * PAGE, PAGE)])
 def test_a_range_that_is_not_pages_of_the_image_is_refused(offset, length):
     with pytest.raises(ValueError, match="are not whole 4096-byte pages"):
-        SyntheticSource(4 * PAGE).fill(offset, memoryview(bytearray(length)))
+        SyntheticSource(4 * PAGE).fetch(FetchRequest(offset), memoryview(bytearray(length)))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kvmdp.source.base import SourceError, read_pages
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.without_hole import WithoutHole
 
 PAGE = 4096
@@ -24,7 +25,8 @@ class Numbered:
     def extents(self):
         return [(first * PAGE, (end - first) * PAGE) for first, end in self._data]
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         for page in range(offset // PAGE, (offset + len(destination)) // PAGE):
             assert any(first <= page < end for first, end in self._data), page
             if page == self._failing:
@@ -49,7 +51,7 @@ def test_every_run_of_pages_is_the_right_one(first):
     assert source.size == len(LEFT) * PAGE
     for last in range(first + 1, len(LEFT) + 1):
         destination = bytearray((last - first) * PAGE)
-        source.fill(first * PAGE, memoryview(destination))
+        source.fetch(FetchRequest(first * PAGE), memoryview(destination))
         assert list(destination[::PAGE]) == [page + 1 for page in LEFT[first:last]]
 
 
@@ -77,14 +79,14 @@ def test_a_hole_to_the_end_leaves_what_is_before_it():
     assert source.size == START * PAGE
     assert source.extents() == [(0, START * PAGE)]
     with pytest.raises(ValueError, match="not whole 4096-byte pages inside"):
-        source.fill(START * PAGE, memoryview(bytearray(PAGE)))
+        source.fetch(FetchRequest(START * PAGE), memoryview(bytearray(PAGE)))
 
 
 @pytest.mark.parametrize(("failing", "place"), [(2, 2), (9, 6)])
 def test_an_error_names_the_place_in_ram_and_that_in_the_file(failing, place):
     source = without_hole(Numbered(failing=failing))
     with pytest.raises(SourceError) as caught:
-        source.fill(place * PAGE, memoryview(bytearray(PAGE)))
+        source.fetch(FetchRequest(place * PAGE), memoryview(bytearray(PAGE)))
     assert (caught.value.offset, caught.value.transient) == (place * PAGE, True)
     hole = f" (with its hole: offset {failing * PAGE:#x})" if failing >= END else ""
     assert (

@@ -12,7 +12,7 @@ from fakes import PAGES, FakeSource, FakeTrap
 from kvmdp.memory.backing import MemfdBacking
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE
-from kvmdp.paging.pager import DemandPager
+from kvmdp.paging.pager import Pager
 from kvmdp.paging.policy import FaultAround
 from kvmdp.peers.peers import DeviceServer
 from kvmdp.peers.wire.endpoint import Listener
@@ -112,7 +112,7 @@ class Bench:
         self.backing = MemfdBacking(pages * PAGE_SIZE)
         self.source = FakeSource(pages)
         self.trap = FakeTrap(pages, PAGE_SIZE, self.backing.vmm)
-        self.pager = DemandPager(self.layout, self.trap, self.source, FaultAround(1), VcpuGate())
+        self.pager = Pager(self.layout, self.trap, self.source, FaultAround(1), VcpuGate())
         self.sentences = []
         self.reported = threading.Semaphore(0)
         self.server = DeviceServer(self.layout, self.backing, self.pager, self._report, patience)

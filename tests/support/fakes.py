@@ -5,8 +5,8 @@ import threading
 
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
-from kvmdp.page import PAGE_SIZE
-from kvmdp.paging.pager import DemandPager
+from kvmdp.page import PAGE_SIZE, PageFault
+from kvmdp.paging.pager import Pager
 from kvmdp.paging.policy import FaultAround
 from kvmdp.source.base import SourceError, check_range
 from kvmdp.vcpu.gate import VcpuGate
@@ -20,27 +20,36 @@ def content(page):
 
 
 class FakeSource:
-    """`fills` are the runs asked for; `before(first, count)` is called ahead of each and may raise."""
+    """`fills` are the runs asked for; `before(first, count)` is called ahead of each and may raise.
+
+    A long run lands by `pieces` pages, if that is not 0; `between(page)` is called before each piece but the first.
+    """
 
     name = "the fake source"
+    concurrency = 4
+    pieces = 0
 
     def __init__(self, pages, extents=None):
         self.size = pages * PAGE_SIZE
         self._extents = [(0, pages)] if extents is None else extents
         self.fills = []
         self.before = lambda first, count: None
+        self.between = lambda page: None
 
     def extents(self):
         return [(first * PAGE_SIZE, count * PAGE_SIZE) for first, count in self._extents]
 
-    def fill(self, offset, destination):
+    def fetch(self, request, destination):
+        offset = request.offset
         check_range(self, offset, destination.nbytes)
         first, count = offset // PAGE_SIZE, destination.nbytes // PAGE_SIZE
         self.fills.append((first, count))
         self.before(first, count)
-        for page in range(first, first + count):
-            start = (page - first) * PAGE_SIZE
-            destination[start : start + PAGE_SIZE] = content(page)
+        for done, page in enumerate(range(first, first + count)):
+            if self.pieces and done and done % self.pieces == 0:
+                request.landed(done * PAGE_SIZE)
+                self.between(page)
+            destination[done * PAGE_SIZE : (done + 1) * PAGE_SIZE] = content(page)
 
     def close(self):
         pass
@@ -66,7 +75,7 @@ class FakeTrap:
 
     def __init__(self, pages, granule, memory):
         self.granule = granule
-        self.fill_view = memory.view
+        self.fill_view = self.ram_view = memory.view
         self.populate = None
         self.entered = bytearray(pages)  # 1: the guest may enter
         self.calls = []
@@ -135,15 +144,18 @@ def pager_of(pages=PAGES, *, granule=PAGE_SIZE, fault_around=1, extents=None, ne
     with Mapping.anonymous(pages * PAGE_SIZE) as memory:
         trap = FakeTrap(pages, granule, memory)
         trap.needs_quiesce = needs_quiesce
-        pager = DemandPager(
-            GuestLayout(pages * PAGE_SIZE), trap, source, FaultAround(fault_around), VcpuGate()
-        )
+        pager = Pager(GuestLayout(pages * PAGE_SIZE), trap, source, FaultAround(fault_around), VcpuGate())
         pager.source = source
         pager.enable()
         try:
             yield pager
         finally:
             pager.close()
+
+
+def fill(pager, claim):
+    """Put the bytes of a claim's pages in place, as its owner does."""
+    pager.contents.fill(claim, PageFault(claim.first), lambda _claim, _page: None)
 
 
 def page_of(pager, page):

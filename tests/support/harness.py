@@ -21,6 +21,7 @@ from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_bloc
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.claim import State
 from kvmdp.source.patched import PatchedSource
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.uffd import descriptor as uffd
 
@@ -172,7 +173,7 @@ def contents(machine, pages):
         else:
             assert state == State.SINK
             buffer = bytearray(PAGE_SIZE)
-            machine.pager.sink.fill(page * PAGE_SIZE, memoryview(buffer))
+            machine.pager.sink.fetch(FetchRequest(page * PAGE_SIZE), memoryview(buffer))
             row[:] = np.frombuffer(buffer, dtype=np.uint64)
     return rows
 

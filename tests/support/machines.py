@@ -17,6 +17,7 @@ from kvmdp.peers.wire import handover, offer
 from kvmdp.peers.wire.endpoint import connect
 from kvmdp.peers.wire.handover import Handover, Role
 from kvmdp.peers.wire.records import Kind, Record, unpack
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 
 PAGE = 4096
@@ -78,9 +79,9 @@ def check_served(path, page=3):
         with MemfdBacking(MEMORY) as ram, PresentBitmap(MEMORY // PAGE) as bitmap:
             source.bind(ram.vmm.view, ram.fd, bitmap.fd, TERMS.regions)
             with ram.vmm.view[page * PAGE : (page + 1) * PAGE] as destination:
-                source.fill(page * PAGE, destination)
+                source.fetch(FetchRequest(page * PAGE), destination)
                 expected = bytearray(PAGE)
-                SyntheticSource(MEMORY, SEED).fill(page * PAGE, memoryview(expected))
+                SyntheticSource(MEMORY, SEED).fetch(FetchRequest(page * PAGE), memoryview(expected))
                 assert destination == expected
             source.cancel()
     finally:

@@ -87,18 +87,14 @@ class Schedule:
         self.unit = unit = (1, 4)[seed % 2]
         self.log = log
         self.bitmap = (RealBitmap if seed % 50 < 2 else ByteBitmap)(END)
-        self.ledger = make(self.bitmap, unit, BOUNDS, ())
         self.states = bytearray([ZERO]) * END
         for first in range(FIRST, END, unit):  # it begins in the middle
             count = min(unit, END - first)
             state = chance.choice((SOURCE, ZERO, PRESENT, PRESENT, BACKED, SINK, POISON))
             self.states[first : first + count] = bytes([state]) * count
-            if state == PRESENT:
-                self.bitmap.set_range(first, count)
-            elif state == SOURCE and chance.random() < 0.3:  # data of the source ends within a unit
+            if state == SOURCE and chance.random() < 0.3:  # data of the source ends within a unit
                 self.states[first] = ZERO
-        self.ledger.states[:] = self.states
-        self.ledger.resident = sum(map(self.states.count, IN_RAM))
+        self.ledger = make(self.bitmap, unit, BOUNDS, self.states)
         self.queues = {}  # who waits, by claim
         self.discarded = {}  # pages of which the bytes have been thrown away, by claim
         self.admitting = set()  # claims on pages that are present
@@ -184,7 +180,7 @@ class Schedule:
     # Actors
 
     def fault(self, page, impatient, first, count):
-        """`DemandPager.resolve`; `resolve_or_park` and `_make_present` differ in who sleeps, and in the window."""
+        """`Pager.resolve`; `resolve_or_park` and `_make_present` differ in who sleeps, and in the window."""
         while True:
             step = self.ledger.obstacle(page)
             assert step is self.obstacle(page)
@@ -379,11 +375,11 @@ class Schedule:
     def retain(self, first, end):
         unit = self.unit
         kept = first // unit * unit, min(-(-end // unit) * unit, END)
-        self.ledger.retain(first, end)
+        self.ledger.retained.add(self.ledger.whole_units(first, end))
         self.retained.append(kept)
         for _ in range(self.chance.randrange(1, 6)):
             yield
-        self.ledger.let_go(first, end)
+        self.ledger.retained.remove(self.ledger.whole_units(first, end))
         self.retained.remove(kept)
 
     def call_off(self):
@@ -428,7 +424,7 @@ class Schedule:
             self.states[page] = ZERO
 
     def switch_off(self):
-        """`DemandPager._let_nobody_begin`."""
+        """`Pager._let_nobody_begin`."""
         while all(HAS_BIT[state] for state in self.states[FIRST:]) and self.ledger.claims:
             yield self.queue(self.ledger.claims[0])
 

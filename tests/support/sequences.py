@@ -25,6 +25,7 @@ from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.paging.claim import Counters, State
 from kvmdp.source.base import read_pages
 from kvmdp.source.image import WritableImageSource
+from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots import memory_fault
 from kvmdp.trap.slots import partial_slots as partial_regions
@@ -468,9 +469,9 @@ class RandomSequence:
             case State.BACKED:
                 found[:] = self.pager.trap.fill_view[offset : offset + length]
             case State.SINK:
-                self.pager.sink.fill(offset, memoryview(found))
+                self.pager.sink.fetch(FetchRequest(offset), memoryview(found))
             case State.SOURCE:
-                self.source.fill(offset, memoryview(found))
+                self.source.fetch(FetchRequest(offset), memoryview(found))
         return found
 
     def _peek(self):

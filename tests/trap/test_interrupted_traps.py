@@ -41,7 +41,10 @@ class InterruptedSlots:
 def regions_of(slots, *, present, memory=1 << 20, complete=None):
     bitmap = SimpleNamespace(count_range=lambda _first, _count: present)
     pager = SimpleNamespace(
-        bitmap=bitmap, gate=SimpleNamespace(quiesced=None), is_limited=False, complete=complete
+        bitmap=bitmap,
+        gate=SimpleNamespace(quiesced=None),
+        jobs=SimpleNamespace(most_at_once=None),
+        complete=complete,
     )
     return PartialRegions(slots, pager, REGION, memory)
 
@@ -53,7 +56,7 @@ def test_an_interruption_waits_until_memslots_are_merged_and_the_next_thread_mer
         slots.pieces = 2
         regions.changed(0, 1)
         with pytest.raises(KeyboardInterrupt):
-            regions.housekeep()
+            regions.after_fault()
         assert (slots.pieces, slots.merges) == (1, merges)
 
 
@@ -70,7 +73,7 @@ def test_an_interruption_ends_the_fetch_of_what_a_region_lacks_and_the_next_thre
     regions.changed(0, 1)
     for count in (1, 2):
         with pytest.raises(KeyboardInterrupt):
-            regions.housekeep()
+            regions.after_fault()
         assert fetches == [0] * count
 
 

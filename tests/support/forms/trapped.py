@@ -183,7 +183,7 @@ class _Session:
         ended = [thread for thread in self._machine.threads if thread.parameters.exception_count]
         if not isinstance(error, GuestError) or len(ended) < len(self._blocks):
             return Failure(str(error))
-        self._machine.pager.resume()  # the machine has stopped: what is absent cannot be read otherwise
+        self._machine.pager.reopen()  # the machine has stopped: what is absent cannot be read otherwise
         ram = self._ram()
         return tuple(
             fatal_outcome(
