@@ -136,6 +136,8 @@ def _become(request):
         os.dup2(descriptor, number)
         os.close(descriptor)
     stacks = os.open(folder / f"{name}.stacks", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    # Python does not see faulthandler's handler: without one that it knows, the command would take the signal over.
+    signal.signal(_STACKS_SIGNAL, signal.SIG_IGN)
     faulthandler.register(_STACKS_SIGNAL, stacks, all_threads=True)
     os.environ["TMPDIR"] = str(folder / "tmp")
     sys.argv = ["kvmdp", *request["arguments"]]
