@@ -50,11 +50,6 @@ def _IOWR(type_: int, number: int, argument: CType) -> int:  # noqa: N802
     return _ioc(_IOC_READ | _IOC_WRITE, type_, number, ctypes.sizeof(argument))
 
 
-def argument_size(request: int) -> int:
-    """Return how many bytes `request` says that its argument has; 0 if it does not say, as for an integer."""
-    return request >> _IOC_SIZESHIFT & _IOC_SIZEMAX
-
-
 class FlexibleArgument(ctypes.Structure):
     """An argument that ends in an array of any length: `header`, whose size alone the request has, then `entries`."""
 

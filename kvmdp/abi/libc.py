@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from kvmdp.abi.ioctl import FlexibleArgument, argument_size
+from kvmdp.abi.ioctl import _IOC_SIZEMAX, _IOC_SIZESHIFT, FlexibleArgument
 from kvmdp.abi.signal import siginfo_t, timespec
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -83,23 +83,25 @@ def ioctl(fd: int, request: int, argument: Argument = 0, what: str = "ioctl") ->
     Returns the call's non-negative result; raises `OSError` with the kernel's errno, and TypeError if the argument has
     not the size that the request encodes (asm-generic/ioctl.h): the kernel would read or write that many bytes.
     """
+    size = request >> _IOC_SIZESHIFT & _IOC_SIZEMAX
     if argument is None or isinstance(argument, int):
-        if size := argument_size(request):
+        if size:
             raise TypeError(f"{what} takes an argument of {size} bytes, not {argument!r}")
         result: int = libc.ioctl(fd, request, argument)
     else:
-        _check_size(request, argument, what)
+        # Requests from before there was the encoding say nothing of their argument: FIONREAD is one.
+        if size and size != ctypes.sizeof(argument):
+            _check_header(size, argument, what)
         result = libc.ioctl(fd, request, ctypes.byref(argument))
     if result < 0:
         raise os_error(what)
     return result
 
 
-def _check_size(request: int, argument: Structured, what: str) -> None:
-    size = argument_size(request)
+def _check_header(size: int, argument: Structured, what: str) -> None:
+    """Raise TypeError unless `argument` is as long as its request says, but for the array at its end."""
     fixed = argument.header if isinstance(argument, FlexibleArgument) else argument
-    # Requests from before there was the encoding say nothing of their argument: FIONREAD is one.
-    if size and ctypes.sizeof(fixed) != size:
+    if ctypes.sizeof(fixed) != size:
         name = type(fixed).__name__
         raise TypeError(f"{what} takes an argument of {size} bytes, and {name} has {ctypes.sizeof(fixed)}")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from kvmdp.abi import libc
 from kvmdp.abi.kvm import KVM_CHECK_EXTENSION
@@ -36,25 +36,28 @@ class Handle(Closing):
         *,
         needs: Cap | None = None,
         remedies: Mapping[int, str] | None = None,
+        details: Callable[[], str] | None = None,
     ) -> int:
         """Make an ioctl; return its non-negative result.
 
-        `name` names it in errors; `needs` is the capability that gates it; `remedies` says by errno what would help.
+        `name` names it in errors, and `details()`, which only an error asks for, says what it was about; `needs` is the
+        capability that gates it; `remedies` says by errno what would help.
         Raises KvmError with the kernel's errno; a KvmUnsupportedError, which is an UnsupportedError too, if the reason
         is that this KVM lacks `needs`; TypeError if `argument` has not the size that the request encodes.
         """
         try:
             return libc.ioctl(self.fd, request, argument, name)
         except OSError as error:
-            raise self._failed(error, name, needs, remedies) from None
+            name += details() if details is not None else ""
+            raise self._failed(error, name + self._of, needs, remedies) from None
 
     def _failed(
         self, error: OSError, name: str, needs: Cap | None, remedies: Mapping[int, str] | None
     ) -> KvmError:
         # Asked only now: a call that works pays nothing. KVM has no errno of its own for a call that it does not know.
         if needs is not None and self._lacks(needs):
-            return KvmUnsupportedError(error.errno or 0, name + self._of, _lacking(needs))
-        return failed(error, name + self._of, remedies)
+            return KvmUnsupportedError(error.errno or 0, name, _lacking(needs))
+        return failed(error, name, remedies)
 
     def _lacks(self, capability: Cap) -> bool:
         try:

@@ -98,8 +98,13 @@ class Vm(Closing):
         EINVAL for what is not aligned, or a change that the slot does not take; a ShortageError for want of memory.
         """
         region = abi.kvm_userspace_memory_region(slot, flags, gpa, size, hva)
-        name = f"KVM_SET_USER_MEMORY_REGION of slot {slot}, gpa {gpa:#x}, {size} bytes"
-        self._handle.call(abi.KVM_SET_USER_MEMORY_REGION, name, region, remedies=MEMSLOT_REMEDIES)
+        self._handle.call(
+            abi.KVM_SET_USER_MEMORY_REGION,
+            "KVM_SET_USER_MEMORY_REGION",
+            region,
+            remedies=MEMSLOT_REMEDIES,
+            details=lambda: f" of slot {slot}, gpa {gpa:#x}, {size} bytes",
+        )
         self._note_log(slot, size, flags)
 
     def set_user_memory_region2(
@@ -118,13 +123,13 @@ class Vm(Closing):
             guest_memfd_offset=offset,
             guest_memfd=guest_memfd,
         )
-        name = f"KVM_SET_USER_MEMORY_REGION2 of slot {slot}, gpa {gpa:#x}, {size} bytes"
         self._handle.call(
             abi.KVM_SET_USER_MEMORY_REGION2,
-            name,
+            "KVM_SET_USER_MEMORY_REGION2",
             region,
             needs=Cap.USER_MEMORY2,
             remedies=MEMSLOT_REMEDIES,
+            details=lambda: f" of slot {slot}, gpa {gpa:#x}, {size} bytes",
         )
         self._note_log(slot, size, flags)
 

@@ -38,7 +38,7 @@ SIZED = _IOWR(0xAE, 0x05, kvm_cpuid2)
         (kvm_regs(), "KVM_X takes an argument of 8 bytes, and kvm_regs has 144"),
         (ctypes.c_uint32(), "KVM_X takes an argument of 8 bytes, and c_uint has 4"),
         (
-            flexible(kvm_msr_list, ctypes.c_uint32, 1)(),
+            flexible(kvm_msr_list, ctypes.c_uint32, 2)(),
             "KVM_X takes an argument of 8 bytes, and kvm_msr_list has 4",
         ),
         (None, "KVM_X takes an argument of 8 bytes, not None"),

@@ -1,12 +1,21 @@
 """The dirty log: which pages the guest has written, asked for, cleared in parts, and set from the beginning."""
 
 import errno
+import os
 
 import pytest
 from toy import Toy
 
 from kvmdp.errors import UnsupportedError
-from kvmdp.kvm import KVM_MEM_LOG_DIRTY_PAGES, Cap, Hlt, KvmError
+from kvmdp.kvm import (
+    GUEST_MEMFD_FLAG_INIT_SHARED,
+    GUEST_MEMFD_FLAG_MMAP,
+    KVM_MEM_GUEST_MEMFD,
+    KVM_MEM_LOG_DIRTY_PAGES,
+    Cap,
+    Hlt,
+    KvmError,
+)
 from kvmdp.kvm.errors import KvmUnsupportedError
 from kvmdp.memory.mapping import Mapping
 
@@ -151,3 +160,19 @@ def test_a_kvm_without_manual_clearing_says_so(monkeypatch):
         monkeypatch.setattr(type(toy.vm._handle), "check_extension", lambda handle, capability: 0)
         with pytest.raises(KvmUnsupportedError, match="lacks KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with 0x3"):
             toy.vm.protect_dirty_log_manually(initially_set=True)
+
+
+def test_memory_of_a_guest_memfd_has_no_log():
+    with Toy("f4") as toy:
+        if not toy.vm.check_extension(Cap.GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
+            pytest.skip("no guest_memfd that a plain VM can have: use Linux 6.18 or later")
+        fd = toy.vm.create_guest_memfd(0x1000, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
+        try:
+            flags = KVM_MEM_GUEST_MEMFD | KVM_MEM_LOG_DIRTY_PAGES
+            with pytest.raises(
+                KvmError, match="KVM_SET_USER_MEMORY_REGION2 of slot 1, gpa 0x10000"
+            ) as failure:
+                toy.vm.set_user_memory_region2(1, 0x10000, 0x1000, toy.mapping.hva, flags, fd, 0)
+            assert failure.value.errno == errno.EINVAL
+        finally:
+            os.close(fd)
