@@ -1,10 +1,11 @@
 """All registers of a vCPU, read and written: what is loaded is what a save has read, in a vCPU of another VM too."""
 
+import contextlib
 import ctypes
 import errno
 
 import pytest
-from toy import CODE, Toy
+from toy import Toy
 
 from kvmdp.abi.kvm import KVM_MP_STATE_HALTED
 from kvmdp.abi.kvm_x86 import KVM_VCPUEVENT_VALID_SHADOW, kvm_cpuid_entry2, kvm_nested_state
@@ -17,7 +18,6 @@ from kvmdp.kvm import (
     IoOut,
     Kvm,
     KvmError,
-    kvm_regs,
 )
 
 pytestmark = pytest.mark.kvm
@@ -253,7 +253,8 @@ def test_a_vcpu_that_is_loaded_into_another_vm_goes_on_where_it_was_and_reads_th
         new.registers.set_cpuid(old.registers.cpuid)
         new.set_sregs(old.sregs)
         new.set_regs(old.regs)
-        new.registers.set_xcrs(old.registers.xcrs)
+        with contextlib.suppress(UnsupportedError):  # an old CPU
+            new.registers.set_xcrs(old.registers.xcrs)
         new.registers.set_xsave(old.registers.xsave)
         new.registers.set_debug(old.registers.debug)
         events = old.events
@@ -294,10 +295,3 @@ def test_a_closed_vcpu_says_so(call):
         with pytest.raises(KvmError, match=f"{call} of vCPU 0 failed: Bad file descriptor") as failure:
             CALLS[call](toy.vcpu.registers)
         assert failure.value.errno == errno.EBADF
-
-
-def test_sizes_of_what_is_read_are_the_kernels():
-    with Toy("f4") as toy:
-        assert ctypes.sizeof(toy.vcpu.registers.fpu) == 416
-        assert toy.vcpu.regs.rip == CODE
-        toy.vcpu.set_regs(kvm_regs(rip=CODE, rflags=2))
