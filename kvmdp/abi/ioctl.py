@@ -6,6 +6,8 @@ A request is 32 bits: direction (2), size of the argument in bytes (14), type (8
 from __future__ import annotations
 
 import ctypes
+import functools
+from typing import Any
 
 _IOC_NRSHIFT = 0
 _IOC_TYPESHIFT = 8
@@ -46,3 +48,17 @@ def _IOW(type_: int, number: int, argument: CType) -> int:  # noqa: N802
 def _IOWR(type_: int, number: int, argument: CType) -> int:  # noqa: N802
     """Request whose argument goes both ways."""
     return _ioc(_IOC_READ | _IOC_WRITE, type_, number, ctypes.sizeof(argument))
+
+
+class FlexibleArgument(ctypes.Structure):
+    """An argument that ends in an array of any length: `header`, whose size alone the request has, then `entries`."""
+
+    header: Any
+    entries: Any
+
+
+@functools.lru_cache(maxsize=64)
+def flexible(header: type[ctypes.Structure], entry: Any, count: int) -> type[FlexibleArgument]:
+    """Return the type of an argument of `count` entries of a C type behind a header."""
+    fields = [("header", header), ("entries", entry * count)]
+    return type(f"{header.__name__}_{count}", (FlexibleArgument,), {"_fields_": fields})

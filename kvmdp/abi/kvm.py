@@ -1,4 +1,4 @@
-"""`linux/kvm.h`: ioctls, structures, capabilities and exits that this project uses.
+"""`linux/kvm.h`: ioctls, structures and exits that this project uses; `kvmdp.abi.kvm_cap` has the capabilities.
 
 API document: `Documentation/virt/kvm/api.rst`.  Addresses and sizes are bytes; `gpa` is a
 guest-physical, `hva` a host virtual address.  A comment names the capability that gates an
@@ -8,16 +8,21 @@ ioctl, and the first kernel where that is recent.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int16, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import c_int16, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
 
 from kvmdp.abi.ioctl import _IO, _IOR, _IOW, _IOWR
 from kvmdp.abi.kvm_x86 import (
     kvm_cpuid2,
     kvm_debugregs,
+    kvm_fpu,
+    kvm_lapic_state,
     kvm_msr_filter,
+    kvm_msr_list,
     kvm_msrs,
+    kvm_nested_state,
     kvm_regs,
     kvm_sregs,
+    kvm_sregs2,
     kvm_sync_regs,
     kvm_vcpu_events,
     kvm_x86_mce,
@@ -28,35 +33,6 @@ from kvmdp.abi.kvm_x86 import (
 KVMIO = 0xAE
 KVM_API_VERSION = 12
 
-# Capabilities (KVM_CHECK_EXTENSION)
-KVM_CAP_USER_MEMORY = 3
-KVM_CAP_EXT_CPUID = 7
-KVM_CAP_NR_VCPUS = 9
-KVM_CAP_NR_MEMSLOTS = 10
-KVM_CAP_SYNC_MMU = 16
-KVM_CAP_DESTROY_MEMORY_REGION_WORKS = 21
-KVM_CAP_MCE = 31
-KVM_CAP_INTERNAL_ERROR_DATA = 40
-KVM_CAP_VCPU_EVENTS = 41
-KVM_CAP_DEBUGREGS = 50
-KVM_CAP_XSAVE = 55
-KVM_CAP_XCRS = 56
-KVM_CAP_MAX_VCPUS = 66
-KVM_CAP_SYNC_REGS = 74
-KVM_CAP_IMMEDIATE_EXIT = 136
-KVM_CAP_X86_USER_SPACE_MSR = 188
-KVM_CAP_X86_MSR_FILTER = 189
-KVM_CAP_BINARY_STATS_FD = 203
-KVM_CAP_EXIT_ON_EMULATION_FAILURE = 204
-KVM_CAP_DISABLE_QUIRKS2 = 213
-KVM_CAP_USER_MEMORY2 = 231  # 6.8
-KVM_CAP_MEMORY_FAULT_INFO = 232  # 6.8
-KVM_CAP_MEMORY_ATTRIBUTES = 233  # 6.8
-KVM_CAP_GUEST_MEMFD = 234  # 6.8
-KVM_CAP_VM_TYPES = 235  # 6.8
-KVM_CAP_PRE_FAULT_MEMORY = 236  # 6.11
-KVM_CAP_GUEST_MEMFD_FLAGS = 244  # 6.18
-
 # kvm_userspace_memory_region.flags
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
@@ -65,6 +41,22 @@ KVM_MEM_GUEST_MEMFD = 1 << 2  # 6.8
 # kvm_create_guest_memfd.flags
 GUEST_MEMFD_FLAG_MMAP = 1 << 0  # 6.18
 GUEST_MEMFD_FLAG_INIT_SHARED = 1 << 1  # 6.18
+
+# Argument of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
+KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
+
+# kvm_clock_data.flags
+KVM_CLOCK_TSC_STABLE = 1 << 1
+KVM_CLOCK_REALTIME = 1 << 2  # 5.16
+KVM_CLOCK_HOST_TSC = 1 << 3  # 5.16
+
+# kvm_mp_state.mp_state
+KVM_MP_STATE_RUNNABLE = 0
+KVM_MP_STATE_UNINITIALIZED = 1
+KVM_MP_STATE_INIT_RECEIVED = 2
+KVM_MP_STATE_HALTED = 3
+KVM_MP_STATE_SIPI_RECEIVED = 4
 
 # kvm_run.exit_reason
 KVM_EXIT_UNKNOWN = 0
@@ -132,6 +124,48 @@ class kvm_create_guest_memfd(ctypes.Structure):
     """Size and flags of a new guest_memfd, KVM_CAP_GUEST_MEMFD."""
 
     _fields_ = [("size", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 6)]
+
+
+class _dirty_bitmap(ctypes.Union):
+    _fields_ = [("dirty_bitmap", c_void_p), ("padding2", c_uint64)]
+
+
+class kvm_dirty_log(ctypes.Structure):
+    """Where KVM puts which pages of a memslot are dirty, a bit each, in whole 64-bit words."""
+
+    _anonymous_ = ("bitmap",)
+    _fields_ = [("slot", c_uint32), ("padding1", c_uint32), ("bitmap", _dirty_bitmap)]
+
+
+class kvm_clear_dirty_log(ctypes.Structure):
+    """Pages of a memslot that are to count as clean, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2; bit 0 is `first_page`."""
+
+    _anonymous_ = ("bitmap",)
+    _fields_ = [
+        ("slot", c_uint32),
+        ("num_pages", c_uint32),
+        ("first_page", c_uint64),
+        ("bitmap", _dirty_bitmap),
+    ]
+
+
+class kvm_clock_data(ctypes.Structure):
+    """kvmclock of a VM, KVM_CAP_ADJUST_CLOCK: `clock` and `realtime` in nanoseconds."""
+
+    _fields_ = [
+        ("clock", c_uint64),
+        ("flags", c_uint32),
+        ("pad0", c_uint32),
+        ("realtime", c_uint64),
+        ("host_tsc", c_uint64),
+        ("pad", c_uint32 * 4),
+    ]
+
+
+class kvm_mp_state(ctypes.Structure):
+    """Whether a vCPU runs, is halted, or waits to be started, KVM_CAP_MP_STATE."""
+
+    _fields_ = [("mp_state", c_uint32)]
 
 
 class kvm_enable_cap(ctypes.Structure):
@@ -286,6 +320,7 @@ class kvm_run(ctypes.Structure):
 # On /dev/kvm
 KVM_GET_API_VERSION = _IO(KVMIO, 0x00)
 KVM_CREATE_VM = _IO(KVMIO, 0x01)
+KVM_GET_MSR_INDEX_LIST = _IOWR(KVMIO, 0x02, kvm_msr_list)
 KVM_CHECK_EXTENSION = _IO(KVMIO, 0x03)
 KVM_GET_VCPU_MMAP_SIZE = _IO(KVMIO, 0x04)
 KVM_GET_SUPPORTED_CPUID = _IOWR(KVMIO, 0x05, kvm_cpuid2)  # KVM_CAP_EXT_CPUID
@@ -293,9 +328,13 @@ KVM_X86_GET_MCE_CAP_SUPPORTED = _IOR(KVMIO, 0x9D, c_uint64)  # KVM_CAP_MCE
 
 # On a VM
 KVM_CREATE_VCPU = _IO(KVMIO, 0x41)
+KVM_GET_DIRTY_LOG = _IOW(KVMIO, 0x42, kvm_dirty_log)
 KVM_SET_USER_MEMORY_REGION = _IOW(KVMIO, 0x46, kvm_userspace_memory_region)
 KVM_SET_USER_MEMORY_REGION2 = _IOW(KVMIO, 0x49, kvm_userspace_memory_region2)  # KVM_CAP_USER_MEMORY2
+KVM_SET_CLOCK = _IOW(KVMIO, 0x7B, kvm_clock_data)  # KVM_CAP_ADJUST_CLOCK
+KVM_GET_CLOCK = _IOR(KVMIO, 0x7C, kvm_clock_data)  # KVM_CAP_ADJUST_CLOCK
 KVM_ENABLE_CAP = _IOW(KVMIO, 0xA3, kvm_enable_cap)
+KVM_CLEAR_DIRTY_LOG = _IOWR(KVMIO, 0xC0, kvm_clear_dirty_log)  # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
 KVM_X86_SET_MSR_FILTER = _IOW(KVMIO, 0xC6, kvm_msr_filter)  # KVM_CAP_X86_MSR_FILTER
 KVM_GET_STATS_FD = _IO(KVMIO, 0xCE)  # KVM_CAP_BINARY_STATS_FD; on a vCPU too
 KVM_CREATE_GUEST_MEMFD = _IOWR(KVMIO, 0xD4, kvm_create_guest_memfd)  # KVM_CAP_GUEST_MEMFD
@@ -310,14 +349,28 @@ KVM_TRANSLATE = _IOWR(KVMIO, 0x85, kvm_translation)
 KVM_GET_MSRS = _IOWR(KVMIO, 0x88, kvm_msrs)
 KVM_SET_MSRS = _IOW(KVMIO, 0x89, kvm_msrs)
 KVM_SET_SIGNAL_MASK = _IOW(KVMIO, 0x8B, kvm_signal_mask)
+KVM_GET_FPU = _IOR(KVMIO, 0x8C, kvm_fpu)
+KVM_SET_FPU = _IOW(KVMIO, 0x8D, kvm_fpu)
+KVM_GET_LAPIC = _IOR(KVMIO, 0x8E, kvm_lapic_state)  # KVM_CAP_IRQCHIP
+KVM_SET_LAPIC = _IOW(KVMIO, 0x8F, kvm_lapic_state)  # KVM_CAP_IRQCHIP
 KVM_SET_CPUID2 = _IOW(KVMIO, 0x90, kvm_cpuid2)  # KVM_CAP_EXT_CPUID
+KVM_GET_CPUID2 = _IOWR(KVMIO, 0x91, kvm_cpuid2)  # KVM_CAP_EXT_CPUID
+KVM_GET_MP_STATE = _IOR(KVMIO, 0x98, kvm_mp_state)  # KVM_CAP_MP_STATE
+KVM_SET_MP_STATE = _IOW(KVMIO, 0x99, kvm_mp_state)  # KVM_CAP_MP_STATE
 KVM_X86_SETUP_MCE = _IOW(KVMIO, 0x9C, c_uint64)  # KVM_CAP_MCE
 KVM_X86_SET_MCE = _IOW(KVMIO, 0x9E, kvm_x86_mce)  # KVM_CAP_MCE
 KVM_GET_VCPU_EVENTS = _IOR(KVMIO, 0x9F, kvm_vcpu_events)  # KVM_CAP_VCPU_EVENTS
 KVM_SET_VCPU_EVENTS = _IOW(KVMIO, 0xA0, kvm_vcpu_events)  # KVM_CAP_VCPU_EVENTS
 KVM_GET_DEBUGREGS = _IOR(KVMIO, 0xA1, kvm_debugregs)  # KVM_CAP_DEBUGREGS
 KVM_SET_DEBUGREGS = _IOW(KVMIO, 0xA2, kvm_debugregs)  # KVM_CAP_DEBUGREGS
+KVM_SET_TSC_KHZ = _IO(KVMIO, 0xA2)  # KVM_CAP_TSC_CONTROL
+KVM_GET_TSC_KHZ = _IO(KVMIO, 0xA3)  # KVM_CAP_GET_TSC_KHZ
 KVM_GET_XSAVE = _IOR(KVMIO, 0xA4, kvm_xsave)  # KVM_CAP_XSAVE
 KVM_SET_XSAVE = _IOW(KVMIO, 0xA5, kvm_xsave)  # KVM_CAP_XSAVE
 KVM_GET_XCRS = _IOR(KVMIO, 0xA6, kvm_xcrs)  # KVM_CAP_XCRS
 KVM_SET_XCRS = _IOW(KVMIO, 0xA7, kvm_xcrs)  # KVM_CAP_XCRS
+KVM_GET_NESTED_STATE = _IOWR(KVMIO, 0xBE, kvm_nested_state)  # KVM_CAP_NESTED_STATE
+KVM_SET_NESTED_STATE = _IOW(KVMIO, 0xBF, kvm_nested_state)  # KVM_CAP_NESTED_STATE
+KVM_GET_SREGS2 = _IOR(KVMIO, 0xCC, kvm_sregs2)  # KVM_CAP_SREGS2
+KVM_SET_SREGS2 = _IOW(KVMIO, 0xCD, kvm_sregs2)  # KVM_CAP_SREGS2
+KVM_GET_XSAVE2 = _IOR(KVMIO, 0xCF, kvm_xsave)  # KVM_CAP_XSAVE2

@@ -9,6 +9,7 @@ import ctypes
 from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
 
 KVM_NR_INTERRUPTS = 256
+KVM_APIC_REG_SIZE = 0x400
 
 # kvm_run.kvm_valid_regs and kvm_dirty_regs, KVM_CAP_SYNC_REGS
 KVM_SYNC_X86_REGS = 1 << 0
@@ -19,6 +20,17 @@ KVM_SYNC_X86_EVENTS = 1 << 2
 KVM_X86_QUIRK_SLOT_ZAP_ALL = 1 << 7  # 6.12
 
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # the header's spelling
+
+# kvm_sregs2.flags
+KVM_SREGS2_FLAGS_PDPTRS_VALID = 1 << 0
+
+# kvm_vcpu_events.flags: which of its fields KVM_SET_VCPU_EVENTS is to take
+KVM_VCPUEVENT_VALID_NMI_PENDING = 1 << 0
+KVM_VCPUEVENT_VALID_SIPI_VECTOR = 1 << 1
+KVM_VCPUEVENT_VALID_SHADOW = 1 << 2
+KVM_VCPUEVENT_VALID_SMM = 1 << 3
+KVM_VCPUEVENT_VALID_PAYLOAD = 1 << 4  # KVM_CAP_EXCEPTION_PAYLOAD
+KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 1 << 5  # KVM_CAP_X86_TRIPLE_FAULT_EVENT
 
 # kvm_msr_filter, KVM_CAP_X86_MSR_FILTER
 KVM_MSR_FILTER_MAX_RANGES = 16
@@ -98,6 +110,42 @@ class kvm_sregs(ctypes.Structure):
         ("apic_base", c_uint64),
         ("interrupt_bitmap", c_uint64 * ((KVM_NR_INTERRUPTS + 63) // 64)),
     ]
+
+
+class kvm_sregs2(ctypes.Structure):
+    """Segment, descriptor-table and control registers, and PAE's page table pointers, KVM_CAP_SREGS2."""
+
+    _fields_ = [
+        *((name, kvm_segment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
+        ("gdt", kvm_dtable),
+        ("idt", kvm_dtable),
+        *((name, c_uint64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base", "flags")),
+        ("pdptrs", c_uint64 * 4),
+    ]
+
+
+class kvm_fpu(ctypes.Structure):
+    """x87 and SSE state; `ftwx` is abridged, as FXSAVE has it."""
+
+    _fields_ = [
+        ("fpr", c_uint8 * 16 * 8),
+        ("fcw", c_uint16),
+        ("fsw", c_uint16),
+        ("ftwx", c_uint8),
+        ("pad1", c_uint8),
+        ("last_opcode", c_uint16),
+        ("last_ip", c_uint64),
+        ("last_dp", c_uint64),
+        ("xmm", c_uint8 * 16 * 16),
+        ("mxcsr", c_uint32),
+        ("pad2", c_uint32),
+    ]
+
+
+class kvm_lapic_state(ctypes.Structure):
+    """Registers of the local APIC that KVM has for a vCPU, at their offsets in its page. KVM_CAP_IRQCHIP."""
+
+    _fields_ = [("regs", c_uint8 * KVM_APIC_REG_SIZE)]
 
 
 class _vcpu_events_exception(ctypes.Structure):
@@ -183,6 +231,12 @@ class kvm_msrs(ctypes.Structure):
     _fields_ = [("nmsrs", c_uint32), ("pad", c_uint32)]
 
 
+class kvm_msr_list(ctypes.Structure):
+    """Header of a list of MSR numbers; `nmsrs` of 32 bits each follow."""
+
+    _fields_ = [("nmsrs", c_uint32)]
+
+
 class kvm_msr_filter_range(ctypes.Structure):
     """MSRs `base` to `base + nmsrs - 1`; a clear bit in `bitmap` denies."""
 
@@ -233,6 +287,16 @@ class kvm_xsave(ctypes.Structure):
     """x87, SSE and AVX state in XSAVE's standard format, KVM_CAP_XSAVE (`extra` has what KVM_GET_XSAVE2 adds)."""
 
     _fields_ = [("region", c_uint32 * 1024)]
+
+
+class _nested_header(ctypes.Union):
+    _fields_ = [("pad", c_uint8 * 120), ("_alignment", c_uint64)]
+
+
+class kvm_nested_state(ctypes.Structure):
+    """Header of what a guest hypervisor's guest is at, KVM_CAP_NESTED_STATE: `size` bytes, with this header."""
+
+    _fields_ = [("flags", c_uint16), ("format", c_uint16), ("size", c_uint32), ("hdr", _nested_header)]
 
 
 class kvm_x86_mce(ctypes.Structure):

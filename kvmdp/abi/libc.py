@@ -14,8 +14,9 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeAlias
 
+from kvmdp.abi.ioctl import _IOC_SIZEMAX, _IOC_SIZESHIFT, FlexibleArgument
 from kvmdp.abi.signal import siginfo_t, timespec
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -71,16 +72,38 @@ def named_call(what: str) -> Iterator[None]:
         raise OSError(error.errno, f"{what}: {error.strerror}") from None
 
 
-def ioctl(fd: int, request: int, argument: Any = 0, what: str = "ioctl") -> int:
+Structured: TypeAlias = "ctypes.Structure | ctypes.Union | ctypes._SimpleCData[int]"
+Argument: TypeAlias = "Structured | int | None"
+
+
+def ioctl(fd: int, request: int, argument: Argument = 0, what: str = "ioctl") -> int:
     """Call `ioctl(fd, request, argument)` without the GIL.
 
-    `argument` is an integer, None or `ctypes.byref(...)`; `what` names the request in the error.
-    Returns the call's non-negative result; raises `OSError` with the kernel's errno.
+    `argument` is what the request takes, which the kernel may change, or an integer; `what` names the call in errors.
+    Returns the call's non-negative result; raises `OSError` with the kernel's errno, and TypeError if the argument has
+    not the size that the request encodes (asm-generic/ioctl.h): the kernel would read or write that many bytes.
     """
-    result: int = libc.ioctl(fd, request, argument)
+    size = request >> _IOC_SIZESHIFT & _IOC_SIZEMAX
+    if argument is None or isinstance(argument, int):
+        if size:
+            raise TypeError(f"{what} takes an argument of {size} bytes, not {argument!r}")
+        result: int = libc.ioctl(fd, request, argument)
+    else:
+        # Requests from before there was the encoding say nothing of their argument: FIONREAD is one.
+        if size and size != ctypes.sizeof(argument):
+            _check_header(size, argument, what)
+        result = libc.ioctl(fd, request, ctypes.byref(argument))
     if result < 0:
         raise os_error(what)
     return result
+
+
+def _check_header(size: int, argument: Structured, what: str) -> None:
+    """Raise TypeError unless `argument` is as long as its request says, but for the array at its end."""
+    fixed = argument.header if isinstance(argument, FlexibleArgument) else argument
+    if ctypes.sizeof(fixed) != size:
+        name = type(fixed).__name__
+        raise TypeError(f"{what} takes an argument of {size} bytes, and {name} has {ctypes.sizeof(fixed)}")
 
 
 def mmap(length: int, prot: int, flags: int, fd: int = -1, offset: int = 0, address: int = 0) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 
-from kvmdp.errors import KvmdpError
+from kvmdp.errors import KvmdpError, UnsupportedError
 from kvmdp.shortage import ShortageError, more_threads, of_errno
 
 
@@ -29,6 +30,12 @@ class KvmError(KvmdpError, OSError):
 class KvmShortageError(KvmError, ShortageError):
     """A KVM call failed because something has run out."""
 
+
+class KvmUnsupportedError(KvmError, UnsupportedError):
+    """A KVM call failed because this host's KVM does not have it."""
+
+
+_CLOSED = "it has been closed: keep it open for as long as it is used"
 
 OPEN_REMEDIES = {
     errno.ENOENT: (
@@ -57,10 +64,22 @@ MEMSLOT_REMEDIES = {
 }
 
 
-def failed(error: OSError, call: str, remedies: dict[int, str] | None = None) -> KvmError:
+DIRTY_LOG_REMEDIES = {
+    errno.ENOENT: "the memslot has no dirty log: give it the flag KVM_MEM_LOG_DIRTY_PAGES",
+    errno.EINVAL: (
+        "no such memslot, or a part of it that does not begin at a multiple of 64 pages, or ends at none before its end"
+    ),
+}
+
+LAPIC_REMEDIES = {
+    errno.EINVAL: "KVM has no local APIC for this vCPU: enable KVM_CAP_SPLIT_IRQCHIP before vCPUs are made"
+}
+
+
+def failed(error: OSError, call: str, remedies: Mapping[int, str] | None = None) -> KvmError:
     """Turn `error` of a C call into a `KvmError` that names `call` and the remedy."""
     number = error.errno or 0
-    remedy = (remedies or {}).get(number, "")
+    remedy = (remedies or {}).get(number, "") or (_CLOSED if number == errno.EBADF else "")
     if shortage := of_errno(number):
         return KvmShortageError(number, call, remedy or shortage)
     return KvmError(number, call, remedy)

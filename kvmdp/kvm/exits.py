@@ -13,31 +13,52 @@ from kvmdp.abi import kvm as abi
 
 @dataclass(slots=True)
 class Io:
-    """KVM_EXIT_IO: port I/O of `count` items of `size` bytes.
+    """KVM_EXIT_IO: port I/O of `count` items of `size` bytes; an exit is an `IoIn` or an `IoOut`.
 
-    `data` is a view of the shared page: for `direction == "out"` what the guest wrote, for
-    `"in"` where the answer goes.  It is valid until the vCPU runs again.
+    `data` is a view of the items in the shared page, valid until the vCPU runs again.
     """
 
-    direction: str
     port: int
     size: int
     count: int
     data: memoryview
 
 
+class IoIn(Io):
+    """The guest reads a port: the answer goes to `data`."""
+
+    __slots__ = ()
+
+
+class IoOut(Io):
+    """The guest writes `data` to a port."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True)
 class Mmio:
-    """KVM_EXIT_MMIO: an access to an address that no memslot covers, emulated by KVM.
+    """KVM_EXIT_MMIO: an access to a gpa that no memslot covers, emulated by KVM; a `MmioRead` or a `MmioWrite`.
 
-    `data` is a view of the `size` bytes in the shared page: what is written, or where the
-    answer to a read goes.  The access is complete only after the vCPU has been re-entered.
+    `data` is a view of the `size` bytes in the shared page, valid until the vCPU runs again. The access is complete
+    only after the vCPU has been re-entered.
     """
 
     gpa: int
     size: int
-    is_write: bool
     data: memoryview
+
+
+class MmioRead(Mmio):
+    """The guest loads: the answer goes to `data`."""
+
+    __slots__ = ()
+
+
+class MmioWrite(Mmio):
+    """The guest stores `data`."""
+
+    __slots__ = ()
 
 
 @dataclass(slots=True)
@@ -180,8 +201,10 @@ class Unknown:
 
 
 Exit = (
-    Io
-    | Mmio
+    IoIn
+    | IoOut
+    | MmioRead
+    | MmioWrite
     | MemoryFault
     | BadAddress
     | BusError

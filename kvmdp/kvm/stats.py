@@ -8,13 +8,15 @@ document.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from dataclasses import dataclass
 
-from kvmdp.abi import libc
 from kvmdp.abi.kvm import KVM_GET_STATS_FD, kvm_stats_desc, kvm_stats_header
+from kvmdp.abi.kvm_cap import Cap
 from kvmdp.closing import Closing
-from kvmdp.kvm.errors import failed
+from kvmdp.kvm.errors import KvmError, failed
+from kvmdp.kvm.handle import Handle
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class _Statistic:
 class Statistics(Closing):
     """The statistics of one VM or vCPU; owns the descriptor `fd`.
 
-    The layout is read once; each `read` is one `pread` of the values.
+    The layout is read once; each `read` is one `pread` of the values. Raises KvmError if the descriptor cannot be read.
     """
 
     def __init__(self, fd: int) -> None:
@@ -55,9 +57,16 @@ class Statistics(Closing):
         return statistics
 
     def _pread(self, size: int, offset: int) -> bytes:
-        data = os.pread(self.fd, size, offset)
+        try:
+            data = os.pread(self.fd, size, offset)
+        except OSError as error:
+            raise failed(error, "reading KVM's statistics") from None
         if len(data) != size:
-            raise OSError(f"KVM's statistics descriptor ended after {len(data)} of {size} bytes at {offset}")
+            raise KvmError(
+                errno.EIO,
+                "reading KVM's statistics",
+                f"they ended after {len(data)} of {size} bytes at {offset}",
+            )
         return data
 
     @property
@@ -66,7 +75,10 @@ class Statistics(Closing):
         return list(self._statistics)
 
     def read(self) -> dict[str, int | tuple[int, ...]]:
-        """Return the present value of each statistic; histograms are tuples of bucket counts."""
+        """Return the present value of each statistic; histograms are tuples of bucket counts.
+
+        Raises KvmError if closed.
+        """
         block = memoryview(self._pread(self._data_size, self._data_offset)).cast("Q")
         values: dict[str, int | tuple[int, ...]] = {}
         for name, entry in self._statistics.items():
@@ -75,7 +87,7 @@ class Statistics(Closing):
         return values
 
     def get(self, name: str) -> int:
-        """Return one plain value; KeyError if this kernel has no such statistic."""
+        """Return one plain value. Raises KeyError if this kernel has no such statistic, KvmError if closed."""
         entry = self._statistics[name]
         return int.from_bytes(self._pread(8, self._data_offset + entry.offset), "little")
 
@@ -86,9 +98,9 @@ class Statistics(Closing):
             self.fd = -1
 
 
-def open_statistics(fd: int) -> Statistics:
-    """Open the statistics of the VM or vCPU behind `fd`.  KVM_CAP_BINARY_STATS_FD."""
-    try:
-        return Statistics(libc.ioctl(fd, KVM_GET_STATS_FD, None))
-    except OSError as error:
-        raise failed(error, "KVM_GET_STATS_FD") from None
+def open_statistics(handle: Handle) -> Statistics:
+    """Open the statistics of the VM or vCPU behind `handle`; the caller closes them.
+
+    Raises KvmError; UnsupportedError without KVM_CAP_BINARY_STATS_FD.
+    """
+    return Statistics(handle.call(KVM_GET_STATS_FD, "KVM_GET_STATS_FD", needs=Cap.BINARY_STATS_FD))

@@ -6,31 +6,20 @@ import contextlib
 import ctypes
 import errno
 import mmap
-import os
 import signal
 import threading
-from collections.abc import Iterable, Sequence
 
 from kvmdp.abi import kvm as abi
 from kvmdp.abi import libc
-from kvmdp.abi.kvm_x86 import (
-    KVM_SYNC_X86_REGS,
-    kvm_cpuid2,
-    kvm_cpuid_entry2,
-    kvm_debugregs,
-    kvm_msr_entry,
-    kvm_msrs,
-    kvm_regs,
-    kvm_sregs,
-    kvm_vcpu_events,
-    kvm_x86_mce,
-    kvm_xcrs,
-    kvm_xsave,
-)
+from kvmdp.abi.ioctl import flexible
+from kvmdp.abi.kvm_cap import Cap
+from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_x86_mce
 from kvmdp.closing import Closing
 from kvmdp.kvm import exits
-from kvmdp.kvm.errors import KvmError, failed, run_failed
+from kvmdp.kvm.errors import failed, run_failed
+from kvmdp.kvm.handle import Handle
 from kvmdp.kvm.machine_check import MC_VECTOR, PoisonedAccess, memory_error
+from kvmdp.kvm.registers import Registers
 from kvmdp.kvm.signals import KICK_SIGNAL, VcpuSignals
 from kvmdp.kvm.stats import Statistics, open_statistics
 
@@ -38,36 +27,51 @@ _EXIT_REASON = abi.kvm_run.exit_reason.offset // 4  # index in a view of 32-bit 
 _UNION = abi.kvm_run.exit.offset
 _IMMEDIATE_EXIT = abi.kvm_run.immediate_exit.offset
 _RUN_SIZE = ctypes.sizeof(abi.kvm_run)
+_SIGSET_BYTES = 8  # the kernel's sigset_t
 _EHWPOISON = 133  # asm-generic/errno.h; Python's errno has no name for it
 _INTERRUPTED = exits.Interrupted()
 _BAD_ADDRESS = exits.BadAddress()
 
 
 class Vcpu(Closing):
-    """One virtual CPU; owns its descriptor and the shared `kvm_run` page.
+    """One virtual CPU; owns its descriptor `handle` and the shared `kvm_run` page.
 
-    All but `kick` belongs to one thread at a time, as KVM demands.
+    `registers` has what is not here of its registers. All but `kick` belongs to one thread at a time, as KVM demands.
+    Every call raises KvmError with the kernel's errno, EINVAL for values that KVM refuses; and UnsupportedError (the
+    same exception is both) if the reason is that this KVM lacks the capability that the method names.
     """
 
-    def __init__(self, fd: int, index: int, mmap_size: int) -> None:
-        self.fd = fd
+    def __init__(self, handle: Handle, index: int, mmap_size: int) -> None:
         self.index = index
+        self.registers = Registers(handle)
+        self._handle = handle
+        self._call = handle.call
         try:
-            self._map = mmap.mmap(fd, mmap_size)
-        except BaseException:
-            os.close(fd)
+            self._map = mmap.mmap(handle.fd, mmap_size)
+        except BaseException as error:
+            handle.close()
+            if isinstance(error, OSError):
+                raise failed(error, f"mmap of kvm_run of vCPU {index}") from None
             raise
-        self.kvm_run = abi.kvm_run.from_buffer(self._map)
-        # Views made once: slicing a memoryview costs a tenth of reading a nested ctypes field.
-        self._bytes = memoryview(self._map)
-        self._words = self._bytes[:_RUN_SIZE].cast("I")
-        self._quads = self._bytes[:_RUN_SIZE].cast("Q")
+        self._look_at(self._map)
         self._ioctl = libc.libc.ioctl
         self._signals: VcpuSignals | None = None
         self._thread = 0
         self._kick_lock = threading.Lock()  # guards _thread: no signal to a thread that has ended
         self._synced = False
+
+    def _look_at(self, page: mmap.mmap | bytearray) -> None:
+        self.kvm_run = abi.kvm_run.from_buffer(page)
+        # Views made once: slicing a memoryview costs a tenth of reading a nested ctypes field.
+        self._bytes = memoryview(page)
+        self._words = self._bytes[:_RUN_SIZE].cast("I")
+        self._quads = self._bytes[:_RUN_SIZE].cast("Q")
         self._regs: kvm_regs = self.kvm_run.s.regs.regs
+
+    @property
+    def fd(self) -> int:
+        """The descriptor, -1 once it is closed."""
+        return self._handle.fd
 
     # Running
 
@@ -80,7 +84,7 @@ class Vcpu(Closing):
         words = self._words
         # Kernels before 6.8 do not reset the reason when KVM_RUN fails: a stale one must not be read.
         words[_EXIT_REASON] = abi.KVM_EXIT_UNKNOWN
-        if self._ioctl(self.fd, abi.KVM_RUN, None) < 0:
+        if self._ioctl(self._handle.fd, abi.KVM_RUN, None) < 0:
             return self._failed_run(ctypes.get_errno())
         decode = _DECODERS.get(words[_EXIT_REASON])
         if decode is None:
@@ -102,10 +106,16 @@ class Vcpu(Closing):
     def attach_thread(self) -> None:
         """Prepare the calling thread to run this vCPU: signals blocked, let through in KVM_RUN.
 
-        From then on `kick` works and a SIGBUS becomes a `BusError`.
+        From then on `kick` works and a SIGBUS becomes a `BusError`. Raises KvmError if the vCPU is closed; then the
+        thread's signals are as before.
         """
-        self._signals = VcpuSignals()
-        self.set_signal_mask(self._signals.run_mask)
+        signals = VcpuSignals()
+        try:
+            self.set_signal_mask(signals.run_mask)
+        except BaseException:
+            signals.restore()
+            raise
+        self._signals = signals
         with self._kick_lock:
             self._thread = threading.get_ident()
 
@@ -118,10 +128,10 @@ class Vcpu(Closing):
             self._signals = None
 
     def kick(self) -> None:
-        """Get the vCPU out of KVM_RUN, or keep it from entering, from any thread.
+        """Get the vCPU out of KVM_RUN, or keep it from entering, from any thread; does nothing to a closed one.
 
         It returns `Interrupted` at once and on each further run, until
-        `immediate_exit` is cleared.  Whoever kicks first sets whatever the vCPU's thread is
+        `immediate_exit` is cleared.  The caller sets first what the vCPU's thread is
         to see; the thread clears `immediate_exit` before it looks.
         """
         self.immediate_exit = True
@@ -140,25 +150,19 @@ class Vcpu(Closing):
 
     def set_signal_mask(self, mask: int) -> None:
         """Set the signals blocked inside KVM_RUN, a 64-bit `sigset_t` (KVM_SET_SIGNAL_MASK)."""
-
-        class Mask(ctypes.Structure):
-            _pack_ = 1
-            _layout_ = "ms"
-            _fields_ = [("header", abi.kvm_signal_mask), ("sigset", ctypes.c_uint64)]
-
-        request = Mask(abi.kvm_signal_mask(8), mask)
-        try:
-            libc.ioctl(self.fd, abi.KVM_SET_SIGNAL_MASK, ctypes.byref(request))
-        except OSError as error:
-            raise failed(error, "KVM_SET_SIGNAL_MASK") from None
+        request = flexible(abi.kvm_signal_mask, ctypes.c_uint8, _SIGSET_BYTES)()
+        request.header.len = _SIGSET_BYTES
+        request.entries[:] = mask.to_bytes(_SIGSET_BYTES, "little")
+        self._call(abi.KVM_SET_SIGNAL_MASK, "KVM_SET_SIGNAL_MASK", request)
 
     # Registers
 
     def sync_registers(self) -> None:
-        """Have KVM leave the general registers in `kvm_run` at every exit (KVM_CAP_SYNC_REGS).
+        """Have KVM leave the general registers in `kvm_run` at every exit. Needs KVM_CAP_SYNC_REGS.
 
         Saves an ioctl wherever `regs` is read after an exit.
         """
+        self._handle.require(Cap.SYNC_REGS, KVM_SYNC_X86_REGS)
         ctypes.pointer(self._regs)[0] = self.regs  # what is true until the first exit
         self.kvm_run.kvm_valid_regs = KVM_SYNC_X86_REGS
         self._synced = True
@@ -191,75 +195,14 @@ class Vcpu(Closing):
 
     @property
     def events(self) -> kvm_vcpu_events:
-        """Pending and injected events.  KVM_CAP_VCPU_EVENTS."""
+        """Pending and injected events. Needs KVM_CAP_VCPU_EVENTS."""
         events = kvm_vcpu_events()
-        self._call(abi.KVM_GET_VCPU_EVENTS, "KVM_GET_VCPU_EVENTS", events)
+        self._call(abi.KVM_GET_VCPU_EVENTS, "KVM_GET_VCPU_EVENTS", events, needs=Cap.VCPU_EVENTS)
         return events
 
     def set_events(self, events: kvm_vcpu_events) -> None:
-        """Set pending and injected events.  KVM_CAP_VCPU_EVENTS."""
-        self._call(abi.KVM_SET_VCPU_EVENTS, "KVM_SET_VCPU_EVENTS", events)
-
-    @property
-    def debug_registers(self) -> kvm_debugregs:
-        """DR0 to DR3, DR6, DR7.  KVM_CAP_DEBUGREGS."""
-        registers = kvm_debugregs()
-        self._call(abi.KVM_GET_DEBUGREGS, "KVM_GET_DEBUGREGS", registers)
-        return registers
-
-    def set_debug_registers(self, registers: kvm_debugregs) -> None:
-        """Set DR0 to DR3, DR6, DR7.  KVM_CAP_DEBUGREGS."""
-        self._call(abi.KVM_SET_DEBUGREGS, "KVM_SET_DEBUGREGS", registers)
-
-    @property
-    def xsave(self) -> kvm_xsave:
-        """x87, SSE and AVX state.  KVM_CAP_XSAVE."""
-        state = kvm_xsave()
-        self._call(abi.KVM_GET_XSAVE, "KVM_GET_XSAVE", state)
-        return state
-
-    def set_xsave(self, state: kvm_xsave) -> None:
-        """Set x87, SSE and AVX state.  KVM_CAP_XSAVE."""
-        self._call(abi.KVM_SET_XSAVE, "KVM_SET_XSAVE", state)
-
-    @property
-    def xcrs(self) -> kvm_xcrs:
-        """Extended control registers.  KVM_CAP_XCRS."""
-        xcrs = kvm_xcrs()
-        self._call(abi.KVM_GET_XCRS, "KVM_GET_XCRS", xcrs)
-        return xcrs
-
-    def set_xcr0(self, value: int) -> None:
-        """Set XCR0, the state components the guest may use.  KVM_CAP_XCRS."""
-        xcrs = kvm_xcrs(nr_xcrs=1)
-        xcrs.xcrs[0].value = value
-        self._call(abi.KVM_SET_XCRS, "KVM_SET_XCRS", xcrs)
-
-    def set_cpuid(self, entries: Sequence[kvm_cpuid_entry2]) -> None:
-        """Give the guest these CPUID leaves; before the first run.  KVM_CAP_EXT_CPUID."""
-
-        class Table(ctypes.Structure):
-            _fields_ = [("header", kvm_cpuid2), ("entries", kvm_cpuid_entry2 * len(entries))]
-
-        table = Table(kvm_cpuid2(nent=len(entries)))
-        for index, entry in enumerate(entries):
-            table.entries[index] = entry
-        self._call(abi.KVM_SET_CPUID2, "KVM_SET_CPUID2", table)
-
-    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
-        """Return the values of those MSRs that KVM lets user space read."""
-        values = {}
-        for index in indices:
-            table = _OneMsr(kvm_msrs(nmsrs=1), kvm_msr_entry(index=index))
-            if self._call(abi.KVM_GET_MSRS, "KVM_GET_MSRS", table) == 1:
-                values[index] = int(table.entry.data)
-        return values
-
-    def set_msr(self, index: int, value: int) -> None:
-        """Set one MSR; raises `KvmError` (EINVAL) if KVM refuses the value or the MSR."""
-        table = _OneMsr(kvm_msrs(nmsrs=1), kvm_msr_entry(index=index, data=value))
-        if self._call(abi.KVM_SET_MSRS, "KVM_SET_MSRS", table) != 1:
-            raise KvmError(errno.EINVAL, f"KVM_SET_MSRS of MSR {index:#x} to {value:#x}")
+        """Set pending and injected events; its flags say which. Needs KVM_CAP_VCPU_EVENTS."""
+        self._call(abi.KVM_SET_VCPU_EVENTS, "KVM_SET_VCPU_EVENTS", events, needs=Cap.VCPU_EVENTS)
 
     def complete_msr(self, value: int = 0, error: bool = False) -> None:
         """Answer an MsrRead or MsrWrite exit: `value` for a read; `error` gives the guest a #GP."""
@@ -267,12 +210,12 @@ class Vcpu(Closing):
         self.kvm_run.msr.error = error
 
     def setup_mce(self, mcg_cap: int) -> None:
-        """Give the guest machine-check banks (MCG_CAP).  KVM_CAP_MCE."""
-        self._call(abi.KVM_X86_SETUP_MCE, "KVM_X86_SETUP_MCE", ctypes.c_uint64(mcg_cap))
+        """Give the guest machine-check banks; `mcg_cap` is of `Kvm.mce_capabilities`. Needs KVM_CAP_MCE."""
+        self._call(abi.KVM_X86_SETUP_MCE, "KVM_X86_SETUP_MCE", ctypes.c_uint64(mcg_cap), needs=Cap.MCE)
 
     def set_mce(self, mce: kvm_x86_mce) -> None:
-        """Raise a machine check in the guest.  KVM_CAP_MCE."""
-        self._call(abi.KVM_X86_SET_MCE, "KVM_X86_SET_MCE", mce)
+        """Raise a machine check in the guest; EINVAL for a bank that it has not. Needs KVM_CAP_MCE."""
+        self._call(abi.KVM_X86_SET_MCE, "KVM_X86_SET_MCE", mce, needs=Cap.MCE)
 
     def inject_machine_check(self, gpa: int, access: PoisonedAccess) -> bool:
         """Have the guest take #MC for an access to poisoned memory at `gpa`, as its next step.
@@ -293,27 +236,22 @@ class Vcpu(Closing):
         return translation.physical_address if translation.valid else None
 
     def statistics(self) -> Statistics:
-        """Open the vCPU's statistics.  KVM_CAP_BINARY_STATS_FD."""
-        return open_statistics(self.fd)
-
-    def _call(self, request: int, call: str, argument: ctypes.Structure | ctypes._SimpleCData[int]) -> int:
-        try:
-            return libc.ioctl(self.fd, request, ctypes.byref(argument))
-        except OSError as error:
-            raise failed(error, f"{call} of vCPU {self.index}") from None
+        """Open the vCPU's statistics; the caller closes them. Needs KVM_CAP_BINARY_STATS_FD."""
+        return open_statistics(self._handle)
 
     # Ownership
 
     def close(self) -> None:
         """Unmap `kvm_run` and close the descriptor; a second call does nothing."""
-        if self.fd < 0:
+        if self._handle.fd < 0:
             return
-        os.close(self.fd)
-        self.fd = -1
-        del self.kvm_run, self._regs
-        self._words.release()
-        self._quads.release()
-        self._bytes.release()
+        self._handle.close()
+        before = (self._words, self._quads, self._bytes)
+        # So that each call fails at the descriptor, with a KvmError, and a late `kick` finds something to write to.
+        self._synced = False
+        self._look_at(bytearray(_RUN_SIZE))
+        for view in before:
+            view.release()
         # An exit's data view may still be alive in a traceback: then the map goes with it.
         with contextlib.suppress(BufferError):
             self._map.close()
@@ -323,13 +261,14 @@ class Vcpu(Closing):
     def _io(self) -> exits.Exit:
         io = self.kvm_run.io
         end = io.data_offset + io.size * io.count
-        direction = "out" if io.direction == abi.KVM_EXIT_IO_OUT else "in"
-        return exits.Io(direction, io.port, io.size, io.count, self._bytes[io.data_offset : end])
+        kind = exits.IoOut if io.direction == abi.KVM_EXIT_IO_OUT else exits.IoIn
+        return kind(io.port, io.size, io.count, self._bytes[io.data_offset : end])
 
     def _mmio(self) -> exits.Exit:
         mmio = self.kvm_run.mmio
         data = self._bytes[_UNION + 8 : _UNION + 8 + mmio.len]
-        return exits.Mmio(mmio.phys_addr, mmio.len, bool(mmio.is_write), data)
+        kind = exits.MmioWrite if mmio.is_write else exits.MmioRead
+        return kind(mmio.phys_addr, mmio.len, data)
 
     def _internal_error(self) -> exits.Exit:
         internal = self.kvm_run.internal
@@ -370,10 +309,6 @@ class Vcpu(Closing):
 
     def _unknown(self) -> exits.Exit:
         return exits.Unknown(abi.KVM_EXIT_UNKNOWN, self._quads[_UNION // 8])
-
-
-class _OneMsr(ctypes.Structure):
-    _fields_ = [("header", kvm_msrs), ("entry", kvm_msr_entry)]
 
 
 _DECODERS = {

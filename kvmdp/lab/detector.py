@@ -71,7 +71,7 @@ class LeakDetector:
                 self._found.setdefault((leak.kind, leak.gpa, leak.origin), leak)
 
     def _look_at_msrs(self, machine: Machine, vcpu: Vcpu) -> None:
-        values = vcpu.get_msrs(index for index, msr in PV_MSRS.items() if msr.keeps)
+        values = vcpu.registers.get_msrs(index for index, msr in PV_MSRS.items() if msr.keeps)
         self._add(absent_msr_pages(vcpu.index, values, machine.layout, machine.pager.bitmap.test))
 
     def _look_at_memory(self, machine: Machine, first: int) -> None:

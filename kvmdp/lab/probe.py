@@ -10,8 +10,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvmdp.abi import kvm as kvm_abi
 from kvmdp.abi import userfaultfd as uffd_abi
+from kvmdp.abi.kvm_cap import Cap
 from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Kvm
 from kvmdp.lab.experiment import run_workload
@@ -51,18 +51,18 @@ _HUGE_PAGE_TRAPS = ("memory-fault", "mmio", "marker")
 # What a trap is proven on for a run on gigantic pages, of which there may be one.
 _SMALLER = {"hugetlb-1g": "hugetlb-2m", "private-hugetlb-1g": "private-hugetlb-2m"}
 
-_CAPABILITIES = {
-    "USER_MEMORY2": kvm_abi.KVM_CAP_USER_MEMORY2,
-    "MEMORY_FAULT_INFO": kvm_abi.KVM_CAP_MEMORY_FAULT_INFO,
-    "GUEST_MEMFD": kvm_abi.KVM_CAP_GUEST_MEMFD,
-    "GUEST_MEMFD_FLAGS": kvm_abi.KVM_CAP_GUEST_MEMFD_FLAGS,
-    "EXIT_ON_EMULATION_FAILURE": kvm_abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE,
-    "SYNC_REGS": kvm_abi.KVM_CAP_SYNC_REGS,
-    "DISABLE_QUIRKS2": kvm_abi.KVM_CAP_DISABLE_QUIRKS2,
-    "X86_MSR_FILTER": kvm_abi.KVM_CAP_X86_MSR_FILTER,
-    "MCE": kvm_abi.KVM_CAP_MCE,
-    "NR_MEMSLOTS": kvm_abi.KVM_CAP_NR_MEMSLOTS,
-}
+_CAPABILITIES = (
+    Cap.USER_MEMORY2,
+    Cap.MEMORY_FAULT_INFO,
+    Cap.GUEST_MEMFD,
+    Cap.GUEST_MEMFD_FLAGS,
+    Cap.EXIT_ON_EMULATION_FAILURE,
+    Cap.SYNC_REGS,
+    Cap.DISABLE_QUIRKS2,
+    Cap.X86_MSR_FILTER,
+    Cap.MCE,
+    Cap.NR_MEMSLOTS,
+)
 _UFFD_FEATURES = {
     "MISSING_SHMEM": uffd_abi.UFFD_FEATURE_MISSING_SHMEM,
     "MINOR_SHMEM": uffd_abi.UFFD_FEATURE_MINOR_SHMEM,
@@ -219,7 +219,7 @@ def _first_error(trap: str, backing: str) -> str:
 
 def capabilities(kvm: Kvm) -> dict[str, int]:
     """Return what KVM_CHECK_EXTENSION says of the capabilities that matter here."""
-    return {name: kvm.check_extension(number) for name, number in _CAPABILITIES.items()}
+    return {capability.name: kvm.check_extension(capability) for capability in _CAPABILITIES}
 
 
 def userfaultfd_facts() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvmdp.abi.kvm import KVM_CAP_XCRS
+from kvmdp.abi.kvm_cap import Cap
 from kvmdp.abi.kvm_para import KVM_CPUID_FEATURES
 from kvmdp.abi.kvm_x86 import kvm_cpuid_entry2, kvm_regs, kvm_segment
 from kvmdp.errors import KvmdpError
@@ -143,7 +143,7 @@ def vector_flags(kvm: Kvm) -> guest.VectorFlag:
     leaves = {(entry.function, entry.index): entry for entry in guest_cpuid(kvm)}
     leaf1, leaf7 = leaves.get((1, 0)), leaves.get((7, 0))
     needed = _CPUID1_ECX_XSAVE | _CPUID1_ECX_AVX
-    if not kvm.check_extension(KVM_CAP_XCRS) or leaf1 is None or leaf1.ecx & needed != needed:
+    if not kvm.check_extension(Cap.XCRS) or leaf1 is None or leaf1.ecx & needed != needed:
         return guest.VectorFlag.NONE
     if leaf7 is None or not leaf7.ebx & _CPUID7_EBX_AVX2:
         return guest.VectorFlag.AVX
@@ -154,7 +154,7 @@ def set_boot_state(
     vcpu: Vcpu, cpuid: Sequence[kvm_cpuid_entry2], vector: guest.VectorFlag, tables: PageTables
 ) -> None:
     """Put a new vCPU at the guest's entry: long mode, ring 0, flat segments, its parameter block in RDI."""
-    vcpu.set_cpuid(cpuid)
+    vcpu.registers.set_cpuid(cpuid)
     sregs = vcpu.sregs
     code = kvm_segment(
         limit=0xFFFFFFFF, selector=guest.ENTRY_CODE_SELECTOR, type=0xB, present=1, s=1, l=1, g=1
@@ -172,7 +172,7 @@ def set_boot_state(
     sregs.efer = _EFER
     vcpu.set_sregs(sregs)
     if vector:
-        vcpu.set_xcr0(_XCR0_X87_SSE_AVX)
+        vcpu.registers.set_xcr0(_XCR0_X87_SSE_AVX)
     vcpu.set_regs(
         kvm_regs(
             rip=guest.BOOT_BASE,

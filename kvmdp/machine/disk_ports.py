@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from kvmdp.closing import Closing
 from kvmdp.errors import CancelledError, FrozenError
-from kvmdp.kvm import Io
+from kvmdp.kvm import Io, IoIn, IoOut
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.machine import Machine
@@ -57,7 +57,7 @@ class DiskPorts:
             self._notified.notify_all()
 
     def _doorbell(self, vcpu: int, io: Io) -> None:
-        if io.direction == "in":
+        if isinstance(io, IoIn):
             io.data[:] = bytes(len(io.data))
             return
         gpa = int.from_bytes(io.data[: io.size], "little") << PAGE_SHIFT
@@ -66,7 +66,7 @@ class DiskPorts:
         self._ring(vcpu, gpa)
 
     def _wait(self, vcpu: int, io: Io) -> None:
-        if io.direction == "out":
+        if isinstance(io, IoOut):
             return
         with self._notified:
             self._notified.wait_for(lambda: self._counts[vcpu] != self._told[vcpu], _LONGEST_WAIT)

@@ -8,7 +8,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_MCE, KVM_CAP_SYNC_REGS
+from kvmdp.abi.kvm_cap import Cap
 from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs, kvm_vcpu_events
 from kvmdp.closing import Closing
 from kvmdp.errors import BusyError, PagingError
@@ -107,8 +107,8 @@ class Machine(Closing):
                 )
             )
         with self._phase("vm"):
-            if self.vm.check_extension(KVM_CAP_EXIT_ON_EMULATION_FAILURE):
-                self.vm.enable_cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
+            if self.vm.check_extension(Cap.EXIT_ON_EMULATION_FAILURE):
+                self.vm.enable_cap(Cap.EXIT_ON_EMULATION_FAILURE, 1)
             boot = BootSlot(self.page_tables, stock_image(), options.program)
             stack.callback(boot.close)
             boot.map_into(self.vm)
@@ -148,7 +148,7 @@ class Machine(Closing):
         )
         cpuid = guest_cpuid(kvm, self.pv.features)
         vector = vector_flags(kvm)
-        mcg_cap = guest_mcg_cap(kvm.mce_capabilities()) if kvm.check_extension(KVM_CAP_MCE) else None
+        mcg_cap = guest_mcg_cap(kvm.mce_capabilities()) if kvm.check_extension(Cap.MCE) else None
         self.has_machine_checks = mcg_cap is not None
         self.ports = Ports()
         Loopback(self.ports, self.options.vcpus)
@@ -159,7 +159,7 @@ class Machine(Closing):
             set_boot_state(vcpu, cpuid, vector, self.page_tables)
             if mcg_cap is not None:
                 vcpu.setup_mce(mcg_cap)
-            if kvm.check_extension(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS:
+            if kvm.check_extension(Cap.SYNC_REGS) & KVM_SYNC_X86_REGS:
                 vcpu.sync_registers()
             self._at_boot.append((vcpu.sregs, vcpu.events, kvm_regs.from_buffer_copy(vcpu.regs)))
             self.threads.append(self._thread_of(vcpu))

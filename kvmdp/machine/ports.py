@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvmdp.kvm import Io
+from kvmdp.kvm import Io, IoOut
 from kvmdp.machine.guest_abi import LOOPBACK_PORT
 
 PortHandler = Callable[[int, Io], None]
@@ -54,7 +54,7 @@ class Loopback:
 
     def _serve(self, vcpu: int, io: Io) -> None:
         queue, length = self._queues[vcpu], io.data.nbytes
-        if io.direction == "out":
+        if isinstance(io, IoOut):
             queue += io.data[: max(_LOOPBACK_BYTES - len(queue), 0)]
             return
         found = bytes(queue[:length])

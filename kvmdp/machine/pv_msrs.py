@@ -18,11 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmdp.abi.kvm import (
-    KVM_CAP_X86_MSR_FILTER,
-    KVM_CAP_X86_USER_SPACE_MSR,
-    KVM_MSR_EXIT_REASON_FILTER,
-)
+from kvmdp.abi.kvm import KVM_MSR_EXIT_REASON_FILTER
+from kvmdp.abi.kvm_cap import Cap
 from kvmdp.abi.kvm_para import (
     KVM_CPUID_FEATURES,
     KVM_FEATURE_CLOCKSOURCE,
@@ -87,7 +84,7 @@ def offered_features(kvm: Kvm) -> int:
     None without KVM_CAP_X86_MSR_FILTER and KVM_CAP_X86_USER_SPACE_MSR. KVM has steal time where the kernel keeps
     scheduler statistics.
     """
-    if not (kvm.check_extension(KVM_CAP_X86_MSR_FILTER) and kvm.check_extension(KVM_CAP_X86_USER_SPACE_MSR)):
+    if not (kvm.check_extension(Cap.X86_MSR_FILTER) and kvm.check_extension(Cap.X86_USER_SPACE_MSR)):
         return 0
     leaves: dict[int, int] = {entry.function: entry.eax for entry in kvm.supported_cpuid()}
     return leaves.get(KVM_CPUID_FEATURES, 0) & _FEATURES
@@ -129,7 +126,7 @@ class PvMsrs:
         self._retained: dict[tuple[int, str], list[int]] = {}  # by vCPU and structure
         self._written: set[tuple[int, int]] = set()  # (gpa, size) of all that KVM was ever told to write to
         if self.features and intercepts:
-            vm.enable_cap(KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER)
+            vm.enable_cap(Cap.X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER)
             vm.set_msr_filter([_LEGACY, _KVM_RANGE])
 
     def write(self, vcpu: Vcpu, exit: MsrWrite) -> None:
@@ -156,7 +153,7 @@ class PvMsrs:
         self._retain(pages)
         try:
             self._make_present(pages, vcpu.index)
-            vcpu.set_msr(index, value)
+            vcpu.registers.set_msr(index, value)
         except KvmError:
             self._let_go(pages)
             return False
@@ -181,7 +178,7 @@ class PvMsrs:
             pages = [page for key in on for page in self._retained.pop(key)]
         for index, msr in PV_MSRS.items():
             if (vcpu.index, msr.structure) in on and msr.keeps and self.features & 1 << msr.feature:
-                vcpu.set_msr(index, 0)
+                vcpu.registers.set_msr(index, 0)
         self._let_go(pages)
 
     def _pages(self, gpa: int, length: int) -> list[int] | None:

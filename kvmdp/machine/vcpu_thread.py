@@ -22,9 +22,13 @@ from kvmdp.kvm import (
     InternalError,
     Interrupted,
     Io,
+    IoIn,
+    IoOut,
     KvmError,
     MemoryFault,
     Mmio,
+    MmioRead,
+    MmioWrite,
     MsrWrite,
     Shutdown,
     Vcpu,
@@ -41,9 +45,11 @@ EXIT_NAMES: dict[type, str] = {
     MemoryFault: "memory_fault",
     BusError: "sigbus",
     BadAddress: "efault",
-    Mmio: "mmio",
+    MmioRead: "mmio",
+    MmioWrite: "mmio",
     InternalError: "emulation_failure",
-    Io: "io",
+    IoIn: "io",
+    IoOut: "io",
     MsrWrite: "msr",
     Hlt: "hlt",
     Interrupted: "interrupted",
@@ -178,7 +184,7 @@ class VcpuThread:
             try:
                 exit: Exit | None = vcpu.run()
                 left = clock()
-                if type(exit) is Mmio:
+                if isinstance(exit, Mmio):
                     settle(exit)
             finally:
                 gate.leave(vcpu)
@@ -202,19 +208,21 @@ class VcpuThread:
                 self._suspected = False
                 self.stalls += self._paging.resolve_stall()
             return False
-        if type(exit) is Io:
-            return self._input(exit) if exit.direction == "in" else self._port(exit)
+        if type(exit) is IoIn:
+            return self._input(exit)
+        if type(exit) is IoOut:
+            return self._port(exit)
         if type(exit) is MsrWrite:
             self._pv.write(self.vcpu, exit)
             return False
         raise GuestError(f"vCPU {self.vcpu.index}: {self._describe(exit)}, at RIP {self.vcpu.regs.rip:#x}")
 
-    def _input(self, io: Io) -> bool:
+    def _input(self, io: IoIn) -> bool:
         """Have a port answer, and see what a string instruction does with that; True if the guest is done."""
         following = self._paging.answer(io, lambda: self._answer(io))
         return following is not None and self._other(following)
 
-    def _answer(self, io: Io) -> None:
+    def _answer(self, io: IoIn) -> None:
         if io.port == guest.REPORT_PORT and io.size == 4:
             io.data[:] = self._is_to_run_again().to_bytes(4, "little")
         elif not self._ports.handle(self.vcpu.index, io):
@@ -232,7 +240,7 @@ class VcpuThread:
             setattr(registers, name, getattr(saved, name))
         return self._paging.resolve_refused(registers)
 
-    def _port(self, io: Io) -> bool:
+    def _port(self, io: IoOut) -> bool:
         if self._ports.handle(self.vcpu.index, io):
             return False
         if io.port != guest.REPORT_PORT or io.size != 4:
@@ -246,8 +254,9 @@ class VcpuThread:
         raise GuestError(f"vCPU {self.vcpu.index}: {self._describe_failure()}")
 
     def _refuse(self, io: Io) -> NoReturn:
+        direction = "out" if isinstance(io, IoOut) else "in"
         raise GuestError(
-            f"vCPU {self.vcpu.index}: port I/O ({io.direction}, {io.size} bytes) on port {io.port:#x}, where "
+            f"vCPU {self.vcpu.index}: port I/O ({direction}, {io.size} bytes) on port {io.port:#x}, where "
             f"this machine has nothing, at RIP {self.vcpu.regs.rip:#x}"
         )
 
@@ -281,8 +290,8 @@ class VcpuThread:
                 return "triple fault"  # some KVMs have reset the vCPU by now, so RIP may say nothing
             case Hlt():
                 return "the guest halted without a report"
-            case Mmio():
-                way = "wrote" if exit.is_write else "read"
+            case MmioRead() | MmioWrite():
+                way = "wrote" if isinstance(exit, MmioWrite) else "read"
                 return f"the guest {way} {exit.size} bytes at gpa {exit.gpa:#x}, which is outside RAM"
             case MemoryFault():
                 return f"the guest touched gpa {exit.gpa:#x}, which is outside RAM"

@@ -12,7 +12,8 @@ import contextlib
 import os
 from typing import Protocol
 
-from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS
+from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
+from kvmdp.abi.kvm_cap import Cap
 from kvmdp.errors import UnsupportedError
 from kvmdp.memory.backing import Backing, map_twice, punch_hole
 
@@ -20,7 +21,7 @@ from kvmdp.memory.backing import Backing, map_twice, punch_hole
 class MemoryMaker(Protocol):
     """What is needed of a VM: a guest_memfd belongs to one."""
 
-    def check_extension(self, capability: int) -> int:
+    def check_extension(self, capability: Cap) -> int:
         """Return what KVM_CHECK_EXTENSION says of `capability`."""
         ...
 
@@ -41,7 +42,7 @@ class GuestMemfdBacking(Backing):
 
     def __init__(self, size: int, vm: MemoryMaker) -> None:
         flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
-        if flags & ~vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS):
+        if flags & ~vm.check_extension(Cap.GUEST_MEMFD_FLAGS):
             raise UnsupportedError(
                 "the backing guest-memfd needs a guest_memfd that can be mapped (KVM_CAP_GUEST_MEMFD_FLAGS), which "
                 "this kernel's KVM lacks: use Linux 6.18 or later, or the backing memfd"

@@ -45,7 +45,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from kvmdp.abi.kvm_x86 import kvm_regs, kvm_sregs
-from kvmdp.kvm import Exit, InternalError, Interrupted, Io, Mmio, Vcpu
+from kvmdp.kvm import Exit, InternalError, Interrupted, Io, IoIn, Mmio, MmioRead, MmioWrite, Vcpu
 from kvmdp.page import PAGE_SIZE
 from kvmdp.vcpu.encoding import (
     address_mask,
@@ -108,12 +108,12 @@ class Emulation:
         """
         vcpu = self._vcpu
         registers = kvm_regs.from_buffer_copy(vcpu.regs)
-        debug = vcpu.debug_registers if registers.rflags & _TRAP_FLAG else None
+        debug = vcpu.registers.debug if registers.rflags & _TRAP_FLAG else None
         code = self._instruction.code_at(registers.rip)
-        vectors = vcpu.xsave if may_load_vectors(code) else None
+        vectors = vcpu.registers.xsave if may_load_vectors(code) else None
         pop = far_return(code)
         system = vcpu.sregs
-        if pop and isinstance(load, Mmio):
+        if pop and isinstance(load, MmioRead):
             following = self._call_off_far_return(registers, load, pop)
         else:
             nowhere = kvm_sregs.from_buffer_copy(system)
@@ -123,9 +123,9 @@ class Emulation:
         vcpu.set_sregs(system)
         vcpu.set_regs(registers)
         if debug is not None:
-            vcpu.set_debug_registers(debug)
+            vcpu.registers.set_debug(debug)
         if vectors is not None:
-            vcpu.set_xsave(vectors)
+            vcpu.registers.set_xsave(vectors)
         if isinstance(following, InternalError) and following.is_emulation_failure:
             return Interrupted()  # it had more to do, and KVM does not know how: RIP is where it was
         return following
@@ -134,14 +134,14 @@ class Emulation:
         """Have KVM finish, with `first` and then zeros for what it loads; returns the next exit and how many loads."""
         loads = 0
         while isinstance(exit, Mmio | Io):
-            if isinstance(exit, Io) or not exit.is_write:
+            if not isinstance(exit, MmioWrite):
                 exit.data[:] = first or bytes(len(exit.data))
                 first = b""
                 loads += 1
             exit = self.finish()
         return exit, loads
 
-    def _call_off_far_return(self, registers: kvm_regs, load: Mmio, pop: int) -> Exit:
+    def _call_off_far_return(self, registers: kvm_regs, load: MmioRead, pop: int) -> Exit:
         """Have KVM finish a far return, and correct RSP in `registers`, which are those at its `load`.
 
         It has two adjacent pops of `pop` bytes: RIP, then CS. RSP is where the one that has exited begins. To tell
@@ -167,7 +167,7 @@ class Emulation:
 
     # Stores
 
-    def finish_store(self, store: Mmio) -> tuple[list[Store], Exit]:
+    def finish_store(self, store: MmioWrite) -> tuple[list[Store], Exit]:
         """Have KVM finish an instruction that has exited for a store.
 
         Returns what it stores, in parts that each lie in a page, and the next exit: Interrupted if all of it is known.
@@ -175,7 +175,7 @@ class Emulation:
         """
         stores: list[Store] = []
         following: Exit = store
-        while isinstance(following, Mmio) and following.is_write:
+        while isinstance(following, MmioWrite):
             stores.append((following.gpa, bytes(following.data)))
             following = self.finish()
         if isinstance(following, Interrupted):
@@ -192,9 +192,9 @@ class Emulation:
 
         KVM's emulator raises none if it has to come out for the store (x86_emulate_instruction: `r` is 0).
         """
-        debug = self._vcpu.debug_registers
+        debug = self._vcpu.registers.debug
         debug.dr6 |= _SINGLE_STEP
-        self._vcpu.set_debug_registers(debug)
+        self._vcpu.registers.set_debug(debug)
         events = self._vcpu.events
         events.exception.injected, events.exception.nr = 1, _DEBUG
         events.exception.has_error_code = 0
@@ -276,7 +276,7 @@ class Emulation:
 
     # String input
 
-    def input_target(self, io: Io) -> list[tuple[int, int]]:
+    def input_target(self, io: IoIn) -> list[tuple[int, int]]:
         """Return where KVM will store the items of a string input, (gpa, bytes) within a page each; none for another.
 
         `io` is an exit that waits for its answer.

@@ -27,10 +27,12 @@ from kvmdp.kvm import (
     Exit,
     InternalError,
     Interrupted,
-    Io,
+    IoIn,
     KvmError,
     MemoryFault,
     Mmio,
+    MmioRead,
+    MmioWrite,
     Vcpu,
 )
 from kvmdp.kvm.machine_check import PoisonedAccess
@@ -110,7 +112,7 @@ class VcpuPaging:
                 return exit
             self._retry(page)
             return None
-        if type(exit) is Mmio:
+        if isinstance(exit, Mmio):
             page = self._layout.page_of_gpa(exit.gpa)
             return exit if page is None else self._go_on(exit, page)
         if type(exit) is BadAddress or (type(exit) is InternalError and exit.is_emulation_failure):
@@ -174,7 +176,7 @@ class VcpuPaging:
 
     # Accesses that KVM's emulator has begun
 
-    def settle(self, access: Mmio) -> None:
+    def settle(self, access: MmioRead | MmioWrite) -> None:
         """Take an instruction out of the hands of KVM's emulator; before the vCPU leaves the gate, and before `handle`.
 
         Waits for nothing. What is left to be done for the access is done by `handle`.
@@ -183,22 +185,22 @@ class VcpuPaging:
         if page is None:
             return
         self._stores = []
-        if access.is_write:
+        if isinstance(access, MmioWrite):
             self._stores, self._following = self._emulation.finish_store(access)
         else:
             self._following = self._emulation.call_off(access)
 
-    def _go_on(self, access: Mmio, page: int) -> Exit | None:
+    def _go_on(self, access: MmioRead | MmioWrite, page: int) -> Exit | None:
         """Make the pages present that a settled access is about, and store what it has stored."""
         following = _unless_interrupted(self._following)
-        if not access.is_write:
+        if isinstance(access, MmioRead):
             if following is None:
                 self._retry(page)
             return following
         for gpa, data in self._stores:
             stored = self._layout.page_of_gpa(gpa)
             if stored is None:
-                return Mmio(gpa, len(data), True, memoryview(data))
+                return MmioWrite(gpa, len(data), memoryview(data))
             with self._pager.held(PageFault(stored, _VCPU, self._vcpu.index, Access.WRITE)) as outcome:
                 if outcome is Outcome.PRESENT:
                     self._transfer(stored * PAGE_SIZE + gpa % PAGE_SIZE, data)
@@ -217,7 +219,7 @@ class VcpuPaging:
         else:
             ram[:] = data
 
-    def answer(self, io: Io, device: Callable[[], None]) -> Exit | None:
+    def answer(self, io: IoIn, device: Callable[[], None]) -> Exit | None:
         """Have `device` answer port input; what a string instruction stores of it is in RAM when this returns.
 
         Returns None if the vCPU is to be entered again, or the exit with which the instruction ended. While the machine
@@ -241,7 +243,7 @@ class VcpuPaging:
             device()
             return _unless_interrupted(self._inside(self._emulation.finish))
 
-    def _poisoned_input(self, io: Io, page: int) -> Exit | None:
+    def _poisoned_input(self, io: IoIn, page: int) -> Exit | None:
         """Take string input back that would be stored in a poisoned page."""
         following = _unless_interrupted(self._inside(lambda: self._emulation.call_off(io)))
         if following is None:

@@ -102,7 +102,7 @@ class InstructionReader:
                 registers or self._vcpu.regs,
                 sregs.fs.base,
                 sregs.gs.base,
-                lambda: VectorRegisters(self._vcpu.xsave),
+                lambda: VectorRegisters(self._vcpu.registers.xsave),
             )
         except TruncatedError:
             return ()

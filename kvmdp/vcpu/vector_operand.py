@@ -6,18 +6,16 @@ and VPMASKMOV. Units: bytes.
 
 from __future__ import annotations
 
-from kvmdp.abi.kvm_x86 import kvm_xsave
-
 _XMM, _XSTATE_BV, _YMM_HIGH = 160, 512, 576
 _HAS_SSE, _HAS_AVX = 1 << 1, 1 << 2
 _HALF = 16
 
 
 class VectorRegisters:
-    """The vector registers in what `Vcpu.xsave` has read."""
+    """The vector registers in what `Registers.xsave` has read."""
 
-    def __init__(self, state: kvm_xsave) -> None:
-        self._area = bytes(state)
+    def __init__(self, state: bytes) -> None:
+        self._area = state
         self._components = self._area[_XSTATE_BV]  # what is not in it is in its initial state: zeros
 
     def ymm(self, number: int) -> bytes:

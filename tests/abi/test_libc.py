@@ -10,6 +10,8 @@ import threading
 import pytest
 
 from kvmdp.abi import libc, mman
+from kvmdp.abi.ioctl import _IOWR, flexible
+from kvmdp.abi.kvm_x86 import kvm_cpuid2, kvm_cpuid_entry2, kvm_msr_list, kvm_regs
 from kvmdp.abi.signal import BUS_MCEERR_AR, siginfo_t, sigset_mask, timespec
 
 PAGE = 4096
@@ -23,8 +25,37 @@ def test_ioctl_returns_the_result_and_fills_its_argument(tmp_path):
     path.write_bytes(b"12345")
     waiting = ctypes.c_int(-1)
     with path.open("rb") as file:
-        assert libc.ioctl(file.fileno(), FIONREAD, ctypes.byref(waiting)) == 0
+        assert libc.ioctl(file.fileno(), FIONREAD, waiting) == 0
     assert waiting.value == 5
+
+
+SIZED = _IOWR(0xAE, 0x05, kvm_cpuid2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (kvm_regs(), "KVM_X takes an argument of 8 bytes, and kvm_regs has 144"),
+        (ctypes.c_uint32(), "KVM_X takes an argument of 8 bytes, and c_uint has 4"),
+        (
+            flexible(kvm_msr_list, ctypes.c_uint32, 2)(),
+            "KVM_X takes an argument of 8 bytes, and kvm_msr_list has 4",
+        ),
+        (None, "KVM_X takes an argument of 8 bytes, not None"),
+        (5, "KVM_X takes an argument of 8 bytes, not 5"),
+    ],
+)
+def test_an_argument_that_has_not_the_size_of_its_request_never_reaches_the_kernel(argument, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        libc.ioctl(-1, SIZED, argument, "KVM_X")
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_an_array_at_the_end_of_an_argument_is_not_counted(count):
+    argument = flexible(kvm_cpuid2, kvm_cpuid_entry2, count)()
+    assert ctypes.sizeof(argument) == 8 + 40 * count
+    with pytest.raises(OSError, match="KVM_X: Bad file descriptor"):
+        libc.ioctl(-1, SIZED, argument, "KVM_X")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmdp.abi import kvm, kvm_para, kvm_x86, mman, signal, userfaultfd
+from kvmdp.abi import kvm, kvm_cap, kvm_para, kvm_x86, mman, signal, userfaultfd
 
-MODULES = (kvm, kvm_para, kvm_x86, mman, signal, userfaultfd)
+MODULES = (kvm, kvm_cap, kvm_para, kvm_x86, mman, signal, userfaultfd)
 
 # structure size: field offset, ... (bytes); a dot leads into a structure that has no name in C
 LAYOUTS = """
@@ -20,6 +20,10 @@ kvm_userspace_memory_region 32: slot 0, flags 4, guest_phys_addr 8, memory_size 
 kvm_userspace_memory_region2 160: slot 0, flags 4, guest_phys_addr 8, memory_size 16, userspace_addr 24,
     guest_memfd_offset 32, guest_memfd 40, pad1 44, pad2 48
 kvm_create_guest_memfd 64: size 0, flags 8, reserved 16
+kvm_dirty_log 16: slot 0, padding1 4, dirty_bitmap 8, padding2 8
+kvm_clear_dirty_log 24: slot 0, num_pages 4, first_page 8, dirty_bitmap 16, padding2 16
+kvm_clock_data 48: clock 0, flags 8, pad0 12, realtime 16, host_tsc 24, pad 32
+kvm_mp_state 4: mp_state 0
 kvm_enable_cap 104: cap 0, flags 4, args 8, pad 40
 kvm_translation 24: linear_address 0, physical_address 8, valid 16, writeable 17, usermode 18, pad 19
 kvm_signal_mask 4: len 0
@@ -43,6 +47,11 @@ kvm_segment 24: base 0, limit 8, selector 12, type 14, present 15, dpl 16, db 17
 kvm_dtable 16: base 0, limit 8, padding 10
 kvm_sregs 312: cs 0, ds 24, es 48, fs 72, gs 96, ss 120, tr 144, ldt 168, gdt 192, idt 208, cr0 224,
     cr2 232, cr3 240, cr4 248, cr8 256, efer 264, apic_base 272, interrupt_bitmap 280
+kvm_sregs2 320: cs 0, ds 24, es 48, fs 72, gs 96, ss 120, tr 144, ldt 168, gdt 192, idt 208, cr0 224,
+    cr2 232, cr3 240, cr4 248, cr8 256, efer 264, apic_base 272, flags 280, pdptrs 288
+kvm_fpu 416: fpr 0, fcw 128, fsw 130, ftwx 132, pad1 133, last_opcode 134, last_ip 136, last_dp 144,
+    xmm 152, mxcsr 408, pad2 412
+kvm_lapic_state 1024: regs 0
 kvm_vcpu_events 64: exception 0, exception.injected 0, exception.nr 1, exception.has_error_code 2,
     exception.pending 3, exception.error_code 4, interrupt 8, interrupt.injected 8, interrupt.nr 9,
     interrupt.soft 10, interrupt.shadow 11, nmi 12, nmi.injected 12, nmi.pending 13, nmi.masked 14,
@@ -53,12 +62,14 @@ kvm_cpuid_entry2 40: function 0, index 4, flags 8, eax 12, ebx 16, ecx 20, edx 2
 kvm_cpuid2 8: nent 0, padding 4
 kvm_msr_entry 16: index 0, reserved 4, data 8
 kvm_msrs 8: nmsrs 0, pad 4
+kvm_msr_list 4: nmsrs 0
 kvm_msr_filter_range 24: flags 0, nmsrs 4, base 8, bitmap 16
 kvm_msr_filter 392: flags 0, ranges 8
 kvm_xcr 16: xcr 0, reserved 4, value 8
 kvm_xcrs 392: nr_xcrs 0, flags 4, xcrs 8, padding 264
 kvm_debugregs 128: db 0, dr6 32, dr7 40, flags 48, reserved 56
 kvm_xsave 4096: region 0
+kvm_nested_state 128: flags 0, format 2, size 4, hdr 8, hdr.pad 8
 kvm_x86_mce 64: status 0, addr 8, misc 16, mcg_status 24, bank 32, pad1 33, pad2 40
 siginfo_t 128: si_signo 0, si_errno 4, si_code 8, si_addr 16, si_addr_lsb 24
 timespec 16: tv_sec 0, tv_nsec 8
@@ -107,6 +118,25 @@ REQUESTS = {
     "KVM_SET_XSAVE": 0x5000AEA5,
     "KVM_GET_XCRS": 0x8188AEA6,
     "KVM_SET_XCRS": 0x4188AEA7,
+    "KVM_GET_MSR_INDEX_LIST": 0xC004AE02,
+    "KVM_GET_DIRTY_LOG": 0x4010AE42,
+    "KVM_SET_CLOCK": 0x4030AE7B,
+    "KVM_GET_CLOCK": 0x8030AE7C,
+    "KVM_CLEAR_DIRTY_LOG": 0xC018AEC0,
+    "KVM_GET_FPU": 0x81A0AE8C,
+    "KVM_SET_FPU": 0x41A0AE8D,
+    "KVM_GET_LAPIC": 0x8400AE8E,
+    "KVM_SET_LAPIC": 0x4400AE8F,
+    "KVM_GET_CPUID2": 0xC008AE91,
+    "KVM_GET_MP_STATE": 0x8004AE98,
+    "KVM_SET_MP_STATE": 0x4004AE99,
+    "KVM_SET_TSC_KHZ": 0x0000AEA2,
+    "KVM_GET_TSC_KHZ": 0x0000AEA3,
+    "KVM_GET_NESTED_STATE": 0xC080AEBE,
+    "KVM_SET_NESTED_STATE": 0x4080AEBF,
+    "KVM_GET_SREGS2": 0x8140AECC,
+    "KVM_SET_SREGS2": 0x4140AECD,
+    "KVM_GET_XSAVE2": 0x9000AECF,
     "USERFAULTFD_IOC_NEW": 0x0000AA00,
     "UFFDIO_API": 0xC018AA3F,
     "UFFDIO_REGISTER": 0xC020AA00,
@@ -196,7 +226,8 @@ def test_every_ioctl_request_has_a_golden_value():
 
 @pytest.mark.parametrize("name", YOUNG_CONSTANTS)
 def test_young_constant(name):
-    assert public(int)[name] == YOUNG_CONSTANTS[name]
+    constants = {**public(int), **{each.in_header: each for each in kvm_cap.Cap}}
+    assert constants[name] == YOUNG_CONSTANTS[name]
 
 
 def test_the_exit_union_and_the_shared_registers_have_the_room_the_kernel_gives_them():

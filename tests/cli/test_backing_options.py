@@ -36,10 +36,9 @@ def test_any_memory_is_proven(backing):
 
 
 WITHOUT_MAPPED_GUEST_MEMFD = """
-from kvmdp.abi.kvm import KVM_CAP_GUEST_MEMFD_FLAGS
-from kvmdp.kvm import Vm
+from kvmdp.kvm import Cap, Vm
 ask = Vm.check_extension
-Vm.check_extension = lambda vm, capability: 0 if capability == KVM_CAP_GUEST_MEMFD_FLAGS else ask(vm, capability)
+Vm.check_extension = lambda vm, capability: 0 if capability == Cap.GUEST_MEMFD_FLAGS else ask(vm, capability)
 """
 
 

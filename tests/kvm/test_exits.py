@@ -10,21 +10,22 @@ from toy import CODE, Toy, in_thread
 from kvmdp.abi.kvm import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
-    KVM_CAP_GUEST_MEMFD_FLAGS,
-    KVM_CAP_X86_MSR_FILTER,
-    KVM_CAP_X86_USER_SPACE_MSR,
     KVM_MEM_GUEST_MEMFD,
     KVM_MSR_EXIT_REASON_FILTER,
 )
 from kvmdp.kvm import (
     BadAddress,
+    Cap,
     DeniedMsrs,
     Hlt,
     InternalError,
     Interrupted,
-    Io,
+    IoIn,
+    IoOut,
     MemoryFault,
     Mmio,
+    MmioRead,
+    MmioWrite,
     MsrRead,
     MsrWrite,
     Shutdown,
@@ -42,11 +43,12 @@ def test_port_io_carries_the_guests_bytes_out_and_the_answer_in():
     # mov dx,0x3f8; mov al,0x41; out dx,al; in al,dx; out 0x80,al; mov ax,0x1234; out 0x81,ax; hlt
     with Toy("baf803 b041 ee ec e680 b83412 e781 f4") as toy:
         out = toy.vcpu.run()
-        assert isinstance(out, Io)
-        assert (out.direction, out.port, out.size, out.count) == ("out", 0x3F8, 1, 1)
+        assert isinstance(out, IoOut)
+        assert (out.port, out.size, out.count) == (0x3F8, 1, 1)
         assert bytes(out.data) == b"A"
         into = toy.vcpu.run()
-        assert (into.direction, into.port, into.size) == ("in", 0x3F8, 1)
+        assert isinstance(into, IoIn)
+        assert (into.port, into.size) == (0x3F8, 1)
         into.data[:] = b"Z"
         assert bytes(toy.vcpu.run().data) == b"Z"
         word = toy.vcpu.run()
@@ -61,14 +63,15 @@ def test_string_port_io_comes_as_one_exit_or_as_several_with_the_same_bytes():
         toy.memory[0x2000:0x2005] = b"hello"
         text = b""
         while not isinstance(exit := toy.vcpu.run(), Hlt):
-            assert (exit.direction, exit.size, len(exit.data)) == ("out", 1, exit.count)
+            assert isinstance(exit, IoOut)
+            assert (exit.size, len(exit.data)) == (1, exit.count)
             text += bytes(exit.data)
         assert text == b"hello"
     # cld; xor ax,ax; mov es,ax; mov di,0x2000; mov cx,4; mov dx,0x3f8; rep insb; hlt
     with Toy("fc 31c0 8ec0 bf0020 b90400 baf803 f36c f4") as toy:
         answer = bytearray(b"KVMD")
         while not isinstance(exit := toy.vcpu.run(), Hlt):
-            assert exit.direction == "in"
+            assert isinstance(exit, IoIn)
             exit.data[:] = answer[: exit.count]
             del answer[: exit.count]
         assert bytes(toy.memory[0x2000:0x2004]) == b"KVMD"
@@ -79,11 +82,12 @@ def test_an_access_outside_memory_is_mmio_both_ways():
     # mov ax,0xf000; mov ds,ax; mov ax,[0x10]; inc ax; mov [0x12],ax; hlt
     with Toy("b800f0 8ed8 a11000 40 a31200 f4") as toy:
         read = toy.vcpu.run()
-        assert isinstance(read, Mmio)
-        assert (read.gpa, read.size, read.is_write) == (0xF0010, 2, False)
+        assert isinstance(read, MmioRead)
+        assert (read.gpa, read.size) == (0xF0010, 2)
         read.data[:] = b"\xff\x01"
         write = toy.vcpu.run()
-        assert (write.gpa, write.size, write.is_write, bytes(write.data)) == (0xF0012, 2, True, b"\x00\x02")
+        assert isinstance(write, MmioWrite)
+        assert (write.gpa, write.size, bytes(write.data)) == (0xF0012, 2, b"\x00\x02")
         assert isinstance(toy.vcpu.run(), Hlt)
         del read, write
 
@@ -201,13 +205,13 @@ def test_memory_that_the_host_has_no_page_for_is_an_exit_without_an_address():
 
 def require(toy, capability, bits=1):
     if toy.vm.check_extension(capability) & bits != bits:
-        pytest.skip(f"this KVM lacks capability {capability}: use a newer kernel")
+        pytest.skip(f"this KVM lacks {capability.in_header}: use a newer kernel")
 
 
 def test_a_closed_guest_memfd_slot_faults_and_leaves_no_stale_reason():
     # mov ax,0x1000; mov ds,ax; mov ax,[0x20]; hlt
     with Toy("b80010 8ed8 a12000 f4") as toy, Mapping.reserved(0x1000) as nothing:
-        require(toy, KVM_CAP_GUEST_MEMFD_FLAGS, GUEST_MEMFD_FLAG_MMAP)
+        require(toy, Cap.GUEST_MEMFD_FLAGS, GUEST_MEMFD_FLAG_MMAP)
         fd = toy.vm.create_guest_memfd(0x1000, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
         toy.vm.set_user_memory_region2(1, 0x10000, 0x1000, nothing.hva, KVM_MEM_GUEST_MEMFD, fd, 0)
         os.close(fd)
@@ -215,8 +219,8 @@ def test_a_closed_guest_memfd_slot_faults_and_leaves_no_stale_reason():
         if isinstance(fault, MemoryFault):
             assert (fault.gpa & ~0xFFF, fault.size) == (0x10000, 0x1000)
         else:  # where KVM emulates real mode
-            assert isinstance(fault, Mmio)
-            assert (fault.gpa, fault.is_write) == (0x10020, False)
+            assert isinstance(fault, MmioRead)
+            assert fault.gpa == 0x10020
         assert toy.vcpu.regs.rip == CODE + 5
         toy.vcpu.immediate_exit = True
         assert isinstance(toy.vcpu.run(), Interrupted)
@@ -226,9 +230,9 @@ def test_a_closed_guest_memfd_slot_faults_and_leaves_no_stale_reason():
 def test_filtered_msrs_are_asked_for_and_answered():
     # mov ecx,0x10a; rdmsr; wrmsr; hlt
     with Toy("66b90a010000 0f32 0f30 f4") as toy:
-        require(toy, KVM_CAP_X86_USER_SPACE_MSR)
-        require(toy, KVM_CAP_X86_MSR_FILTER)
-        toy.vm.enable_cap(KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER)
+        require(toy, Cap.X86_USER_SPACE_MSR)
+        require(toy, Cap.X86_MSR_FILTER)
+        toy.vm.enable_cap(Cap.X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER)
         toy.vm.set_msr_filter([DeniedMsrs(MSR, 1)])
         read = toy.vcpu.run()
         assert isinstance(read, MsrRead)

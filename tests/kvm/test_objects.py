@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from toy import CODE, MEMORY, Toy
 
-from kvmdp.abi.kvm import KVM_CAP_BINARY_STATS_FD, KVM_CAP_NR_MEMSLOTS, KVM_CAP_SYNC_REGS
 from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs
-from kvmdp.kvm import Hlt, Io, Kvm, KvmError
+from kvmdp.kvm import Cap, Hlt, IoOut, Kvm, KvmError
 
 
 def test_an_absent_device_is_said_with_its_remedy(tmp_path):
@@ -53,7 +52,7 @@ def test_a_memslot_that_overlaps_another_is_refused_with_the_remedy():
             toy.vm.set_user_memory_region(1, 0x8000, 4096, toy.mapping.hva)
         with pytest.raises(KvmError, match="unaligned address"):
             toy.vm.set_user_memory_region(1, MEMORY + 1, 4096, toy.mapping.hva)
-        beyond = toy.vm.check_extension(KVM_CAP_NR_MEMSLOTS)
+        beyond = toy.vm.check_extension(Cap.NR_MEMSLOTS)
         with pytest.raises(KvmError, match="slot number out of range"):
             toy.vm.set_user_memory_region(beyond, MEMORY, 4096, toy.mapping.hva)
         toy.vm.set_user_memory_region(0, 0, 0, 0)
@@ -71,12 +70,12 @@ def test_a_vcpu_that_exists_already_is_refused():
 def test_registers_are_what_was_set_and_what_the_guest_left(synced):
     with Toy("83c007 e610 f4") as toy:  # add ax,7; out 0x10,al; hlt
         if synced:
-            if not toy.kvm.check_extension(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS:
+            if not toy.kvm.check_extension(Cap.SYNC_REGS) & KVM_SYNC_X86_REGS:
                 pytest.skip("no KVM_CAP_SYNC_REGS: use Linux 4.17 or later")
             toy.vcpu.sync_registers()
         toy.vcpu.set_regs(kvm_regs(rip=CODE, rflags=2, rax=5, r15=0x1234))
         assert (toy.vcpu.regs.rip, toy.vcpu.regs.rax, toy.vcpu.regs.r15) == (CODE, 5, 0x1234)
-        assert isinstance(toy.vcpu.run(), Io)
+        assert isinstance(toy.vcpu.run(), IoOut)
         assert toy.vcpu.regs.rax == 12
         toy.vcpu.immediate_exit = True
         toy.vcpu.run()
@@ -106,16 +105,16 @@ def test_translate_follows_the_guests_mapping():
 @pytest.mark.kvm
 def test_msrs_read_back_what_was_set_and_refuse_what_is_not_there():
     with Toy("f4") as toy:
-        toy.vcpu.set_msr(0xC0000102, 0x1000)  # KERNEL_GS_BASE
-        assert toy.vcpu.get_msrs([0xC0000102]) == {0xC0000102: 0x1000}
+        toy.vcpu.registers.set_msr(0xC0000102, 0x1000)  # KERNEL_GS_BASE
+        assert toy.vcpu.registers.get_msrs([0xC0000102]) == {0xC0000102: 0x1000}
         with pytest.raises(KvmError, match="MSR 0xc0000102 to 0x8000000000000000"):
-            toy.vcpu.set_msr(0xC0000102, 1 << 63)  # not canonical
+            toy.vcpu.registers.set_msr(0xC0000102, 1 << 63)  # not canonical
 
 
 @pytest.mark.kvm
 def test_statistics_count_by_name():
     with Toy("e610 e610 f4") as toy:  # out 0x10,al, twice; hlt
-        if not toy.kvm.check_extension(KVM_CAP_BINARY_STATS_FD):
+        if not toy.kvm.check_extension(Cap.BINARY_STATS_FD):
             pytest.skip("no KVM_CAP_BINARY_STATS_FD: use Linux 5.14 or later")
         with toy.vcpu.statistics() as vcpu, toy.vm.statistics() as vm:
             before = vcpu.get("exits")

@@ -11,7 +11,7 @@ from effort import by_effort
 from harness import BACKINGS, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan
 
 from kvmdp.errors import PagingError
-from kvmdp.kvm import Mmio
+from kvmdp.kvm import MmioWrite
 from kvmdp.machine.hostinfo import cpu_model
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import MIN_MEMORY
@@ -185,7 +185,7 @@ def missing_from_the_word(monkeypatch, completed):
                 return call_off(emulation, load, **options)
             load.data[:] = before
             following = emulation.finish()
-            while isinstance(following, Mmio) and following.is_write:
+            while isinstance(following, MmioWrite):
                 view[following.gpa : following.gpa + following.size] = following.data
                 following = emulation.finish()
             return following

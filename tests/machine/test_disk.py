@@ -9,7 +9,7 @@ import pytest
 from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan, prove
 from plain_guest import PlainMemory
 
-from kvmdp.kvm import Io
+from kvmdp.kvm import IoOut
 from kvmdp.lab.experiment import in_process_disk, run_workload
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskError, DiskFile
@@ -121,7 +121,7 @@ def test_rings_are_served_in_the_order_in_which_they_were_rung(file):
         try:
             for vcpu in range(4):
                 number = memoryview((vcpu + 1).to_bytes(4, "little"))
-                machine.ports.handle(vcpu, Io("out", guest.DISK_DOORBELL_PORT, 4, 1, number))
+                machine.ports.handle(vcpu, IoOut(guest.DISK_DOORBELL_PORT, 4, 1, number))
                 assert begun.wait(TIMEOUT)  # the others are rung while the first is served
         finally:
             may_go_on.set()

@@ -134,7 +134,7 @@ def test_machine_check_is_recorded_cleared_and_resumed():
         assert (block.mc_status, block.mc_address, block.mc_misc) == (status, 0x5000, 0x8C)
         assert block.mc_mcg_status == 0b101
         # MCG_STATUS and MC9_STATUS
-        assert vcpu.get_msrs([0x17A, 0x425]) == {0x17A: 0, 0x425: 0}
+        assert vcpu.registers.get_msrs([0x17A, 0x425]) == {0x17A: 0, 0x425: 0}
 
 
 def test_gate_reads_and_writes_msrs():

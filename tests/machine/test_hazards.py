@@ -20,7 +20,7 @@ from harness import (
     require_trap,
 )
 
-from kvmdp.kvm import BusError, Kvm, MemoryFault, Mmio
+from kvmdp.kvm import BusError, Kvm, MemoryFault, MmioRead, MmioWrite
 from kvmdp.machine.boot import guest_cpuid
 from kvmdp.machine.guest_abi import BOOT_BASE
 from kvmdp.machine.vcpu_thread import GuestError
@@ -51,7 +51,7 @@ def test_no_vcpu_looks_while_a_memslot_is_replaced(monkeypatch):
         monkeypatch.setattr(RamSlots, "_set", make_late)
         machine.run(TIMEOUT)
         exits = sum((thread.exits for thread in machine.threads), start=Counter())
-        assert exits[Mmio] == 0
+        assert (exits[MmioRead], exits[MmioWrite]) == (0, 0)
         assert np.array_equal(all_of_ram(machine)[:64], workload.expected_pages(SOURCE.pages, np.arange(64)))
         assert machine.pager.counters.pages_fetched == 64
 
@@ -282,4 +282,4 @@ def test_the_memory_fault_trap_exits_once_a_page(monkeypatch):
         machine.run(TIMEOUT)
         exits = machine.threads[0].exits
         assert BusError not in exits
-        assert exits[MemoryFault] + exits[Mmio] >= 32
+        assert exits[MemoryFault] + exits[MmioRead] + exits[MmioWrite] >= 32

@@ -68,7 +68,7 @@ def emulated_accesses(monkeypatch):
 
     def run_and_note(vcpu):
         exit = run(vcpu)
-        if type(exit) is Mmio:
+        if isinstance(exit, Mmio):
             accesses.add(threading.current_thread().name)
         return exit
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from harness import SEED, TIMEOUT, TRAPS, all_of_ram, program_machine
 
-from kvmdp.kvm import Io
+from kvmdp.kvm import IoIn, IoOut
 from kvmdp.machine.guest_abi import LOOPBACK_PORT
 from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.machine.vcpu_thread import GuestError
@@ -32,11 +32,11 @@ def loopback(vcpus=1):
     Loopback(ports, vcpus)
 
     def out(data, vcpu=0):
-        assert ports.handle(vcpu, Io("out", LOOPBACK_PORT, 1, len(data), memoryview(bytearray(data))))
+        assert ports.handle(vcpu, IoOut(LOOPBACK_PORT, 1, len(data), memoryview(bytearray(data))))
 
     def back(length, vcpu=0):
         data = bytearray(length)
-        assert ports.handle(vcpu, Io("in", LOOPBACK_PORT, 1, length, memoryview(data)))
+        assert ports.handle(vcpu, IoIn(LOOPBACK_PORT, 1, length, memoryview(data)))
         return bytes(data)
 
     return out, back
@@ -74,7 +74,7 @@ def test_each_vcpu_has_its_own():
 def test_a_port_has_one_handler():
     ports = Ports()
     Loopback(ports, 1)
-    assert not ports.handle(0, Io("in", 0x80, 1, 1, memoryview(bytearray(1))))
+    assert not ports.handle(0, IoIn(0x80, 1, 1, memoryview(bytearray(1))))
     with pytest.raises(ValueError, match="port 0x514 is taken: give the device another"):
         ports.add(LOOPBACK_PORT, lambda vcpu, io: None)
 
@@ -103,12 +103,12 @@ def test_kvm_gives_several_items_at_once_and_all_are_served():
     with program_machine("mmio", code) as machine:
 
         def serve(vcpu, io):
-            seen.append((vcpu, io.direction, io.size, io.count, io.data.nbytes))
+            seen.append((vcpu, type(io), io.size, io.count, io.data.nbytes))
             io.data[:] = bytes(range(len(io.data)))
 
         machine.ports.add(0x300, serve)
         machine.run(TIMEOUT)
-        assert all(each[:3] == (0, "in", 1) and each[3] == each[4] for each in seen)
+        assert all(each[:3] == (0, IoIn, 1) and each[3] == each[4] for each in seen)
         counts = [count for *_, count, _ in seen]
         assert sum(counts) == 100
         assert max(counts) > 1

@@ -177,7 +177,7 @@ def test_a_load_that_was_taken_back_is_no_step(code, end, monkeypatch):
     retry, finish = VcpuPaging._retry, Emulation.finish
 
     def look_and_retry(paging, page):
-        seen.append((page, hex(machine.threads[0].vcpu.debug_registers.dr6)))
+        seen.append((page, hex(machine.threads[0].vcpu.registers.debug.dr6)))
         retry(paging, page)
 
     def finish_and_look(emulation):
@@ -188,7 +188,7 @@ def test_a_load_that_was_taken_back_is_no_step(code, end, monkeypatch):
     monkeypatch.setattr(VcpuPaging, "_retry", look_and_retry)
     monkeypatch.setattr(Emulation, "finish", finish_and_look)
     with program_machine("mmio", bytes.fromhex(code)) as machine:
-        before = machine.threads[0].vcpu.debug_registers.dr6
+        before = machine.threads[0].vcpu.registers.debug.dr6
         with pytest.raises(GuestError, match=end):
             machine.run(TIMEOUT)
     assert seen == [(6, hex(before))]

@@ -6,9 +6,8 @@ import threading
 
 import numpy as np
 
-from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE
 from kvmdp.abi.mman import MADV_NOHUGEPAGE
-from kvmdp.kvm import Interrupted, Io, Kvm
+from kvmdp.kvm import Cap, Interrupted, Io, Kvm
 from kvmdp.machine.boot import BootSlot, guest_cpuid, set_boot_state, stock_image, vector_flags
 from kvmdp.machine.disk import DiskDevice, DiskFile
 from kvmdp.machine.guest_abi import DISK_DOORBELL_PORT, LOOPBACK_PORT
@@ -73,8 +72,8 @@ class PlainGuest:
             stack.callback(self._drop_views)
             kvm = stack.enter_context(Kvm())
             vm = stack.enter_context(kvm.create_vm())
-            if vm.check_extension(KVM_CAP_EXIT_ON_EMULATION_FAILURE):
-                vm.enable_cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
+            if vm.check_extension(Cap.EXIT_ON_EMULATION_FAILURE):
+                vm.enable_cap(Cap.EXIT_ON_EMULATION_FAILURE, 1)
             tables = PageTables(layout, paged=False)
             self.boot = stack.enter_context(contextlib.closing(BootSlot(tables, stock_image(), program)))
             self.boot.map_into(vm)

@@ -19,7 +19,7 @@ import pytest
 from harness import MEMORY, SEED, TIMEOUT, program_machine
 
 from kvmdp.errors import BusyError, PagingError, PoisonedError
-from kvmdp.kvm import BusError, InternalError, MemoryFault, Mmio
+from kvmdp.kvm import BusError, InternalError, IoIn, MemoryFault, MmioRead, MmioWrite
 from kvmdp.lab.invariants import violations
 from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.paging.claim import Counters, State
@@ -50,7 +50,7 @@ COUNTED_AS = {
     SINK: "pages_refetched",
     BACKED: "pages_backed",
 }
-FAULT_EXITS = (BusError, InternalError, MemoryFault, Mmio)
+FAULT_EXITS = (BusError, InternalError, MemoryFault, MmioRead, MmioWrite)
 
 PORT = 0x300
 MACHINE_CHECK_PORT = PORT + 1
@@ -83,7 +83,7 @@ class GuestWord:
         machine.ports.add(MACHINE_CHECK_PORT, self._serve_machine_check)
 
     def _serve(self, _vcpu, io):
-        if io.direction == "in":
+        if isinstance(io, IoIn):
             io.data[:] = self._asked.get().to_bytes(4, "little")
         else:
             self._answers.put(int.from_bytes(io.data, "little"))

@@ -3,9 +3,7 @@
 import contextlib
 import threading
 
-from kvmdp.abi.kvm import KVM_CAP_EXIT_ON_EMULATION_FAILURE
-from kvmdp.abi.kvm_x86 import kvm_regs
-from kvmdp.kvm import Kvm
+from kvmdp.kvm import Cap, Kvm, kvm_regs
 from kvmdp.memory.mapping import Mapping
 
 MEMORY = 64 << 10
@@ -21,8 +19,8 @@ class Toy:
             self.memory = self.mapping.view
             self.kvm = stack.enter_context(Kvm())
             self.vm = stack.enter_context(self.kvm.create_vm())
-            if self.vm.check_extension(KVM_CAP_EXIT_ON_EMULATION_FAILURE):
-                self.vm.enable_cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
+            if self.vm.check_extension(Cap.EXIT_ON_EMULATION_FAILURE):
+                self.vm.enable_cap(Cap.EXIT_ON_EMULATION_FAILURE, 1)
             self.vm.set_user_memory_region(slot=0, gpa=0, size=MEMORY, hva=self.mapping.hva)
             self.vcpu = stack.enter_context(self.vm.create_vcpu(0))
             sregs = self.vcpu.sregs

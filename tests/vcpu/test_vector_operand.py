@@ -22,7 +22,7 @@ def vectors(components=SSE | AVX, **registers):
         number, value = int(name[3:]), value.ljust(32, b"\0")
         area[XMM + 16 * number : XMM + 16 * (number + 1)] = value[:16]
         area[YMM_HIGH + 16 * number : YMM_HIGH + 16 * (number + 1)] = value[16:]
-    return VectorRegisters(kvm_xsave.from_buffer_copy(area))
+    return VectorRegisters(bytes(area))
 
 
 def touched(code, registers):

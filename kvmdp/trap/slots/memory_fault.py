@@ -9,7 +9,8 @@ Needs KVM_CAP_GUEST_MEMFD_FLAGS (6.18) with GUEST_MEMFD_FLAG_MMAP, and no privil
 
 from __future__ import annotations
 
-from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_CAP_GUEST_MEMFD_FLAGS
+from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_MMAP
+from kvmdp.abi.kvm_cap import Cap
 from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
@@ -22,7 +23,7 @@ from kvmdp.trap.slots.slot_trap import SlotOptions, SlotTrap
 
 def prepare_closed_slots(vm: Vm, slots: RamSlots, trap: str) -> None:
     """Get ready to make closed slots; raises UnsupportedError, in the name of `trap`, where this host cannot."""
-    if not vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
+    if not vm.check_extension(Cap.GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
         raise UnsupportedError(
             f"the trap {trap} needs guest_memfd with GUEST_MEMFD_FLAG_MMAP (KVM_CAP_GUEST_MEMFD_FLAGS), "
             "which this kernel's KVM lacks: use Linux 6.18 or later, or another trap"

@@ -31,12 +31,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from kvmdp.abi.kvm import (
-    GUEST_MEMFD_FLAG_INIT_SHARED,
-    GUEST_MEMFD_FLAG_MMAP,
-    KVM_CAP_NR_MEMSLOTS,
-    KVM_MEM_GUEST_MEMFD,
-)
+from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD
+from kvmdp.abi.kvm_cap import Cap
 from kvmdp.abi.kvm_x86 import KVM_X86_QUIRK_SLOT_ZAP_ALL
 from kvmdp.errors import PagingError
 from kvmdp.kvm import Vm
@@ -108,7 +104,7 @@ class RamSlots:
         self._guest_memfd = backing.guest_memfd
         self._mutex = threading.RLock()
         self._changed = Condition(self._mutex)
-        ids = range(_FIRST_RAM_SLOT, vm.check_extension(KVM_CAP_NR_MEMSLOTS))
+        ids = range(_FIRST_RAM_SLOT, vm.check_extension(Cap.NR_MEMSLOTS))
         self.spare = len(ids) - MAX_GRANULE_SLOTS
         self._map = SlotMap(ids, [region.offset // PAGE_SIZE for region in layout.regions])
         self._claims: list[tuple[int, int]] = []

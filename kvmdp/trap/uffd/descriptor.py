@@ -89,7 +89,7 @@ def supported_features() -> int:
     fd, _ = _open_permitted(kernel_faults=False)
     try:
         request = abi.uffdio_api(api=abi.UFFD_API, features=0)
-        libc.ioctl(fd, abi.UFFDIO_API, byref(request), "UFFDIO_API")
+        libc.ioctl(fd, abi.UFFDIO_API, request, "UFFDIO_API")
         return int(request.features)
     finally:
         os.close(fd)
@@ -134,7 +134,7 @@ class Uffd:
         self.on_hole: Callable[[int], None] | None = None
         try:
             request = abi.uffdio_api(api=abi.UFFD_API, features=features)
-            libc.ioctl(self.fd, abi.UFFDIO_API, byref(request), "UFFDIO_API")
+            libc.ioctl(self.fd, abi.UFFDIO_API, request, "UFFDIO_API")
         except BaseException:
             self.close()
             raise
@@ -142,17 +142,17 @@ class Uffd:
     def register(self, hva: int, length: int, mode: int) -> None:
         """Register a range; `mode` is of `UFFDIO_REGISTER_MODE_*`."""
         request = abi.uffdio_register(abi.uffdio_range(hva, length), mode)
-        libc.ioctl(self.fd, abi.UFFDIO_REGISTER, byref(request), f"UFFDIO_REGISTER of {length} bytes")
+        libc.ioctl(self.fd, abi.UFFDIO_REGISTER, request, f"UFFDIO_REGISTER of {length} bytes")
 
     def unregister(self, hva: int, length: int) -> None:
         """Unregister a range, and wake whoever sleeps on it."""
         request = abi.uffdio_range(hva, length)
-        libc.ioctl(self.fd, abi.UFFDIO_UNREGISTER, byref(request), f"UFFDIO_UNREGISTER of {length} bytes")
+        libc.ioctl(self.fd, abi.UFFDIO_UNREGISTER, request, f"UFFDIO_UNREGISTER of {length} bytes")
 
     def wake(self, hva: int, length: int) -> None:
         """Wake whoever sleeps on a range: the access is tried again."""
         request = abi.uffdio_range(hva, length)
-        libc.ioctl(self.fd, abi.UFFDIO_WAKE, byref(request), "UFFDIO_WAKE")
+        libc.ioctl(self.fd, abi.UFFDIO_WAKE, request, "UFFDIO_WAKE")
 
     def continue_(self, hva: int, length: int) -> int:
         """Map pages that the page cache holds; `on_hole` sees to those that it has lost. Pages already mapped stay.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmdp.kvm import Vcpu
+from kvmdp.kvm import IoOut, Vcpu
 from kvmdp.machine.guest_abi import ParameterBlock
 
 from .form import LETTERS, PAGE, REGISTERS, STACK, WINDOW, WINDOW_BYTES, Form, Symbol
@@ -261,7 +261,7 @@ class DataPort:
 
     def serve(self, io) -> None:
         """Serve an exit."""
-        if io.direction == "out":
+        if isinstance(io, IoOut):
             self.written += io.data
             return
         for index in range(io.data.nbytes):

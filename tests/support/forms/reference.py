@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from plain_guest import PlainGuest
 
-from kvmdp.kvm import InternalError, Io
+from kvmdp.kvm import InternalError, Io, IoIn
 from kvmdp.machine.guest_abi import REPORT_PORT, ParameterBlock, Report
 from kvmdp.machine.workloads import WorkloadOptions, program_blocks
 from kvmdp.source.base import read_pages
@@ -182,7 +182,7 @@ class _Guest:
                     exit.data[:] = self._vcpu.sregs.idt.base.to_bytes(4, "little")
                 case Io(port=port) if port == NEXT_PORT:
                     return True
-                case Io(port=port, direction="in") if port == REPORT_PORT:
+                case IoIn(port=port) if port == REPORT_PORT:
                     exit.data[:] = bytes(4)  # to the #UD handler: no, it is not to be run again
                 case Io(port=port) if port == REPORT_PORT:
                     return False
