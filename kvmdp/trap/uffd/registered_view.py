@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+import queue
 import select
 import threading
 import time
@@ -33,7 +34,6 @@ from kvmdp.trap.uffd.descriptor import Uffd
 
 _BATCH = 32  # events taken with one read
 _HELD_SECONDS = 0.001  # from one look whether there is room for a page to the next
-_SETTLE_SECONDS = 0.0005  # from one look whether the readers are at work to the next
 
 
 class UffdView(ABC):
@@ -67,6 +67,10 @@ class UffdView(ABC):
         self._readers: list[tuple[JoinableThread, select.epoll]] = []
         # Readers that are between an event and the next wait, by thread identifier.
         self._at_work: set[int] = set()
+        # A word for each reader that has ended its work while `settle` waits. Not a condition: an interruption of the
+        # main thread in one can leave its lock as no `with` expects it.
+        self._settling = False
+        self._off_work: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._wakeup = -1
         self._pager: ForReaders | None = None
         self._this_thread = threading.local()
@@ -200,6 +204,10 @@ class UffdView(ABC):
                 time.sleep(_HELD_SECONDS)  # what cannot even be read would be tried without a pause
             finally:
                 self._at_work.discard(reader)
+                if (
+                    self._settling
+                ):  # looked at after the reader is off: `settle` sees the one or gets the other
+                    self._off_work.put(None)
 
     def _make_way(self) -> None:
         """Let a discard go on that the kernel wants finished before it maps anything (EAGAIN).
@@ -216,16 +224,19 @@ class UffdView(ABC):
     def settle(self, timeout: float) -> bool:
         """Wait until no reader is at a fault whose sleeper it has woken; False after `timeout` seconds.
 
-        A sleeper goes on before its reader has counted the fault, and can be done with everything by then. Looked at
-        again and again, not waited for: an interruption of the main thread in a condition can leave its lock as no
-        `with` expects it.
+        A sleeper goes on before its reader has counted the fault, and can be done with everything by then.
         """
         deadline = time.monotonic() + timeout
-        while self._at_work:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_SETTLE_SECONDS)
-        return True
+        self._settling = True
+        try:
+            while self._at_work:
+                try:
+                    self._off_work.get(timeout=max(deadline - time.monotonic(), 0))
+                except queue.Empty:
+                    return not self._at_work
+            return True
+        finally:
+            self._settling = False
 
     def _stop_readers(self) -> None:
         if self._wakeup < 0:
