@@ -5,9 +5,9 @@ from __future__ import annotations
 from kvmdp.errors import PagingError
 from kvmdp.interruption import entered
 from kvmdp.lab.coverage_cell import EMULATED, Cell, Seen, seen_by, vcpu_exits
-from kvmdp.machine.machine import GuestTimeoutError, Machine
+from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions, catches_page_walks
-from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.machine.vcpu_thread import GuestError, GuestTimeoutError
 from kvmdp.machine.workloads import WorkloadOptions, program_blocks
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.synthetic import SyntheticSource
