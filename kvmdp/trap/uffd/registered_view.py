@@ -67,10 +67,9 @@ class UffdView(ABC):
         self._readers: list[tuple[JoinableThread, select.epoll]] = []
         # Readers that are between an event and the next wait, by thread identifier.
         self._at_work: set[int] = set()
-        # A word for each reader that has ended its work while `settle` waits. Not a condition: an interruption of the
-        # main thread in one can leave its lock as no `with` expects it.
-        self._settling = False
-        self._off_work: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # One for each `settle` that waits: it gets a word for each reader that ends its work. Not a condition: an
+        # interruption of the main thread in one can leave its lock as no `with` expects it.
+        self._settling: list[queue.SimpleQueue[None]] = []
         self._wakeup = -1
         self._pager: ForReaders | None = None
         self._this_thread = threading.local()
@@ -204,10 +203,10 @@ class UffdView(ABC):
                 time.sleep(_HELD_SECONDS)  # what cannot even be read would be tried without a pause
             finally:
                 self._at_work.discard(reader)
-                if (
-                    self._settling
-                ):  # looked at after the reader is off: `settle` sees the one or gets the other
-                    self._off_work.put(None)
+                # After that: a `settle` that has seen the reader at work is in the list by now.
+                if self._settling:
+                    for words in tuple(self._settling):
+                        words.put(None)
 
     def _make_way(self) -> None:
         """Let a discard go on that the kernel wants finished before it maps anything (EAGAIN).
@@ -227,16 +226,17 @@ class UffdView(ABC):
         A sleeper goes on before its reader has counted the fault, and can be done with everything by then.
         """
         deadline = time.monotonic() + timeout
-        self._settling = True
+        words: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._settling.append(words)
         try:
             while self._at_work:
                 try:
-                    self._off_work.get(timeout=max(deadline - time.monotonic(), 0))
+                    words.get(timeout=max(deadline - time.monotonic(), 0))
                 except queue.Empty:
                     return not self._at_work
             return True
         finally:
-            self._settling = False
+            self._settling.remove(words)
 
     def _stop_readers(self) -> None:
         if self._wakeup < 0:
