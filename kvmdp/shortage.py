@@ -2,7 +2,7 @@
 
 The kernel tells of it by an errno, Python by a MemoryError or by "can't start new thread", from wherever the last bit
 was wanted. `named` is the one place where that becomes a sentence; every command is in such a block, and so is each
-part of a command that goes on without what has failed. Who has a better sentence raises a ShortageError itself.
+part of a command that goes on without what has failed. A caller with a better sentence raises a ShortageError itself.
 
 A system call that is refused altogether, as in a container with a strict seccomp profile, is named here too.
 

@@ -1,7 +1,8 @@
 """Files without a name, which go with the process: in the folder that TMPDIR names, else in /tmp, and nowhere else.
 
 Python's own choice of a folder goes on to the next where a file cannot be made, down to the current one, and says
-nothing: pages of a guest would land where nobody has looked for room. A folder that cannot be used is an error here.
+nothing: pages of a guest would land where the user did not look for room. A folder that cannot be used is an
+error here.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ class HugeComparison:
         return all(len(self.figures.get(cell, ())) == self.rounds for cell in cells)
 
     def document(self) -> dict[str, Any]:
-        """Return everything as the JSON document has it; workloads and networks that nobody has done are left out."""
+        """Return everything as the JSON document has it; workloads and networks that were not run are left out."""
         size = BACKINGS[self.work.backing].page_size
         return {
             "schema": SCHEMA,

@@ -14,7 +14,7 @@ Every other line is an array
     [time_us, gpa, size, origin, latency_us, pages]
 
 which are the microseconds since the run's start at which the fault was resolved, the faulting page's gpa, the bytes
-that became present, who touched it ("vcpu 0", "device 0", "host"; "vcpu" where the kernel does not tell which), the
+that became present, its actor ("vcpu 0", "device 0", "host"; "vcpu" where the kernel does not tell which), the
 microseconds from the claim of the pages to the end of their admission, and how many pages were read from the source.
 Lines are in the order of resolution. A file may hold several runs, each with a line of its own before it.
 """

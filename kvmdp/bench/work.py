@@ -1,4 +1,4 @@
-"""The work that is measured: sizes, who touches what, and how far away the pages are."""
+"""The work that is measured: sizes, which vCPU touches what, and how far away the pages are."""
 
 from __future__ import annotations
 

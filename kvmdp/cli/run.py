@@ -7,8 +7,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
 from kvmdp import __version__
 from kvmdp.cli.disk_options import disk_device
 from kvmdp.cli.leftovers import Leftovers
@@ -29,18 +27,13 @@ from kvmdp.cli.summary import leak_records, print_leaks, print_summary, results
 from kvmdp.cli.supervise import TouchedError, is_supervised, supervise
 from kvmdp.errors import PagingError, UnsupportedError
 from kvmdp.lab.detector import LeakDetector
-from kvmdp.lab.experiment import RunResult, run_program, run_workload
+from kvmdp.lab.experiment import RunResult, run_workload
 from kvmdp.last_acts import last_act
 from kvmdp.machine.boot import GuestImageError
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.machine.workloads import (
-    WorkloadOptions,
-    make_workload,
-    program_blocks,
-)
-from kvmdp.machine.workloads.poison import choose_pages
+from kvmdp.machine.workloads import Program, Task, WorkloadOptions, make_workload
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.page import PAGE_SIZE
 from kvmdp.peers.wire.endpoint import EndpointError
@@ -186,32 +179,13 @@ def _execute(
     on_start: Callable[[Machine], None] | None,
     detector: LeakDetector | None,
 ) -> RunResult:
+    task = _task(options, work)
     progress = Progress()
     try:
-        if options.guest is not None:
-            blocks = program_blocks(work)
-            poisoned = choose_pages(work, np.arange(work.memory_bytes // PAGE_SIZE))
-            with disk_device(options, 0) as device:
-                return run_program(
-                    machine,
-                    blocks,
-                    sources.source,
-                    timeout=options.timeout,
-                    on_tick=progress,
-                    on_start=on_start,
-                    detector=detector,
-                    device=device,
-                    poisoned=poisoned,
-                    collapse=options.collapse,
-                )
-        try:
-            workload = make_workload(options.workload, work)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        with disk_device(options, workload.disk_bytes) as device:
+        with disk_device(options, task.disk_bytes) as device:
             return run_workload(
                 machine,
-                workload,
+                task,
                 sources.source,
                 reference=sources.reference,
                 timeout=options.timeout,
@@ -223,6 +197,16 @@ def _execute(
             )
     finally:
         progress.close()
+
+
+def _task(options: argparse.Namespace, work: WorkloadOptions) -> Task:
+    """Plan what the guest is to do. Raises UsageError."""
+    if options.guest is not None:
+        return Program(work)
+    try:
+        return make_workload(options.workload, work)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _document(options: argparse.Namespace, machine: MachineOptions, sources: Sources) -> dict[str, Any]:

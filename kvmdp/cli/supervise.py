@@ -1,7 +1,7 @@
 """`--detect-leaks` around a process: a parent that sees what the run itself cannot tell any more.
 
 A user-space touch of the guest view ends a process (SIGBUS on a marker, SIGSEGV where nothing is mapped) or puts it
-to sleep in userfaultfd with the interpreter's lock held, so that nobody can serve the fault. So the run happens in a
+to sleep in userfaultfd with the interpreter's lock held, so that no reader can serve the fault. So the run happens in a
 child, which beats like a heart: a thread of it writes to a pipe, for which it needs that lock. The parent waits for
 the beats, the child's end and its own signals. Python's stacks come from faulthandler, which needs no lock.
 

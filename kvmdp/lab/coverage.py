@@ -34,10 +34,10 @@ from kvmdp.lab.probe import ACCESSES as GUEST_ACCESSES
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.guest_abi import PvFlag
 from kvmdp.machine.hostinfo import emulates_ring_0
-from kvmdp.machine.machine import GuestTimeoutError, Machine
+from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions, PageTablePlace, catches_page_walks
 from kvmdp.machine.pv_msrs import pv_flags
-from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.machine.vcpu_thread import GuestError, GuestTimeoutError
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.page import PAGE_SIZE, Origin, PageFault
 from kvmdp.paging.access import GuestMemory
@@ -218,7 +218,7 @@ def _device(access: str, trap: str) -> Cell:
 
 
 def _system_call(access: str, trap: str) -> Cell:
-    """The kernel reads an absent page of the guest view on behalf of somebody who has not asked."""
+    """The kernel reads an absent page of the guest view in a system call that did not ask for it."""
     source = SyntheticSource(_MEMORY, _SEED)
     with entered(Machine, MachineOptions(_MEMORY, trap), source) as machine:
         view = machine.backing.guest.view[:PAGE_SIZE]
@@ -229,7 +229,7 @@ def _system_call(access: str, trap: str) -> Cell:
         except OSError as error:
             what = f"it fails ({error.strerror}), nothing wrong is read"
         else:
-            what = "it reads memory that nobody has filled"
+            what = "it reads memory that was never filled"
         finally:
             view.release()
             os.close(receiving)
@@ -282,7 +282,7 @@ def _touch(access: str, trap: str) -> Cell:
     exact, leaks, exits = json.loads(out)
     if exits:
         return Cell(access, trap, seen_by(exits), exits, exact=exact)
-    note = "it meets memory that nobody has filled" + ("; run --detect-leaks finds it" if leaks else "")
+    note = "it meets memory that was never filled" + ("; run --detect-leaks finds it" if leaks else "")
     return Cell(access, trap, Seen.MISSED, {}, exact=exact, note=note, ok=bool(leaks))
 
 

@@ -16,7 +16,7 @@ class Seen(enum.Enum):
     """What became of an access to an absent page."""
 
     EXIT = "caught by exit"  # KVM_RUN came back, the access was retried
-    SLEEP = "caught by sleep"  # whoever made it slept until the page was there
+    SLEEP = "caught by sleep"  # the thread that made it slept until the page was there
     RUN_AGAIN = (
         "taken back, run again"  # KVM_RUN came back in the middle of it, the CPU did all of it afterwards
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from kvmdp.errors import PagingError
 from kvmdp.interruption import entered
 from kvmdp.lab.coverage_cell import EMULATED, Cell, Seen, seen_by, vcpu_exits
-from kvmdp.machine.machine import GuestTimeoutError, Machine
+from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions, catches_page_walks
-from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.machine.workloads import WorkloadOptions, program_blocks
+from kvmdp.machine.vcpu_thread import GuestError, GuestTimeoutError
+from kvmdp.machine.workloads import Program, WorkloadOptions
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -97,7 +97,7 @@ def _run_program(
     """Return what a program returned and left in its page, and what was seen."""
     options = MachineOptions(_MEMORY, trap, program=code)
     with entered(Machine, options, SyntheticSource(_MEMORY, _SEED)) as machine:
-        machine.set_parameters(program_blocks(WorkloadOptions(memory_bytes=_MEMORY, seed=_SEED, ring=ring)))
+        machine.set_parameters(Program(WorkloadOptions(memory_bytes=_MEMORY, seed=_SEED, ring=ring)).blocks)
         if present:
             machine.pager.mark_present(_PAGE, 1)
         machine.run(_TIMEOUT)

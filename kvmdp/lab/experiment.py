@@ -22,14 +22,12 @@ from kvmdp.lab.detector import LeakDetector
 from kvmdp.lab.poison import PoisonResult, poison_pages, poison_result
 from kvmdp.machine.disk import disk_file
 from kvmdp.machine.disk_ports import DiskThread
-from kvmdp.machine.guest_abi import ParameterBlock
 from kvmdp.machine.hostinfo import resident_memory
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions, PageTablePlace
 from kvmdp.machine.page_tables import page_table_bytes
 from kvmdp.machine.vcpu_thread import EXIT_NAMES
-from kvmdp.machine.workloads import Workload, combined_checksum
-from kvmdp.machine.workloads.arithmetic import Pages
+from kvmdp.machine.workloads import Program, Task, Workload, combined_checksum
 from kvmdp.memory.layout import LOW_RAM_END, GuestLayout
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.claim import Counters, State
@@ -100,7 +98,7 @@ def usable_memory(memory_bytes: int, page_tables: PageTablePlace, low_ram_end: i
 
 def run_workload(
     options: MachineOptions,
-    workload: Workload,
+    task: Task,
     source: PageSource,
     *,
     reference: PageSource | None = None,
@@ -111,66 +109,61 @@ def run_workload(
     device: DeviceFactory | None = None,
     collapse: CollapsePolicy = "off",
 ) -> RunResult:
-    """Boot a machine, run `workload` on the memory that `source` delivers, compare. The sources stay the caller's.
+    """Boot a machine, have it do `task` on the memory that `source` delivers, compare. The sources stay the caller's.
 
-    The workload's `poisoned` pages are poisoned before it begins; afterwards it names those that its trap could not but
+    The task's `poisoned` pages are poisoned before it begins; afterwards it names those that the trap could not but
     poison along, too: it cannot be run again as it was planned.
 
     Compared is with `reference`, by default the source itself. A source that fills RAM only (a handler in another
-    process) cannot be read for that: without a reference nothing is expected of its guest. A workload that needs a
-    disk gets `device`; without one, a thread with a temporary file.
+    process) cannot be read for that: without a reference nothing is expected of its guest. Nor is anything of a
+    `Program`, the user's own (`options.program`). A task that needs a disk gets `device`; without one, a thread with a
+    temporary file.
 
     `collapse` is when present pages are put together; what came of it is measured once the guest is done.
     `on_start` is called with the machine before the guest runs, `on_tick` about ten times a second while it does.
     `detector`, if given, looks for leaks meanwhile and has them afterwards.
-    Raises what `Machine` and `Machine.run` raise, and ValueError if the workload is planned for RAM with another hole,
-    or would use pages that hold page tables: `usable_memory` says how much memory to plan it for.
+    Raises what `Machine`, `Machine.run` and `poison_pages` raise, and ValueError if the task is planned for RAM with
+    another hole, would use pages that hold page tables (`usable_memory` says how much memory to plan it for), or is a
+    program and the machine has none.
     """
 
     def patched(unpatched: PageSource) -> PageSource:
-        return PatchedSource(unpatched, workload.patches) if workload.patches else unpatched
+        return PatchedSource(unpatched, task.patches) if task.patches else unpatched
 
     if reference is None and ram_source(source) is None:
         reference = source
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(entered(Machine, options, patched(source)))
-        _check_plan(machine, workload)
-        if device is None and workload.disk_bytes:
-            device = in_process_disk(workload.disk_bytes)
+        _check_plan(machine, task)
+        if device is None and task.disk_bytes:
+            device = in_process_disk(task.disk_bytes)
         if device is not None:
             stack.enter_context(entered(device, machine))
-        workload.poisoned = poison_pages(machine, workload.poisoned, workload.touched)
+        task.poisoned = poison_pages(machine, task.poisoned, task.touched)
         if on_start is not None:
             on_start(machine)
-        measured = _run(
-            machine,
-            workload.blocks,
-            timeout,
-            on_tick,
-            detector,
-            collapse,
-            workload.poisoned,
-            workload.touched,
-        )
-        if reference is None:
+        measured = _run(machine, task, timeout, on_tick, detector, collapse)
+        if reference is None or not isinstance(task, Workload):
             return measured
         expected_image = patched(reference)
         if machine.page_tables.patches:
             expected_image = PatchedSource(expected_image, machine.page_tables.patches)
-        expected, checked, wrong = _compare(machine, workload, expected_image)
+        expected, checked, wrong = _compare(machine, task, expected_image)
         return replace(measured, expected_checksum=expected, pages_checked=checked, wrong_pages=wrong)
 
 
-def _check_plan(machine: Machine, workload: Workload) -> None:
-    planned, made = workload.options.low_ram_end, machine.layout.low_ram_end
-    if planned != made:
+def _check_plan(machine: Machine, task: Task) -> None:
+    if isinstance(task, Program) and not machine.options.program:
         raise ValueError(
-            f"{workload.name} is planned for a hole at {planned:#x}, and RAM has one at {made:#x}"
+            "the machine is to run a program and has none: give it one with MachineOptions.program"
         )
-    tables = machine.page_tables
-    if tables.pages and len(workload.touched) and workload.touched[-1] >= tables.first_page:
+    planned, made = task.options.low_ram_end, machine.layout.low_ram_end
+    if planned != made:
+        raise ValueError(f"{task.name} is planned for a hole at {planned:#x}, and RAM has one at {made:#x}")
+    tables, touched = machine.page_tables, task.touched
+    if touched is not None and tables.pages and len(touched) and touched[-1] >= tables.first_page:
         raise ValueError(
-            f"{workload.name} would use page {workload.touched[-1]} of RAM, and from {tables.first_page} on there "
+            f"{task.name} would use page {touched[-1]} of RAM, and from {tables.first_page} on there "
             "are page tables: plan it for less memory"
         )
 
@@ -208,46 +201,16 @@ def in_process_disk(size: int, path: str | None = None, *, any_format: bool = Fa
     return attach
 
 
-def run_program(
-    options: MachineOptions,
-    blocks: list[ParameterBlock],
-    source: PageSource,
-    *,
-    timeout: float | None = None,
-    on_tick: Callable[[Machine], None] | None = None,
-    on_start: Callable[[Machine], None] | None = None,
-    detector: LeakDetector | None = None,
-    device: DeviceFactory | None = None,
-    collapse: CollapsePolicy = "off",
-    poisoned: Pages | None = None,
-) -> RunResult:
-    """Boot a machine with a program of the user's own (`options.program`) and run it to its end, with `device` if any.
-
-    `on_start`, `on_tick` and `collapse` are as for `run_workload`; `poisoned` are RAM pages to poison before. Raises
-    what `Machine`, `Machine.run` and `poison_pages` raise.
-    """
-    with contextlib.ExitStack() as stack:
-        machine = stack.enter_context(entered(Machine, options, source))
-        if device is not None:
-            stack.enter_context(entered(device, machine))
-        poisoned = poison_pages(machine, np.empty(0, np.int64) if poisoned is None else poisoned, None)
-        if on_start is not None:
-            on_start(machine)
-        return _run(machine, blocks, timeout, on_tick, detector, collapse, poisoned)
-
-
 def _run(
     machine: Machine,
-    blocks: list[ParameterBlock],
+    task: Task,
     timeout: float | None,
     on_tick: Callable[[Machine], None] | None,
     detector: LeakDetector | None,
     policy: CollapsePolicy,
-    poisoned: Pages,
-    touched: Pages | None = None,
 ) -> RunResult:
     """Run the machine; returns the result as it is while nothing has been compared."""
-    machine.set_parameters(blocks)
+    machine.set_parameters(task.blocks)
     cpu_seconds = time.process_time()
 
     def tick() -> None:
@@ -258,7 +221,7 @@ def _run(
 
     if detector is not None:
         detector.attach(machine)
-    machine.gate.forget_stops()  # arming is one, of nobody
+    machine.gate.forget_stops()  # arming is one, of no fault
     try:
         with entered(Collapser, machine.pager, policy) as collapser:
             machine.run(timeout, tick)
@@ -297,7 +260,7 @@ def _run(
         accesses=sum(thread.parameters.accesses for thread in threads),
         pages_checked=0,
         wrong_pages=[],
-        poison=poison_result(machine, poisoned, touched, [thread.parameters for thread in threads]),
+        poison=poison_result(machine, task.poisoned, task.touched, [thread.parameters for thread in threads]),
     )
     # Last, for the guest runs again for it, in the same parameter blocks; it only reads.
     return (

@@ -1,6 +1,6 @@
 """What must hold between the states of the pages, the bitmap, the memslots and the guest view, whatever the trap.
 
-For tests, and for whoever doubts. Nobody else may be active meanwhile. The page table is the kernel's own, read in
+For tests, and for a reader in doubt. No other thread may be active. The page table is the kernel's own, read in
 /proc/self/pagemap: bit 63 is a mapped page, bit 62 a marker (an entry that is no page; memory that was swapped out
 looks the same). The memslots are our own record of what KVM was told and did not refuse
 (`kvmdp.trap.slots.slot_map`): KVM has no call that lists them. That it has them so is shown by what guests find.
@@ -53,7 +53,7 @@ def violations(pager: Pager) -> list[str]:
 
 def _claims(pager: Pager, states: npt.NDArray[np.uint8]) -> list[str]:
     passing = np.isin(states, (State.INFLIGHT, State.EVICTING, State.ADMITTING))
-    found = _named("claimed, though nobody is active", passing)
+    found = _named("claimed, though no thread is active", passing)
     return found + [
         f"a claim on {each.count} pages from {each.first} on is left" for each in pager.ledger.claims
     ]

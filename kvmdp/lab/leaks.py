@@ -2,8 +2,8 @@
 
 The checks are pure: they get what was seen and say what it means. `kvmdp.lab.detector` does the looking.
 
-What cannot be seen: a write to a page that is present, or that became present before anybody looked; a read of such a
-page, by whomever; a write of zeros where tmpfs hands out huge pages.
+What cannot be seen: a write to a page that is present, or that became present before the detector looked; any read of
+such a page; a write of zeros where tmpfs hands out huge pages.
 
 Units: gpa and lengths in bytes; RAM pages.
 """
@@ -96,7 +96,7 @@ def absent(states: bytes) -> Bools:
 
 
 def runs_with_data(before: bytes, resident: Bools, after: bytes) -> list[tuple[int, int]]:
-    """Return the runs (first, count) of pages that have memory behind them although nobody has filled them.
+    """Return the runs (first, count) of pages that have memory behind them although they were never filled.
 
     `resident` was seen between the states `before` and `after`: a page that was being filled meanwhile is not absent
     in both.
@@ -109,7 +109,7 @@ def runs_with_data(before: bytes, resident: Bools, after: bytes) -> list[tuple[i
 def data_leak(layout: GuestLayout, first: int, count: int, *, in_guest_view: bool) -> Leak:
     """Describe a run found by `runs_with_data`; `in_guest_view`: our page table has its first page there.
 
-    That alone does not tell who it was: the kernel maps what it finds around a page that KVM asks for.
+    That alone does not tell which access it was: the kernel maps what it finds around a page that KVM asks for.
     """
     gpa = layout.gpa_of_page(first)
     views = "through the guest view" if in_guest_view else "not through the guest view"

@@ -46,7 +46,7 @@ _MAX_SLOTS = 1024
 _MUCH = 32 << 20  # bytes to fetch for one access
 _ONE_ACCESS = "write"  # made even if it fetches as much
 
-# HugeTLB is wanted by who wants huge pages later and faults of 4 KiB now: memslots have those.
+# HugeTLB is for a caller that wants huge pages later and faults of 4 KiB now: memslots have those.
 _HUGE_PAGE_TRAPS = ("memory-fault", "mmio", "marker")
 # What a trap is proven on for a run on gigantic pages, of which there may be one.
 _SMALLER = {"hugetlb-1g": "hugetlb-2m", "private-hugetlb-1g": "private-hugetlb-2m"}
@@ -137,7 +137,7 @@ def _run(trap: str, backing: str, access: str) -> Proof:
     if not result.ok:
         return Proof(access, exits, "the guest saw other bytes than the source's")
     if not exits and not result.counters.claims:
-        return Proof(access, exits, "no access trapped: the guest ran on memory that nobody had filled")
+        return Proof(access, exits, "no access trapped: the guest ran on memory that was never filled")
     return Proof(access, exits, "", "exact")
 
 

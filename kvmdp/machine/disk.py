@@ -8,7 +8,7 @@ request's status, then the count of completed requests in the header, each store
 killed at whatever moment has completed exactly what that count says, and at most begun the one request after it. A
 successor begins with that request again, and that is exact: until it is completed the guest touches neither its
 buffers nor, through later requests, its sectors; a write stores the same bytes once more, a read fetches the same; and
-a status that was stored without the count has been seen by nobody. Two devices at once would not be exact, so a
+the guest has not seen a status that was stored without the count. Two devices at once would not be exact, so a
 successor is let in only after its predecessor's death is confirmed (`kvmdp.peers.wire.endpoint`).
 
 Trust. Everything in the ring is the guest's to choose, and may change while it is read. A header or a request is

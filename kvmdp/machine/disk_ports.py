@@ -8,7 +8,6 @@ Units: seconds; gpa in bytes.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 from kvmdp.closing import Closing
@@ -29,7 +28,7 @@ _THAW_SECONDS = 0.01
 class DiskPorts:
     """Serves the disk's ports, a ring for each vCPU; `ring` is told (vCPU, gpa of its ring) of each doorbell.
 
-    `ring` must not block. Whoever serves the ring calls `notify` after a pass over it.
+    `ring` must not block. The device calls `notify` after each pass over a ring.
 
     No completion is missed: `notify` counts, and the wait port waits only while its vCPU has been told the count. The
     guest looks at its ring before it waits; what is completed after that is counted after that.
@@ -116,7 +115,7 @@ class DiskThread(Closing):
             self._work.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
-            vcpu = next(iter(self._waiting))  # who has waited longest
+            vcpu = next(iter(self._waiting))  # the vCPU that has waited longest
             return vcpu, self._waiting.pop(vcpu)
 
     def _serve(self, ring: int) -> None:
@@ -126,9 +125,8 @@ class DiskThread(Closing):
                 return
             except FrozenError:
                 with self._work:
-                    if self._closed:
+                    if self._work.wait_for(lambda: self._closed, _THAW_SECONDS):
                         return
-                time.sleep(_THAW_SECONDS)
 
     def close(self) -> None:
         """End the thread; a second call does nothing. Not while vCPUs run, unless they do not wait for the disk."""

@@ -236,6 +236,12 @@ class ParameterBlock(ctypes.Structure):
         ("scratch", c_uint8 * 0x800),
     ]
 
+    def __repr__(self) -> str:
+        """Return the numbers that are not 0, by name."""
+        fields = [(name, getattr(self, name)) for name, *_ in self._fields_]
+        numbers = ", ".join(f"{name}={value}" for name, value in fields if isinstance(value, int) and value)
+        return f"ParameterBlock({numbers})"
+
 
 class SavedRegisters(ctypes.Structure):
     """What the #UD handler has on its stack, from RSP on, when it asks the host."""

@@ -26,11 +26,13 @@ from kvmdp.machine.boot import (
     vector_flags,
 )
 from kvmdp.machine.hostinfo import vmalloc_used
+from kvmdp.machine.machine_memory import MachineMemory
 from kvmdp.machine.options import MachineOptions, catches_page_walks
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.machine.pv_msrs import PvMsrs
-from kvmdp.machine.vcpu_thread import GuestError, VcpuThread
+from kvmdp.machine.stall_watch import StallWatch
+from kvmdp.machine.vcpu_thread import GuestError, GuestTimeoutError, VcpuThread
 from kvmdp.memory.backings import create_backing
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE, Origin, Outcome
@@ -48,13 +50,8 @@ from kvmdp.vcpu.faults import VcpuPaging
 from kvmdp.vcpu.gate import VcpuGate
 
 _TICK_SECONDS = 0.1
-_STALL_SECONDS = 1.0
 _JOIN_SECONDS = 30.0
 _FILLED_AT_ONCE = 2 << 20
-
-
-class GuestTimeoutError(GuestError):
-    """The guest did not get done in the time it was given."""
 
 
 class Machine(Closing):
@@ -76,6 +73,7 @@ class Machine(Closing):
         # A word for each thread that ends. Not a condition: an interruption of the main thread in one can leave
         # its lock as no `with` expects it.
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._closed = False
         self._stack = contextlib.ExitStack()
         try:
             with Uninterrupted():
@@ -121,7 +119,7 @@ class Machine(Closing):
             self.gate = VcpuGate()
             self.pager = Pager(self.layout, trap, self.source, policy, self.gate)
             stack.callback(self.pager.close)
-            self.memory = GuestMemory(self.layout, self.backing, self.pager)
+            self._memory = MachineMemory(self.layout, self.backing, self.pager)
             self.device_view: DeviceView | None = trap.device_view if isinstance(trap, HybridTrap) else None
             self._decoding = GuestMemory(self.layout, self.backing, self.pager, Origin.VCPU, -1)
             self._bind(source)
@@ -218,7 +216,9 @@ class Machine(Closing):
         cpu = pin[vcpu.index] if pin else None
         paging = VcpuPaging(self.pager, self.gate, vcpu, self.backing, self._read_physical, EMPTY_TABLE)
         parameters = self._boot.parameters(vcpu.index)
-        return VcpuThread(vcpu, paging, self.gate, self.ports, self.pv, parameters, self._wake, cpu)
+        return VcpuThread(
+            vcpu, paging, self.gate, self.ports, self.pv, parameters, lambda: self._ended.put(None), cpu
+        )
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -227,7 +227,14 @@ class Machine(Closing):
         self.setup_seconds[name] = time.perf_counter() - started
 
     def set_parameters(self, blocks: Sequence[guest.ParameterBlock]) -> None:
-        """Tell each vCPU what to do; before `run`. The results are in `threads[n].parameters`, after it."""
+        """Tell each vCPU what to do; before `run`. The results are in `threads[n].parameters`, after it.
+
+        Raises ValueError unless there is a block for each vCPU.
+        """
+        if len(blocks) != len(self.threads):
+            raise ValueError(
+                f"{len(blocks)} parameter blocks for {len(self.threads)} vCPUs: give one for each"
+            )
         for thread, block in zip(self.threads, blocks, strict=True):
             ctypes.pointer(thread.parameters)[0] = block
 
@@ -241,10 +248,17 @@ class Machine(Closing):
         self.pager.peers = server
         return server
 
+    @property
+    def memory(self) -> GuestMemory:
+        """RAM, to be read and written; once a run is over its present pages only. Raises ValueError after `close`."""
+        if self._closed:
+            raise ValueError("the machine is closed and its RAM is gone: read it before `close`")
+        return self._memory
+
     def _read_physical(self, gpa: int, length: int) -> bytes | None:
         """Return bytes of guest memory that is present, for decoding an instruction; None if they are not all there.
 
-        Fetches nothing and waits for nobody: what was there a moment ago may have been taken away or poisoned since.
+        Fetches nothing and waits for no claim: what was there a moment ago may have been taken away or poisoned since.
         """
         page = self.layout.page_of_gpa(gpa)
         if page is None:
@@ -266,8 +280,10 @@ class Machine(Closing):
         `timeout` is in seconds; `on_tick` is called about ten times a second. Raises the first error of a
         vCPU: PagingError (a page cannot be had) or GuestError (the guest did something it must not, or was
         not done in time). Whatever happens, all vCPU threads have ended when this returns. An interruption is taken
-        while the guest runs, and not while it is started or stopped.
+        while the guest runs, and not while it is started or stopped. Raises ValueError, and runs nothing, without
+        `set_parameters`, and for a second run without `restart`.
         """
+        self._check_ready()
         deadline = None if timeout is None else time.monotonic() + timeout
         with Uninterrupted():
             try:
@@ -284,7 +300,13 @@ class Machine(Closing):
         if not all(thread.done for thread in self.threads):
             if self.pager.error is not None:
                 raise self.pager.error
-            raise GuestTimeoutError(self._timeout_message(timeout))
+            raise GuestTimeoutError(self.threads, timeout)
+
+    def _check_ready(self) -> None:
+        if any(thread.started for thread in self.threads):
+            raise ValueError("the machine has run: call restart before it runs again")
+        if not all(thread.parameters.magic for thread in self.threads):
+            raise ValueError("the vCPUs have not been told what to do: call set_parameters before run")
 
     @property
     def guest_seconds(self) -> float:
@@ -293,22 +315,13 @@ class Machine(Closing):
 
     def _monitor(self, deadline: float | None, on_tick: Callable[[], None] | None) -> None:
         """Wait for the end; meanwhile watch for vCPUs on which KVM spins."""
-        watched = {thread: (0, time.monotonic()) for thread in self.threads}
-        while True:
-            if self._is_over():
-                return
+        watch = StallWatch(self.threads, self.gate)
+        while not self._is_over():
             with contextlib.suppress(queue.Empty):
                 self._ended.get(timeout=_TICK_SECONDS)
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
+            if deadline is not None and time.monotonic() >= deadline:
                 return
-            for thread in self.threads:
-                entries, since = watched[thread]
-                if thread.entries != entries or not self.gate.is_inside(thread.vcpu):
-                    watched[thread] = (thread.entries, now)
-                elif now - since >= _STALL_SECONDS:
-                    watched[thread] = (entries, now)
-                    thread.suspect_stall()
+            watch.look()
             if on_tick is not None:
                 on_tick()
 
@@ -316,17 +329,6 @@ class Machine(Closing):
         if self.pager.error is not None or any(thread.error is not None for thread in self.threads):
             return True
         return all(thread.ended for thread in self.threads)
-
-    def _wake(self) -> None:
-        self._ended.put(None)
-
-    def _timeout_message(self, timeout: float | None) -> str:
-        where = ", ".join(
-            f"vCPU {thread.vcpu.index} at RIP {thread.vcpu.regs.rip:#x}"
-            for thread in self.threads
-            if not thread.done
-        )
-        return f"the guest was not done within {timeout:g} seconds ({where}): give it more with --timeout"
 
     def stop(self) -> None:
         """Get every vCPU out of the guest and wait for the threads' end. Raises PagingError if one stays.
@@ -388,5 +390,6 @@ class Machine(Closing):
 
     def close(self) -> None:
         """Give everything back; a second call does nothing. No vCPU may be running."""
+        self._closed = True
         with Uninterrupted():
             self._stack.close()

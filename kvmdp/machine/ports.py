@@ -1,4 +1,4 @@
-"""The machine's I/O ports: who serves which, and the loopback device.
+"""The machine's I/O ports: which handler serves which, and the loopback device.
 
 A handler is called in the thread of the vCPU that did the I/O, with the vCPU's index and the exit, once for all
 items of a string instruction that KVM has put together (`Io.count`). For a write it takes `io.data`, for a read it
@@ -33,7 +33,7 @@ class Ports:
         self._handlers[port] = handler
 
     def handle(self, vcpu: int, io: Io) -> bool:
-        """Serve an exit of vCPU number `vcpu`; False if nobody has that port."""
+        """Serve an exit of vCPU number `vcpu`; False if the port has no handler."""
         handler = self._handlers.get(io.port)
         if handler is None:
             return False

@@ -208,7 +208,9 @@ class PvMsrs:
                 continue
             if outcome is Outcome.FAILED and self._pager.error is not None:
                 raise self._pager.error
-            if outcome is not Outcome.CANCELLED:  # the machine is stopping: nobody will see what is missing
+            if (
+                outcome is not Outcome.CANCELLED
+            ):  # the machine is stopping: its guest will not see what is missing
                 raise PagingError(
                     f"the page at gpa {self._layout.gpa_of_page(page):#x}, which vCPU {vcpu} has KVM write to, is "
                     f"{outcome.name.lower()}"

@@ -189,7 +189,7 @@ class RemoteDisk(Closing):
             self.ports.notify(vcpu)
 
     def close(self) -> None:
-        """Let nobody in any more and end the session; a second call does nothing."""
+        """Let no device in any more and end the session; a second call does nothing."""
         self._closed = True
         self._thread.join()
         self._lobby.close()

@@ -8,7 +8,7 @@ import os
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from kvmdp.abi.kvm_x86 import kvm_regs
@@ -85,11 +85,26 @@ class GuestError(KvmdpError):
     """The guest did something that ends the run; the message says what and where."""
 
 
+class GuestTimeoutError(GuestError):
+    """The guest of these vCPU threads was not done within `timeout` seconds."""
+
+    def __init__(self, threads: Sequence[VcpuThread], timeout: float | None) -> None:
+        where = ", ".join(
+            f"vCPU {thread.vcpu.index} at RIP {thread.vcpu.regs.rip:#x}"
+            for thread in threads
+            if not thread.done
+        )
+        super().__init__(
+            f"the guest was not done within {timeout:g} seconds ({where}): give it more with --timeout"
+        )
+
+
 class VcpuThread:
     """Runs one vCPU in a thread of its own.
 
     After the thread has ended, `error` says what went wrong (None: the guest reported that it is done, or the
-    machine was stopped) and `done` whether the guest got to its end. `exits` counts exits by class and is this
+    machine was stopped) and `done` whether the guest got to its end. `started` is whether `start` was called; a
+    thread starts once. `exits` counts exits by class and is this
     thread's own until then; `entries` counts entries into the guest and may be read at any time. `latencies` holds
     nanoseconds from KVM_RUN's return to the next entry, one a fault. `began` and `finished` are when the thread
     first entered the guest and when it was done with it (time.perf_counter).
@@ -110,7 +125,7 @@ class VcpuThread:
         self.parameters = parameters
         self.error: Exception | None = None
         self.began = self.finished = 0.0
-        self.done = False
+        self.started = self.done = False
         self.exits: Counter[type] = Counter()
         self.entries = 0
         self.latencies = array("Q")
@@ -128,6 +143,7 @@ class VcpuThread:
 
     def start(self) -> None:
         """Start the thread."""
+        self.started = True
         self._thread.start()
 
     def join(self, timeout: float) -> bool:

@@ -2,8 +2,8 @@
 
 Shared memory is mapped twice. The *guest view* is what memslots point to and what may trap. The *VMM view*
 never traps: pages are filled through it, in place, and user space reads and writes there. Private memory has one
-mapping only, so both names mean the same one, and whoever makes pages of it trap must know that an access of our
-own to such a page would trap too.
+mapping only, so both names mean the same one, and a trap on its pages traps an access of
+our own too.
 
 `kvmdp.memory.backings` has the list of all kinds.
 
@@ -93,7 +93,7 @@ class Backing(Closing):
     def forget(self, offset: int, length: int) -> None:
         """Give up the bytes of absent pages, and the memory they take where it can be freed.
 
-        They read as zeros then, or as they were where nothing could be freed: nobody is to look.
+        They read as zeros then, or as they were where nothing could be freed: their bytes mean nothing.
         """
 
     def populate(self, offset: int, length: int) -> None:
@@ -142,7 +142,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 class MemfdBacking(Backing):
-    """RAM in a memfd (tmpfs), sealed so that nobody it is handed to can change its size."""
+    """RAM in a memfd (tmpfs), sealed so that no process it is handed to can change its size."""
 
     name = "memfd"
     shared = True
@@ -190,8 +190,8 @@ class FileBacking(Backing):
     What the guest wrote is in the file at `path` afterwards. An exception that leaves a `with` of it undoes the file,
     so that nothing stays of a machine that could not be made.
 
-    The disk's space is taken at once: a fault that found none would be a SIGBUS. Nobody is handed it, for a file cannot
-    be sealed, and who cuts it short ends all that have it mapped.
+    The disk's space is taken at once: a fault that found none would be a SIGBUS. It is not handed to peers, for a file
+    cannot be sealed, and a peer that cuts it short ends all processes that have it mapped.
 
     Raises UnsupportedError if the disk is too small, OSError; `check_file` says what else is wrong with a path.
     """

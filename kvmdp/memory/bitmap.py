@@ -252,8 +252,8 @@ class PresentBitmapView(Closing):
 class PresentBitmap(PresentBitmapView):
     """The bitmap of the process that owns it, created with all of its `pages` absent.
 
-    The memfd is sealed so that only this object's mapping can write: whoever receives `fd` can map it
-    read-only (`PresentBitmap.attach`), and nobody can change its size.
+    The memfd is sealed so that only this object's mapping can write: a process that receives `fd` can map it
+    read-only (`PresentBitmap.attach`), and no process can change its size.
 
     There is one writer. Set and clear read a word, change it and write it back, which loses a change that
     another thread makes to the same word meanwhile: the caller holds a lock around them. Readers need none.

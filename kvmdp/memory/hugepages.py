@@ -5,11 +5,11 @@ with their last user, even one that was killed. 1 GiB pages cannot be made so: `
 again.
 
 What a run has raised is also in a file, so that the next run can undo it if this one is killed. The files are in
-/run/kvmdp or, of another user than root, in kvmdp under XDG_RUNTIME_DIR; who changes them or the kernel's numbers
-holds a lock on that folder. It goes with the last file.
+/run/kvmdp or, of another user than root, in kvmdp under XDG_RUNTIME_DIR; a run that changes them or the
+kernel's numbers holds a lock on that folder. It goes with the last file.
 
-No run takes another's pages: they are reserved and mapped under the lock, so what is free when a run looks is nobody's
-who asked here. And a number is only lowered by what it was raised by, under which the kernel keeps all pages in use.
+No run takes another's pages: they are reserved and mapped under the lock, so what is free when a run looks belongs to
+none of them. And a number is only lowered by what it was raised by, under which the kernel keeps all pages in use.
 
 Source: `Documentation/admin-guide/mm/hugetlbpage.rst`. Units: bytes for the size of a page, else pages.
 """
@@ -66,12 +66,12 @@ def _limit(page_size: int, name: str) -> int:
 
 
 def free_pages(page_size: int) -> int:
-    """Return how many pages of the pool are free and set aside for nobody."""
+    """Return how many pages of the pool are free and not set aside."""
     return _read(page_size, "free_hugepages") - _read(page_size, "resv_hugepages")
 
 
 def check_pages(page_size: int, count: int) -> None:
-    """Raise UnsupportedError if `count` pages cannot be had now without a reservation; who maps them finds out."""
+    """Raise UnsupportedError if `count` pages cannot be had now without a reservation; only a mapping is certain."""
     check_pool(page_size)
     room = _read(page_size, "nr_overcommit_hugepages") - _read(page_size, "surplus_hugepages")
     if free_pages(page_size) + max(room, 0) < count:
@@ -159,7 +159,7 @@ def _group_limit(page_size: int, kind: str = "") -> GroupLimit | None:
 class Reservation:
     """Makes sure of `count` pages from `enter` on, and gives back what was added at the end of the block.
 
-    Whoever enters holds the lock until `settle`, which is to follow as soon as the pages are mapped.
+    The caller holds the lock from `enter` until `settle`, which is to follow as soon as the pages are mapped.
 
     Raises UnsupportedError if the pool may not be changed, or cannot be made large enough.
     """
@@ -175,7 +175,7 @@ class Reservation:
     def __enter__(self) -> Self:
         if not os.access(pool_path(self._page_size) / self._number, os.W_OK):
             if free_pages(self._page_size) >= self._count:
-                return self  # whoever may not reserve can still use what is there
+                return self  # a user that may not reserve can still use what is there
             raise UnsupportedError(
                 f"{format_size(self._page_size)} huge pages cannot be reserved: no permission; as root, "
                 f"{how_to_reserve(self._page_size, self._count)}"
@@ -197,8 +197,8 @@ class Reservation:
         before = _limit(size, number)
         if size <= _OVERCOMMITTED:
             # By all of them, whatever is free now or could be made: that may be of a run that is just ending, or has
-            # freed a page for a moment. A limit that is too high takes nothing from anybody. It may be below what there
-            # is already, if somebody has lowered it.
+            # freed a page for a moment. A limit that is too high takes no page from another run. It may be below what
+            # there is already, if root has lowered it.
             missing = self._count + max(_read(size, "surplus_hugepages") - before, 0)
         else:
             missing = self._count - free_pages(size)
@@ -246,7 +246,7 @@ def _write_pool(page_size: int, name: str, value: int) -> None:
 
 
 def _write_record(record: Path, entry: _Entry) -> None:
-    """Write it whole or not at all: who is killed meanwhile leaves the one before."""
+    """Write it whole or not at all: a run that is killed meanwhile leaves the one before."""
     draft = record.with_suffix(".new")
     draft.write_text(json.dumps(entry))
     draft.replace(record)
@@ -259,7 +259,7 @@ def _give_back(record: Path) -> None:
     size, number, added = entry["page_size"], entry["number"], entry["added"]
     now = _limit(size, number)
     if not entry["settled"]:
-        # It was killed in the middle, and nobody has held the lock since: what it did is what differs.
+        # It was killed in the middle, and no run has held the lock since: what it did is what differs.
         added = min(added, max(now - entry["before"], 0))
     if added:
         _write_pool(size, number, max(now - added, 0))
@@ -303,7 +303,7 @@ def _locked_folder() -> Iterator[Path]:
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
-            continue  # whoever had it as the last has taken it away
+            continue  # the run that had it last has taken it away
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not _is_still(folder, descriptor):

@@ -4,10 +4,10 @@ The host has such memory in whole pages of 2 MiB or 1 GiB, and so has userfaultf
 4 KiB in a huge page maps 4 KiB of it.
 
 All pages are set aside when RAM is mapped, so that too few are an error then, and not at some later fault. For the same
-reason none is given up before the end: a page that went back to the pool could be somebody else's by the time it is
-needed. A control group can refuse a page all the same, at its first touch: so who fills one populates it before. A peer
-that was handed the memory file can punch holes into it, and so return pages to the pool: if somebody takes them from
-there, the next access to a page that was present ends this process with a SIGBUS.
+reason none is given up before the end: a page that went back to the pool could be another process's by the time it
+is needed. A control group can refuse a page all the same, at its first touch: so it is populated before it is filled. A
+peer that was handed the memory file can punch holes into it, and so return pages to the pool: if another process takes
+them from there, the next access to a page that was present ends this process with a SIGBUS.
 
 Units: bytes.
 """

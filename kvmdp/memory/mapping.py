@@ -56,8 +56,8 @@ def mappings_left() -> int:
 class Mapping(Closing):
     """`length` bytes of this process's address space; 2 MiB or more of usable memory begin at a multiple of 2 MiB.
 
-    Attributes: `hva`, the address; `length`, bytes; `view`, a writable memoryview of the bytes. Whoever slices
-    `view` or makes an array on it gives that up before `close`: what is left would point into nothing.
+    Attributes: `hva`, the address; `length`, bytes; `view`, a writable memoryview of the bytes. A caller
+    that slices `view`, or makes an array on it, gives that up before `close`: what is left would point into nothing.
     """
 
     def __init__(self, length: int, *, prot: int, flags: int, fd: int = -1, offset: int = 0) -> None:
@@ -125,7 +125,7 @@ class Mapping(Closing):
                 raise
 
     def detach(self) -> None:
-        """Put private memory that reads as zeros in place of what is mapped: who still uses the addresses gets that."""
+        """Put private memory that reads as zeros in place of what is mapped, for later accesses to the addresses."""
         flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
         libc.mmap(self.length, PROT_READ | PROT_WRITE, flags, address=self.hva)
 

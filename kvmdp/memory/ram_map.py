@@ -1,4 +1,4 @@
-"""Where guest-physical addresses lie in RAM, for those who only know the table of regions: (gpa, size, offset) each.
+"""Where guest-physical addresses lie in RAM, by the table of regions alone: (gpa, size, offset) each.
 
 Units: bytes; offsets are into RAM, in the order of the RAM file.
 """

@@ -110,7 +110,7 @@ class VcpuGate:
 
     @property
     def is_closed(self) -> bool:
-        """Whether somebody keeps the vCPUs out, or waits until they are."""
+        """Whether a closer keeps the vCPUs out, or waits until they are."""
         return bool(self._closers)
 
     def is_inside(self, vcpu: Vcpu) -> bool:
@@ -262,7 +262,7 @@ class VcpuGate:
             self.stops, self.longest_stop = 0, 0.0
 
     def stop(self) -> None:
-        """Let nobody in any more and get everybody out; does not wait."""
+        """Let no vCPU in any more and get all of them out; does not wait."""
         with self._mutex:
             self._stopping = True
             for vcpu in self._inside:
@@ -270,7 +270,7 @@ class VcpuGate:
             self._changed.notify_all()
 
     def reopen(self) -> None:
-        """Undo `stop`; nobody may be inside."""
+        """Undo `stop`; no vCPU may be inside."""
         with self._mutex:
             assert not self._inside
             self._stopping = False

@@ -51,7 +51,7 @@ def test_a_state_that_the_bitmap_and_the_trap_do_not_know_is_found(trap):
 def test_a_page_left_claimed_is_found():
     with damaged("marker") as machine:
         machine.pager.ledger.states[100] = State.INFLIGHT
-        assert violations(machine.pager) == ["claimed, though nobody is active: 1 pages (100)"]
+        assert violations(machine.pager) == ["claimed, though no thread is active: 1 pages (100)"]
 
 
 @pytest.mark.parametrize(

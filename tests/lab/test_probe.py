@@ -87,7 +87,7 @@ def test_right_bytes_without_a_trap_are_no_proof(access, monkeypatch):
     put_in_place_of_mmio(monkeypatch, FilledBefore)
     proof = prove("mmio", "memfd", access)
     assert proof.exits == {}
-    assert proof.error == "no access trapped: the guest ran on memory that nobody had filled"
+    assert proof.error == "no access trapped: the guest ran on memory that was never filled"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from kvmdp.abi.kvm_x86 import kvm_x86_mce
 from kvmdp.kvm import Hlt, Shutdown
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.guest_abi import Failure, Gate, Report
-from kvmdp.machine.workloads import Touch, WorkloadOptions, program_blocks
+from kvmdp.machine.workloads import Program, Touch, WorkloadOptions
 
 pytestmark = pytest.mark.kvm
 
@@ -41,7 +41,7 @@ def report(code):
 
 
 def boot(program, **options):
-    return PlainGuest(MEMORY, program_blocks(WorkloadOptions(memory_bytes=MEMORY, **options)), program)
+    return PlainGuest(MEMORY, Program(WorkloadOptions(memory_bytes=MEMORY, **options)).blocks, program)
 
 
 def result_of(program, **options):
@@ -72,7 +72,7 @@ def test_guest_halts_after_its_report(ring):
     ("field", "value", "failure"), [("magic", 0, Failure.ABI), ("version", 2, Failure.ABI)]
 )
 def test_block_of_another_abi_is_refused(field, value, failure):
-    blocks = program_blocks(WorkloadOptions(memory_bytes=MEMORY))
+    blocks = Program(WorkloadOptions(memory_bytes=MEMORY)).blocks
     setattr(blocks[0], field, value)
     with PlainGuest(MEMORY, blocks, RET) as machine:
         assert machine.run() == [Report.CHECK_FAILED]

@@ -10,7 +10,7 @@ import pytest
 from plain_guest import PlainGuest
 
 from kvmdp.machine.guest_abi import PROGRAM_BASE, Report
-from kvmdp.machine.workloads import WorkloadOptions, program_blocks
+from kvmdp.machine.workloads import Program, WorkloadOptions
 
 pytestmark = [pytest.mark.kvm, pytest.mark.binutils]
 
@@ -32,7 +32,7 @@ def assemble(source, directory):
 @pytest.mark.parametrize("ring", [3, 0])
 def test_program_of_the_readme(tmp_path, ring):
     source = re.search(r"```asm\n(.*?)```", (GUEST / "README.md").read_text(), re.DOTALL)[1]
-    blocks = program_blocks(WorkloadOptions(memory_bytes=MEMORY, vcpus=3, ring=ring))
+    blocks = Program(WorkloadOptions(memory_bytes=MEMORY, vcpus=3, ring=ring)).blocks
     with PlainGuest(MEMORY, blocks, assemble(source, tmp_path)) as machine:
         assert machine.run() == [Report.DONE] * 3
         assert [(block.checksum, block.accesses) for block in machine.blocks] == [
@@ -45,7 +45,7 @@ def test_program_of_the_readme(tmp_path, ring):
 @pytest.mark.parametrize("ring", [3, 0])
 def test_example_counts_zero_words(tmp_path, ring):
     program = assemble((GUEST / "examples" / "hello.S").read_text(), tmp_path)
-    blocks = program_blocks(WorkloadOptions(memory_bytes=MEMORY, ring=ring))
+    blocks = Program(WorkloadOptions(memory_bytes=MEMORY, ring=ring)).blocks
     with PlainGuest(MEMORY, blocks, program) as machine:
         machine.ram[:, 0] = np.arange(PAGES) % 5
         assert machine.run() == [Report.DONE]

@@ -5,8 +5,7 @@ from harness import LOOP_FOREVER, TIMEOUT, TRAPS, program_machine
 
 from kvmdp.abi import libc
 from kvmdp.abi.mman import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, PROT_NONE
-from kvmdp.machine.machine import GuestTimeoutError
-from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.machine.vcpu_thread import GuestError, GuestTimeoutError
 
 pytestmark = [pytest.mark.kvm, pytest.mark.parametrize("trap", TRAPS)]
 

@@ -15,7 +15,7 @@ from plain_guest import PlainGuest
 from kvmdp.kvm import InternalError
 from kvmdp.machine.guest_abi import Report
 from kvmdp.machine.hostinfo import uses_nested_paging
-from kvmdp.machine.workloads import WorkloadOptions, program_blocks
+from kvmdp.machine.workloads import Program, WorkloadOptions
 from kvmdp.source.base import read_pages
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
@@ -101,7 +101,7 @@ def source_for(name):
 @functools.cache
 def on_present_memory(name, ring):
     """Return how the program ends, its result, and RAM, where no page is ever absent."""
-    blocks = program_blocks(WorkloadOptions(memory_bytes=MEMORY, ring=ring, seed=SEED))
+    blocks = Program(WorkloadOptions(memory_bytes=MEMORY, ring=ring, seed=SEED)).blocks
     with PlainGuest(MEMORY, blocks, bytes.fromhex(ALL[name][0]) + RET) as guest:
         guest.ram[:] = read_pages(source_for(name), np.arange(MEMORY // 4096))
         end = guest.run()[0]

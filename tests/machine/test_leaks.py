@@ -10,9 +10,9 @@ import pytest
 from harness import BACKINGS, LOOP_FOREVER, SEED, TIMEOUT, TRAPS, make_machine, plan, program_machine
 
 from kvmdp.errors import PagingError
-from kvmdp.machine.machine import GuestTimeoutError, Machine
+from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
-from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.machine.vcpu_thread import GuestError, GuestTimeoutError
 from kvmdp.paging.pager import Pager
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource

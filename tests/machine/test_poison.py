@@ -22,7 +22,7 @@ from harness import (
 )
 
 from kvmdp.errors import PagingError
-from kvmdp.lab.experiment import run_program, run_workload
+from kvmdp.lab.experiment import run_workload
 from kvmdp.lab.poison import PoisonResult, check_poison, poison_pages
 from kvmdp.machine import guest_abi as guest
 from kvmdp.machine.disk import DiskDevice, DiskFile
@@ -31,7 +31,7 @@ from kvmdp.machine.guest_abi import DiskStatus
 from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
-from kvmdp.machine.workloads import WorkloadOptions, program_blocks
+from kvmdp.machine.workloads import Program, WorkloadOptions
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
@@ -470,14 +470,10 @@ def test_the_number_of_machine_checks_must_be_right_too(checks):
 
 def test_a_program_of_ones_own_is_told_too():
     program, _ = access_program(bytes.fromhex(LOADS["mov"]))
-    blocks = program_blocks(WorkloadOptions(memory_bytes=MEMORY))
-    result = run_program(
-        MachineOptions(MEMORY, "mmio", program=program),
-        blocks,
-        SyntheticSource(MEMORY, SEED),
-        timeout=TIMEOUT,
-        poisoned=np.array([PAGE, PAGE + 1]),
-    )
+    task = Program(WorkloadOptions(memory_bytes=MEMORY))
+    task.poisoned = np.array([PAGE, PAGE + 1])
+    options = MachineOptions(MEMORY, "mmio", program=program)
+    result = run_workload(options, task, SyntheticSource(MEMORY, SEED), timeout=TIMEOUT)
     assert (result.poison.addresses, result.poison.expected) == ([GPA], None)
     assert result.ok
 

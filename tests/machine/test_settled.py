@@ -9,8 +9,7 @@ from harness import MEMORY, SEED, TIMEOUT, program_machine
 from kvmdp.abi.kvm_x86 import kvm_segment
 from kvmdp.abi.signal import BUS_MCEERR_AR
 from kvmdp.kvm import BusError, InternalError
-from kvmdp.machine.machine import GuestTimeoutError
-from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.machine.vcpu_thread import GuestError, GuestTimeoutError
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.jobs import Observer
 from kvmdp.source.base import read_pages

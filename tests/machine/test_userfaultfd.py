@@ -187,3 +187,29 @@ def test_all_is_counted_and_traced_when_the_run_ends_however_slow_the_reader_is_
         assert machine.pager.counters.pages_fetched == 8
         assert sorted(traced) == list(range(8))
         assert sum(len(each) for each in machine.pager.trap.latencies) == 8
+
+
+def test_every_wait_for_a_reader_behind_its_wake_ends_when_it_is_through(monkeypatch):
+    with make_machine("userfaultfd", workload=plan("touch", pages=1)) as machine:
+        trap, awake, through, ends = machine.pager.trap, threading.Event(), threading.Event(), []
+        admit = trap.admit
+
+        def admit_and_stay(first, count):
+            admit(first, count)  # which wakes the vCPU
+            awake.set()
+            assert through.wait(TIMEOUT)
+
+        monkeypatch.setattr(trap, "admit", admit_and_stay)
+        # The end of a run waits as the other two do.
+        waits = [lambda: machine.run(TIMEOUT), *[lambda: ends.append(trap.settle(TIMEOUT))] * 2]
+        threads = [threading.Thread(target=wait, daemon=True) for wait in waits]
+        threads[0].start()
+        assert awake.wait(TIMEOUT)
+        assert not trap.settle(0)
+        for thread in threads[1:]:
+            thread.start()
+        through.set()
+        for thread in threads:
+            thread.join(TIMEOUT / 2)
+        assert not any(thread.is_alive() for thread in threads)
+        assert ends == [True, True]

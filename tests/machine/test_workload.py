@@ -8,13 +8,7 @@ from plain_guest import PlainGuest, random_ram
 
 from kvmdp.kvm import InternalError
 from kvmdp.machine.guest_abi import Report, VectorFlag
-from kvmdp.machine.workloads import (
-    WORKLOADS,
-    WorkloadOptions,
-    combined_checksum,
-    make_workload,
-    program_blocks,
-)
+from kvmdp.machine.workloads import WORKLOADS, Program, WorkloadOptions, combined_checksum, make_workload
 from kvmdp.machine.workloads.base import Share
 from kvmdp.memory.layout import LOW_RAM_END
 from kvmdp.page import PAGE_SIZE
@@ -236,5 +230,5 @@ def test_what_cannot_be_done_is_said(name, options, message):
 
 
 def test_program_is_told_of_all_ram():
-    blocks = program_blocks(WorkloadOptions(memory_bytes=MEMORY, vcpus=3, seed=SEED))
+    blocks = Program(WorkloadOptions(memory_bytes=MEMORY, vcpus=3, seed=SEED)).blocks
     assert [(block.workload, block.first_page, block.page_count) for block in blocks] == [(0, 0, PAGES)] * 3

@@ -17,7 +17,7 @@ from kvmdp.machine.guest_abi import VectorFlag
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.pv_msrs import pv_flags
-from kvmdp.machine.workloads import WorkloadOptions, make_workload, program_blocks
+from kvmdp.machine.workloads import Program, WorkloadOptions, make_workload
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.claim import State
 from kvmdp.source.patched import PatchedSource
@@ -134,11 +134,11 @@ def program_machine(trap, code, backing="memfd", *, ring=3, vcpus=1, patches=(),
     machine = make_machine(trap, backing, source=source, vcpus=vcpus, program=code, **options)
     flags = host_vectors() if ring == 3 else VectorFlag.NONE
     machine.set_parameters(
-        program_blocks(
+        Program(
             WorkloadOptions(
                 memory_bytes=machine.options.memory_bytes, vcpus=vcpus, ring=ring, seed=SEED, vector=flags
             )
-        )
+        ).blocks
     )
     return machine
 

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         _say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output is gone. Python must not fail once more when it flushes stdout at its end.
+        # The reader of the output is gone. Python must not fail once more when it flushes stdout at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:

@@ -58,5 +58,5 @@ cat /vmtest/end >&5
 cat /vmtest/end >&6
 cat /vmtest/end >&7
 
-# Whoever reads the ports ends the emulator: powering off here could cut off what is still on its way.
+# The reader of the ports ends the emulator: powering off here could cut off what is still on its way.
 while :; do sleep 60; done

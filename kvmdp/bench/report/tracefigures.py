@@ -1,7 +1,7 @@
 """The figures drawn from traces: pages present over time, and the map of faults.
 
 A record says when a fault was resolved (microseconds since the run's start), the faulting gpa, the bytes that became
-present, who touched it, and how long the handling took (kvmdp/bench/trace.py).
+present, the actor that touched it, and how long the handling took (kvmdp/bench/trace.py).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _thin_curve(times: _Floats, pages: _Floats) -> list[Point]:
 
 
 def fault_map(results: Results) -> Figure:
-    """Where and when each fault was, coloured by who touched the page; one panel a contender."""
+    """Where and when each fault was, coloured by the actor that touched the page; one panel a contender."""
     traces = _with_faults(results)
     origins = sorted({record[3] for trace in traces.values() for record in trace["records"]}, key=_order)
     panels = [
@@ -148,7 +148,7 @@ def fault_map(results: Results) -> Figure:
         "fault-map",
         "Map of faults",
         "Each mark is a fault: when it was resolved and where in the guest's memory (gpa) it was. Colour and shape "
-        "tell who touched the page. The CSV has every fault.",
+        "tell the actor that touched the page. The CSV has every fault.",
         panels,
         Table(header, rows),
         Table(

@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from kvmdp.machine.workloads.arithmetic import combined_checksum
 from kvmdp.machine.workloads.atomic import Atomic
-from kvmdp.machine.workloads.base import (
-    PageReader,
-    Workload,
-    WorkloadOptions,
-    program_blocks,
-)
+from kvmdp.machine.workloads.base import PageReader, Task, Workload, WorkloadOptions
 from kvmdp.machine.workloads.checksum import Checksum
 from kvmdp.machine.workloads.clock import Clock
 from kvmdp.machine.workloads.copy import Copy
@@ -21,6 +16,7 @@ from kvmdp.machine.workloads.disk import Disk
 from kvmdp.machine.workloads.execute import Execute
 from kvmdp.machine.workloads.fill import Fill
 from kvmdp.machine.workloads.poison import Poison
+from kvmdp.machine.workloads.program import Program
 from kvmdp.machine.workloads.string import String
 from kvmdp.machine.workloads.touch import Touch
 from kvmdp.machine.workloads.vector import Vector
@@ -28,11 +24,12 @@ from kvmdp.machine.workloads.vector import Vector
 __all__ = [
     "WORKLOADS",
     "PageReader",
+    "Program",
+    "Task",
     "Workload",
     "WorkloadOptions",
     "combined_checksum",
     "make_workload",
-    "program_blocks",
 ]
 
 WORKLOADS: dict[str, type[Workload]] = {

@@ -1,4 +1,4 @@
-"""What every workload has: options, a share of the pages for each vCPU, expectations.
+"""What every workload has: options, a share of the pages for each vCPU, expectations. What a program has of that.
 
 Units: pages are RAM page numbers (order of the RAM file, 4096 bytes each); offsets in bytes of the RAM file.
 """
@@ -6,7 +6,7 @@ Units: pages are RAM page numbers (order of the RAM file, 4096 bytes each); offs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,24 +20,24 @@ from kvmdp.machine.guest_abi import (
     PvFlag,
     VectorFlag,
 )
-from kvmdp.machine.workloads.arithmetic import Bools, Pages, Words
+from kvmdp.machine.workloads.arithmetic import Bools, Pages, SequenceChecksum, Words
 from kvmdp.memory.layout import LOW_RAM_END, check_low_ram_end
 from kvmdp.page import PAGE_SHIFT
 
 __all__ = [
     "PageReader",
     "Share",
+    "Task",
     "Workload",
     "WorkloadOptions",
+    "checksum_of",
     "in_chunks",
-    "program_blocks",
 ]
 
 # Returns the content of RAM pages before the run, patches applied: uint64[n, 512] for n page numbers.
 PageReader = Callable[[Pages], Words]
 
 _CHUNK_PAGES = 1024
-_PROGRAM = 0  # the place of a user's program in the guest's table of workloads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,27 +108,43 @@ class Share:
         return (pages >= self.first) & (pages < self.first + self.count)
 
 
-class Workload(ABC):
-    """A workload planned for one machine.
+class Task:
+    """What the vCPUs of one machine are told to do.
 
     Of the class: `name`; `number`, its place in the table of guest/workloads.S.
-    Attributes: `shares`, the pages of each vCPU; `blocks`, their parameter blocks; `patches`, (offset in RAM,
-    bytes) to be applied to the source; `touched`, the distinct RAM pages that the guest will access, ascending;
-    `disk_bytes`, how large a disk it needs, 0 for none; `poisoned`, the distinct RAM pages that are to be poisoned
-    before it begins. Whoever poisons them puts all the pages there that became poisoned with them.
+    Attributes: `options`; `blocks`, the parameter block of each vCPU; `patches`, (offset in RAM, bytes) to be applied
+    to the source; `touched`, the distinct RAM pages that the guest will access, ascending, None if that is not known;
+    `disk_bytes`, how large a disk it needs, 0 for none; `poisoned`, the distinct RAM pages to poison before it begins.
+    A run that poisons them puts all the pages there that became poisoned with them.
     """
 
     name: str
     number: int
 
+    def __init__(self, options: WorkloadOptions, shares: Sequence[Share]) -> None:
+        self.options = options
+        self.blocks = [_block(options, self.number, share) for share in shares]
+        self.patches: list[tuple[int, bytes]] = []
+        self.touched: Pages | None = None
+        self.disk_bytes = 0
+        self.poisoned: Pages = np.empty(0, dtype=np.int64)
+
+
+class Workload(Task, ABC):
+    """A task of which the host knows what must come of it.
+
+    Of the class: `most_pages`, how many it uses at most without `pages` among the options (None: all of RAM).
+    Attributes: `shares`, the pages of each vCPU.
+    """
+
+    most_pages: int | None = None
+    touched: Pages
+
     def __init__(self, options: WorkloadOptions) -> None:
         self.options = options
         self.shares = self._make_shares()
-        self.blocks = [_block(options, self.number, share) for share in self.shares]
-        self.patches: list[tuple[int, bytes]] = []
-        self.touched: Pages = np.concatenate([share.pages for share in self.shares])
-        self.disk_bytes = 0
-        self.poisoned: Pages = np.empty(0, dtype=np.int64)
+        super().__init__(options, self.shares)
+        self.touched = np.concatenate([share.pages for share in self.shares])
 
     @abstractmethod
     def expected_checksums(self, image: PageReader) -> list[int]:
@@ -140,8 +156,10 @@ class Workload(ABC):
 
     def _pages(self) -> int:
         """Return how many pages of RAM the workload uses."""
+        if self.options.pages is not None:
+            return self.options.pages
         everything = self.options.memory_bytes >> PAGE_SHIFT
-        return everything if self.options.pages is None else self.options.pages
+        return everything if self.most_pages is None else min(everything, self.most_pages)
 
     def _make_shares(self, least: int = 1) -> list[Share]:
         """Deal out the pages, the remainder to the first vCPUs; ValueError if one gets less than `least`."""
@@ -159,16 +177,21 @@ class Workload(ABC):
         return shares
 
 
-def program_blocks(options: WorkloadOptions) -> list[ParameterBlock]:
-    """Return the parameter blocks for a program of the user's own: every vCPU is told of all pages."""
-    everything = Share(0, options.memory_bytes >> PAGE_SHIFT)
-    return [_block(options, _PROGRAM, everything) for _ in range(options.vcpus)]
-
-
 def in_chunks(pages: Pages) -> Iterator[Pages]:
     """Yield `pages` in pieces small enough that a few arrays of their content take little memory."""
     for start in range(0, len(pages), _CHUNK_PAGES):
         yield pages[start : start + _CHUNK_PAGES]
+
+
+def checksum_of(pages: Pages, words: Callable[[Pages], Words], tail_words: int = 0) -> int:
+    """Return the checksum of the words that `words` returns of `pages`, which it is asked for in chunks.
+
+    It is their share in the checksum of a sequence that has `tail_words` more.
+    """
+    checksum = SequenceChecksum()
+    for chunk in in_chunks(pages):
+        checksum.add(words(chunk))
+    return checksum.value(tail_words)
 
 
 def _block(options: WorkloadOptions, number: int, share: Share) -> ParameterBlock:

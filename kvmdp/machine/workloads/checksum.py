@@ -6,8 +6,8 @@ in all.
 
 from __future__ import annotations
 
-from kvmdp.machine.workloads.arithmetic import Pages, SequenceChecksum, Words
-from kvmdp.machine.workloads.base import PageReader, Workload, WorkloadOptions, in_chunks
+from kvmdp.machine.workloads.arithmetic import Pages, Words
+from kvmdp.machine.workloads.base import PageReader, Workload, WorkloadOptions, checksum_of
 from kvmdp.source.base import WORDS_PER_PAGE
 
 
@@ -25,13 +25,10 @@ class Checksum(Workload):
 
     def expected_checksums(self, image: PageReader) -> list[int]:
         """Return each vCPU's part of the checksum of all pages."""
-        result = []
-        for share, block in zip(self.shares, self.blocks, strict=True):
-            checksum = SequenceChecksum()
-            for pages in in_chunks(share.pages):
-                checksum.add(image(pages))
-            result.append(checksum.value(block.tail_words))
-        return result
+        return [
+            checksum_of(share.pages, image, block.tail_words)
+            for share, block in zip(self.shares, self.blocks, strict=True)
+        ]
 
     def expected_pages(self, image: PageReader, pages: Pages) -> Words:
         """Return the image."""

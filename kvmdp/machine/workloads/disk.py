@@ -6,11 +6,13 @@ the source, whose first byte lands `DISK_SHIFT` bytes into the second; a sector'
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from kvmdp.machine.guest_abi import DISK_RING_PAGES, DISK_SECTOR, DISK_SHIFT
-from kvmdp.machine.workloads.arithmetic import Pages, SequenceChecksum, Words
-from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOptions, in_chunks
+from kvmdp.machine.workloads.arithmetic import Pages, Words
+from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOptions, checksum_of
 from kvmdp.page import PAGE_SIZE
 
 
@@ -29,14 +31,7 @@ class Disk(Workload):
 
     def expected_checksums(self, image: PageReader) -> list[int]:
         """Return the checksums over what came back."""
-        result = []
-        for share in self.shares:
-            checksum = SequenceChecksum()
-            target = _target(share)
-            for pages in in_chunks(target.pages):
-                checksum.add(_came_back(image, share, pages))
-            result.append(checksum.value())
-        return result
+        return [checksum_of(_target(share).pages, partial(_came_back, image, share)) for share in self.shares]
 
     def expected_pages(self, image: PageReader, pages: Pages) -> Words:
         """Return the image with what came back from the disk, and no ring."""

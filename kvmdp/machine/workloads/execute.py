@@ -14,17 +14,13 @@ from kvmdp.machine.workloads.arithmetic import Pages, SequenceChecksum, Words, p
 from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOptions
 from kvmdp.page import PAGE_SIZE
 
-_MOST_PAGES = 16384  # two patches a page: beyond this the list of them outweighs what it tests
-
 
 class Execute(Workload):
-    """One function inside each page and one across each boundary within a share, in RAM order.
-
-    Without `pages` among the options at most 16,384 pages are used.
-    """
+    """One function inside each page and one across each boundary within a share, in RAM order."""
 
     name = "execute"
     number = 6
+    most_pages = 16384  # two patches a page: beyond this the list of them outweighs what it tests
 
     def __init__(self, options: WorkloadOptions) -> None:
         super().__init__(options)
@@ -42,10 +38,6 @@ class Execute(Workload):
     def expected_pages(self, image: PageReader, pages: Pages) -> Words:
         """Return the image, which has the patches."""
         return image(pages)
-
-    def _pages(self) -> int:
-        pages = super()._pages()
-        return min(pages, _MOST_PAGES) if self.options.pages is None else pages
 
     def _expected_checksum(self, share: Share) -> int:
         pages = share.pages

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvmdp.machine.workloads.arithmetic import GAMMA, Pages, SequenceChecksum, Words, random_words
-from kvmdp.machine.workloads.base import PageReader, Workload, in_chunks
+from kvmdp.machine.workloads.arithmetic import GAMMA, Pages, Words, random_words
+from kvmdp.machine.workloads.base import PageReader, Workload, checksum_of
 from kvmdp.source.base import WORDS_PER_PAGE
 
 _STEPS = np.arange(WORDS_PER_PAGE, dtype=np.uint64) * np.uint64(GAMMA)
@@ -19,13 +19,7 @@ class Fill(Workload):
 
     def expected_checksums(self, image: PageReader) -> list[int]:
         """Return the checksums over the words written; `image` is not read."""
-        result = []
-        for share in self.shares:
-            checksum = SequenceChecksum()
-            for pages in in_chunks(share.pages):
-                checksum.add(self._pattern(pages))
-            result.append(checksum.value())
-        return result
+        return [checksum_of(share.pages, self._pattern) for share in self.shares]
 
     def expected_pages(self, image: PageReader, pages: Pages) -> Words:
         """Return the pattern, and the image beyond the pages used."""

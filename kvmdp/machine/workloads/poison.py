@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvmdp.machine.workloads.arithmetic import Pages, SequenceChecksum, Words, random_words
-from kvmdp.machine.workloads.base import PageReader, Workload, WorkloadOptions, in_chunks
+from kvmdp.machine.workloads.arithmetic import Pages, Words, random_words
+from kvmdp.machine.workloads.base import PageReader, Workload, WorkloadOptions, checksum_of
 
 
 class Poison(Workload):
@@ -20,13 +20,10 @@ class Poison(Workload):
 
     def expected_checksums(self, image: PageReader) -> list[int]:
         """Return the checksum of each vCPU's sequence of pages that are not poisoned."""
-        result = []
-        for share in self.shares:
-            checksum = SequenceChecksum()
-            for pages in in_chunks(np.setdiff1d(share.pages, self.poisoned, assume_unique=True)):
-                checksum.add(image(pages))
-            result.append(checksum.value())
-        return result
+        return [
+            checksum_of(np.setdiff1d(share.pages, self.poisoned, assume_unique=True), image)
+            for share in self.shares
+        ]
 
     def expected_pages(self, image: PageReader, pages: Pages) -> Words:
         """Return the image."""

@@ -9,59 +9,24 @@ from __future__ import annotations
 import numpy as np
 
 from kvmdp.machine import guest_abi as guest
-from kvmdp.machine.workloads.arithmetic import GAMMA, Bools, Pages, SequenceChecksum, Words
-from kvmdp.machine.workloads.base import PageReader, Share, Workload, WorkloadOptions, in_chunks
+from kvmdp.machine.workloads.arithmetic import GAMMA, Bools, Pages, Words
+from kvmdp.machine.workloads.base import PageReader, Share
+from kvmdp.machine.workloads.halves import Halves
 from kvmdp.page import PAGE_SIZE
 
-_MOST_PAGES = 2048  # each byte that goes out is an exit: about twenty of them a pair of pages
 _MOVED = 8 * guest.STRING_MOVE_WORDS
 _IN_FIRST = PAGE_SIZE - guest.STRING_CROSSING  # of the bytes that cross, those in the lower page
 _IN_SECOND = 2 * guest.STRING_CROSSING_WORDS - _IN_FIRST
 
 
-class String(Workload):
-    """String instructions on pages that nothing else has touched before. An odd share's last page is not used.
-
-    Without `pages` among the options at most 2,048 pages are used.
-    """
+class String(Halves):
+    """String instructions on pages that nothing else has touched before."""
 
     name = "string"
     number = 8
-
-    def __init__(self, options: WorkloadOptions) -> None:
-        super().__init__(options)
-        self.touched = np.concatenate([share.pages[: share.count & ~1] for share in self.shares])
-
-    def expected_checksums(self, image: PageReader) -> list[int]:
-        """Return the checksums over the second halves afterwards."""
-        result = []
-        for share in self.shares:
-            checksum = SequenceChecksum()
-            half = share.count // 2
-            for pages in in_chunks(share.pages[half : 2 * half]):
-                checksum.add(self._written(image, share, pages))
-            result.append(checksum.value())
-        return result
-
-    def expected_pages(self, image: PageReader, pages: Pages) -> Words:
-        """Return the image with what has been stored, moved and read from the port."""
-        content = image(pages).copy()
-        for share in self.shares:
-            half = share.count // 2
-            rows = np.flatnonzero(Share(share.first + half, half).holds(pages))
-            if len(rows):
-                content[rows] = self._written(image, share, pages[rows])
-        return content
-
-    def _pages(self) -> int:
-        pages = super()._pages()
-        return min(pages, _MOST_PAGES) if self.options.pages is None else pages
-
-    def _make_shares(self, least: int = 2) -> list[Share]:
-        return super()._make_shares(least)
+    most_pages = 2048  # each byte that goes out is an exit: about twenty of them a pair of pages
 
     def _written(self, image: PageReader, share: Share, pages: Pages) -> Words:
-        """Return what `pages`, all in the second half of `share`, hold afterwards."""
         half = share.count // 2
         source = image(pages - half).view(np.uint8)
         content = image(pages).copy().view(np.uint8)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from kvmdp.machine import guest_abi as guest
-from kvmdp.machine.workloads.arithmetic import Bytes, Pages, SequenceChecksum, Words, place_in_page
-from kvmdp.machine.workloads.base import PageReader, Share, Workload, in_chunks
+from kvmdp.machine.workloads.arithmetic import Bytes, Pages, Words, place_in_page
+from kvmdp.machine.workloads.base import PageReader, Share, Workload, checksum_of
 from kvmdp.page import PAGE_SIZE
 
 _ADDEND = np.array(
@@ -27,13 +29,7 @@ class Vector(Workload):
 
     def expected_checksums(self, image: PageReader) -> list[int]:
         """Return the checksums over the words stored."""
-        result = []
-        for share in self.shares:
-            checksum = SequenceChecksum()
-            for pages in in_chunks(share.pages):
-                checksum.add(self._run(image, share, pages)[1])
-            result.append(checksum.value())
-        return result
+        return [checksum_of(share.pages, partial(self._stored, image, share)) for share in self.shares]
 
     def expected_pages(self, image: PageReader, pages: Pages) -> Words:
         """Return the image with the changes."""
@@ -49,6 +45,9 @@ class Vector(Workload):
                 window, _ = self._run(image, share, pages[rows] - 1)
                 content.view(np.uint8)[rows, :_REACH] = window[:, PAGE_SIZE:]
         return content
+
+    def _stored(self, image: PageReader, share: Share, pages: Pages) -> Words:
+        return self._run(image, share, pages)[1]
 
     def _run(self, image: PageReader, share: Share, pages: Pages) -> tuple[Bytes, Words]:
         """Do the accesses that begin in `pages`.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+import queue
 import select
 import threading
 import time
@@ -33,7 +34,6 @@ from kvmdp.trap.uffd.descriptor import Uffd
 
 _BATCH = 32  # events taken with one read
 _HELD_SECONDS = 0.001  # from one look whether there is room for a page to the next
-_SETTLE_SECONDS = 0.0005  # from one look whether the readers are at work to the next
 
 
 class UffdView(ABC):
@@ -67,6 +67,9 @@ class UffdView(ABC):
         self._readers: list[tuple[JoinableThread, select.epoll]] = []
         # Readers that are between an event and the next wait, by thread identifier.
         self._at_work: set[int] = set()
+        # One for each `settle` that waits: it gets a word for each reader that ends its work. Not a condition: an
+        # interruption of the main thread in one can leave its lock as no `with` expects it.
+        self._settling: list[queue.SimpleQueue[None]] = []
         self._wakeup = -1
         self._pager: ForReaders | None = None
         self._this_thread = threading.local()
@@ -202,6 +205,10 @@ class UffdView(ABC):
                 time.sleep(_HELD_SECONDS)  # what cannot even be read would be tried without a pause
             finally:
                 self._at_work.discard(reader)
+                # After that: a `settle` that has seen the reader at work is in the list by now.
+                if self._settling:
+                    for words in tuple(self._settling):
+                        words.put(None)
 
     def _make_way(self) -> None:
         """Let a discard go on that the kernel wants finished before it maps anything (EAGAIN).
@@ -218,16 +225,20 @@ class UffdView(ABC):
     def settle(self, timeout: float) -> bool:
         """Wait until no reader is at a fault whose sleeper it has woken; False after `timeout` seconds.
 
-        A sleeper goes on before its reader has counted the fault, and can be done with everything by then. Looked at
-        again and again, not waited for: an interruption of the main thread in a condition can leave its lock as no
-        `with` expects it.
+        A sleeper goes on before its reader has counted the fault, and can be done with everything by then.
         """
         deadline = time.monotonic() + timeout
-        while self._at_work:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_SETTLE_SECONDS)
-        return True
+        words: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._settling.append(words)
+        try:
+            while self._at_work:
+                try:
+                    words.get(timeout=max(deadline - time.monotonic(), 0))
+                except queue.Empty:
+                    return not self._at_work
+            return True
+        finally:
+            self._settling.remove(words)
 
     def _stop_readers(self) -> None:
         if self._wakeup < 0:

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
-from kvmdp.machine.workloads import WorkloadOptions, program_blocks
+from kvmdp.machine.workloads import Program, WorkloadOptions
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -38,7 +38,7 @@ class Named:
         """Return each vCPU's checksum after a run with all of RAM absent at first."""
         options = MachineOptions(MEMORY, trap, vcpus=self.vcpus, program=self.program())
         with Machine(options, SyntheticSource(MEMORY, _SEED)) as machine:
-            machine.set_parameters(program_blocks(WorkloadOptions(memory_bytes=MEMORY, vcpus=self.vcpus)))
+            machine.set_parameters(Program(WorkloadOptions(memory_bytes=MEMORY, vcpus=self.vcpus)).blocks)
             machine.run(_TIMEOUT)
             return [thread.parameters.checksum for thread in machine.threads]
 

@@ -10,7 +10,7 @@ from plain_guest import PlainGuest
 
 from kvmdp.kvm import InternalError, Io, IoIn
 from kvmdp.machine.guest_abi import REPORT_PORT, ParameterBlock, Report
-from kvmdp.machine.workloads import WorkloadOptions, program_blocks
+from kvmdp.machine.workloads import Program, WorkloadOptions
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 
@@ -69,7 +69,7 @@ def find_right(forms: Sequence[Form], numbers: Sequence[int], program: bytes, ri
 
 def blocks_for(ring: int, vcpus: int) -> list[ParameterBlock]:
     """Return the parameter blocks of a machine for the driver."""
-    return program_blocks(WorkloadOptions(memory_bytes=MEMORY, vcpus=vcpus, ring=ring))
+    return Program(WorkloadOptions(memory_bytes=MEMORY, vcpus=vcpus, ring=ring)).blocks
 
 
 def has_avx(ring: int) -> bool:
