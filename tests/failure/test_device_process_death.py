@@ -14,7 +14,7 @@ from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.page import PAGE_SIZE, Origin
 from kvmdp.source.base import asking
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.trap.uffd.userfaultfd import UffdOptions
+from kvmdp.trap.uffd.options import UffdOptions
 
 pytestmark = pytest.mark.kvm
 
