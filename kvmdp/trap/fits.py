@@ -138,7 +138,8 @@ def check(it: Together) -> None:
 
 def named(has: Callable[[type[TrapKind]], bool]) -> str:
     """Return the names of the traps that have some ability, in words: "memory-fault or mmio"."""
-    return " or ".join(name for name, trap in TRAPS.items() if has(trap))
+    *names, last = [name for name, trap in TRAPS.items() if has(trap)]
+    return f"{', '.join(names)} or {last}" if names else last
 
 
 def granule_of(
