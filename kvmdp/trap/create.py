@@ -46,6 +46,6 @@ def create_trap(
         if device_view:
             devices = DeviceFaults(layout, backing, readers=uffd.readers, shards=uffd.shards)
             stack.callback(devices.close)
-        trap = kind.make(Materials(vm, layout, backing, slots, devices, uffd, slot_memory))
+        trap = kind.make(Materials(vm, backing, slots, devices, uffd, slot_memory))
         stack.pop_all()
     return trap

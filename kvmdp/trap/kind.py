@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import GuestLayout
 from kvmdp.trap.inspect import InspectedTrap
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.uffd.device_view import DeviceFaults, DeviceView
@@ -27,7 +26,6 @@ class Materials:
     """
 
     vm: Vm
-    layout: GuestLayout
     backing: Backing
     slots: RamSlots
     devices: DeviceFaults | None
@@ -53,7 +51,7 @@ class TrapKind(ABC):
     `by_memslot`: absent pages lie in memslots that trap, or in none. So RAM has a granule, may be left unarmed from the
     beginning, and can have a device view beside. Other traps work by the pages that the host has RAM in.
     `takes_uffd_options`: readers, descriptors and mode (`UffdOptions`).
-    `suits_large`: RAM that nobody has touched takes neither page tables nor more than some hundred memslots.
+    `suits_large`: untouched RAM takes neither page tables nor more than some hundred memslots.
     """
 
     name: str
