@@ -314,7 +314,7 @@ def test_nothing_is_under_way_while_no_vcpu_runs(armed):
     assert sum(map(len, armed.trap.latencies)) == 0
 
 
-@pytest.mark.parametrize("way", ways((True,)))
+@pytest.mark.parametrize("way", list(ways((True,))))
 def test_devices_find_what_is_present_where_they_have_a_view(way):
     with real_rig(*way) as rig:
         rig.arm()
@@ -327,7 +327,7 @@ def test_devices_find_what_is_present_where_they_have_a_view(way):
         assert view.ended
 
 
-@pytest.mark.parametrize("way", ways((False,)))
+@pytest.mark.parametrize("way", list(ways((False,))))
 def test_there_is_no_view_that_was_not_asked_for(way):
     with real_rig(*way) as rig:
         assert rig.trap.device_view is None
