@@ -17,11 +17,12 @@ from kvmdp import __version__
 from kvmdp.bench.access import AccessCosts
 from kvmdp.bench.contender import Contender
 from kvmdp.bench.losses import Losses
-from kvmdp.bench.measure import FLOOR_TRAPS, Measurement, floor, measure
+from kvmdp.bench.measure import Measurement, floor, measure
 from kvmdp.bench.spread import Spread, buckets, percentiles, ratios
 from kvmdp.bench.trace import lines
 from kvmdp.bench.work import Work
 from kvmdp.machine.hostinfo import host_facts
+from kvmdp.trap.registry import trap_class
 
 SCHEMA = "kvmdp.bench/1"
 BASELINE = "userfaultfd"
@@ -69,12 +70,14 @@ class Comparison:
 
     def _measure_floors(self, turn: int, on_round: Callable[[str, int, Measurement | None], None]) -> None:
         """Measure the floor once a round for each trap that has one, in the machine of its first contender."""
-        first = {each.trap: each for each in reversed(self.contenders) if each.trap in FLOOR_TRAPS}
+        first = {each.trap: each for each in reversed(self.contenders) if each.trap is not None}
         for trap, each in first.items():
+            if not trap_class(trap).repeats:
+                continue
             seconds = self.losses.spare(f"floor of {trap}", functools.partial(floor, each))
             if seconds is None:
                 continue
-            self.floors.setdefault(str(trap), []).append(seconds)
+            self.floors.setdefault(trap, []).append(seconds)
             on_round(f"floor of {trap}", turn, None)
 
     @property

@@ -1,8 +1,8 @@
 """The contenders of a comparison, by name: ways of demand paging, and the limits they are held against.
 
 A name may be followed by what this contender does otherwise than the rest: `marker:vcpus=2`,
-`userfaultfd-r4:vcpus=4,bytes=16M`, `mmio:fault-around=16`. So anything can be compared with anything in one
-interleaved run.
+`userfaultfd-r4:vcpus=4,bytes=16M`, `mmio:fault-around=16`, `mmio:device-view`. So anything can be
+compared with anything in one interleaved run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from kvmdp.memory.backings import BACKINGS
 from kvmdp.page import PAGE_SIZE
 from kvmdp.size import parse_size
 from kvmdp.source.network import parse_bandwidth, parse_latency
-from kvmdp.trap.registry import ALL_TRAPS, TRAPS, check_backing
-from kvmdp.trap.uffd.userfaultfd import UffdOptions, check_mode, parse_mode
+from kvmdp.trap.fits import Together, check
+from kvmdp.trap.registry import DEVICE_VIEW, TRAPS, check_renamed, trap_class
+from kvmdp.trap.uffd.options import UffdOptions, parse_mode
 
 PRESENT = "present"
 OFF = "off-"
@@ -28,6 +29,14 @@ _READERS = re.compile(r"userfaultfd-r([1-9][0-9]?)")
 
 # What is compared if the user names nothing.
 DEFAULT = (PRESENT, "marker", "memory-fault", "mmio", "userfaultfd", "userfaultfd-r2", SHARDED)
+
+
+def _bare(value: str) -> bool:
+    """Return True for a key that stands alone."""
+    if value:
+        raise ValueError("it has no value")
+    return True
+
 
 # What a contender may do otherwise: key -> (field of Work, how its value is read)
 _OVERRIDES: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -43,6 +52,7 @@ _OVERRIDES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "bandwidth": ("bandwidth", parse_bandwidth),
     "uffd-mode": ("uffd_mode", parse_mode),
     "device": ("device_pages", int),
+    DEVICE_VIEW: ("device_view", _bare),
 }
 
 
@@ -93,7 +103,8 @@ def contender(text: str, work: Work) -> Contender:
 def _named(name: str, text: str, work: Work) -> Contender:
     if name == PRESENT:
         return Contender(text, None, work)
-    if name in ALL_TRAPS:
+    check_renamed(name)
+    if name in TRAPS:
         return Contender(text, name, work)
     if name.removeprefix(OFF) in TRAPS:
         return Contender(text, None, work, off=name.removeprefix(OFF))
@@ -104,7 +115,7 @@ def _named(name: str, text: str, work: Work) -> Contender:
     readers = _READERS.fullmatch(name)
     if readers:
         return Contender(text, "userfaultfd", work, readers=int(readers[1]))
-    known = ", ".join((PRESENT, *ALL_TRAPS, "userfaultfd-rN", SHARDED, MISSING, f"{OFF}TRAP"))
+    known = ", ".join((PRESENT, *TRAPS, "userfaultfd-rN", SHARDED, MISSING, f"{OFF}TRAP"))
     raise ValueError(f"there is no contender {name!r}: choose from {known}")
 
 
@@ -115,9 +126,13 @@ def _check(found: Contender) -> None:
         raise ValueError(
             f"{found.name!r}: there is no backing {work.backing!r}; there are {', '.join(BACKINGS)}"
         )
-    if trap := found.trap or found.off:
-        check_backing(trap, BACKINGS[work.backing])
-    check_mode(work.uffd_mode, BACKINGS[work.backing])
+    trap = found.trap or found.off
+    if trap is None and work.device_view:
+        raise ValueError(
+            f"{found.name!r} has no trap that a device view could stand beside: leave {DEVICE_VIEW} out"
+        )
+    kind = None if trap is None else trap_class(trap)
+    check(Together(BACKINGS[work.backing], kind, work.uffd_mode, work.device_view))
     if work.pin and len(work.pin) != work.vcpus:
         raise ValueError(
             f"{found.name!r} has {work.vcpus} vCPUs, and -c names {len(work.pin)} of the host's CPUs: leave out -c or "

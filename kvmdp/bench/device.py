@@ -1,6 +1,6 @@
 """A device beside the guest: a thread that reads pages of RAM, present or not, while the vCPUs run.
 
-Under a hybrid trap it makes plain loads on the device view, under any other it asks `GuestMemory`.
+With a device view it makes plain loads on that, without one it asks `GuestMemory`.
 """
 
 from __future__ import annotations

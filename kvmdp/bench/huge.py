@@ -39,7 +39,6 @@ from kvmdp.source.wrapper import SourceWrapper
 
 SCHEMA = "kvmdp.bench-huge/1"
 CONTENDERS = ("memory-fault", "mmio", "marker", "userfaultfd")
-HUGE_BACKINGS = tuple(name for name, kind in BACKINGS.items() if kind.page_size > PAGE_SIZE)
 SPARSE_STRIDE = 128  # pages: 4 touches in a huge page of 2M, 2048 in one of 1G
 WORKLOADS = ("sparse", "full")
 FIGURES = ("first_bytes", "first_us", "total_ms", "fetched_bytes", "faults")
@@ -93,6 +92,11 @@ class _FirstProgress(Job):
             self.bytes = self._source.bytes
 
 
+def is_huge(backing: str) -> bool:
+    """Return whether there is such a backing, of huge pages."""
+    return backing in BACKINGS and BACKINGS[backing].page_size > PAGE_SIZE
+
+
 def work_of(work: Work, workload: str, network: Network) -> Work:
     """Return `work` as one of `WORKLOADS` touches it, over a network."""
     work = replace(work, latency=network.latency, bandwidth=network.bandwidth)
@@ -104,10 +108,9 @@ def work_of(work: Work, workload: str, network: Network) -> Work:
 
 def check_work(work: Work, contenders: Sequence[Contender]) -> None:
     """Raise ValueError if `work` is not on huge pages, or a contender has other work or nothing to fault."""
-    if work.backing not in HUGE_BACKINGS:
-        raise ValueError(
-            f"--huge is about huge pages, which {work.backing} memory has none of: use {', '.join(HUGE_BACKINGS)}"
-        )
+    if not is_huge(work.backing):
+        huge = ", ".join(filter(is_huge, BACKINGS))
+        raise ValueError(f"--huge is about huge pages, which {work.backing} memory has none of: use {huge}")
     for each in contenders:
         if each.trap is None:
             raise ValueError(f"{each.name} has no faults: leave it out with --huge")

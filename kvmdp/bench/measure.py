@@ -26,7 +26,7 @@ from kvmdp.machine.hostinfo import page_table_memory, proportional_memory, vmall
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
-from kvmdp.memory.backings import check_backing_options
+from kvmdp.memory.backings import backing_class, check_backing_options
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.paging.policy import FaultAround
@@ -35,12 +35,11 @@ from kvmdp.source.network import NetworkSource
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.thread import run_in_thread
-from kvmdp.trap.registry import SLOT_TRAPS
-from kvmdp.trap.slots.ram_slots import check_granule, least_granule
+from kvmdp.trap.fits import granule_of
+from kvmdp.trap.registry import trap_class
 
 _TIMEOUT = 300.0
 _FLOOR_EXITS = 2000
-FLOOR_TRAPS = ("marker", "memory-fault")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,20 +178,22 @@ def check(contender: Contender) -> None:
         raise ValueError(f"the workload {work.workload} touches no page here to be measured: give another")
     FaultAround(work.fault_around)
     check_backing_options(work.backing, work.memory_bytes, reserve=work.reserve_hugepages)
-    granule = machine_options(contender).granule
-    if granule is not None:
-        check_granule(granule, GuestLayout(work.memory_bytes))
+    machine_options(contender)
 
 
 def machine_options(contender: Contender) -> MachineOptions:
-    """Return the machine a contender runs in; slot traps are armed at the granule of what is fetched together."""
+    """Return the machine a contender runs in. Raises ValueError for a granule that RAM cannot have."""
     work = contender.work
     trap = contender.trap or contender.off or "mmio"  # present: any trap by memslot, for it is never armed
-    granule = None
-    if trap in SLOT_TRAPS:
-        granule = work.granule
-        if granule is None:
-            granule = max(least_granule(GuestLayout(work.memory_bytes)), work.fault_around * PAGE_SIZE)
+    kind = trap_class(trap)
+    # The granule of the work is for all contenders, and means nothing to those that have none.
+    granule = granule_of(
+        kind,
+        GuestLayout(work.memory_bytes),
+        backing_class(work.backing),
+        work.granule if kind.by_memslot else None,
+        work.fault_around,
+    )
     return MachineOptions(
         memory_bytes=work.memory_bytes,
         trap=trap,
@@ -202,6 +203,7 @@ def machine_options(contender: Contender) -> MachineOptions:
         fault_around=work.fault_around,
         uffd=contender.uffd_options,
         pin=work.pin,
+        device_view=work.device_view,
         reserve_hugepages=work.reserve_hugepages,
     )
 
@@ -221,8 +223,8 @@ def make_plain(machine: Machine) -> None:
 def floor(contender: Contender) -> float | None:
     """Return what a bare fault exit costs in seconds: the vCPU is entered again and again on a page left absent.
 
-    It is KVM_RUN and the decoding of its exit, no more. Only for `FLOOR_TRAPS`: under the others a fault cannot be
-    left unresolved. None where the access is no such exit either: in ring 0 where KVM emulates that.
+    It is KVM_RUN and the decoding of its exit, no more. Only for a trap that `repeats`: under the others a fault
+    cannot be left unresolved. None where the access is no such exit either: in ring 0 where KVM emulates that.
     """
     workload = plan(contender.work)
     source = SyntheticSource(contender.work.memory_bytes)

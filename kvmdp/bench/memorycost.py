@@ -22,11 +22,12 @@ from kvmdp.bench.work import Work
 from kvmdp.interruption import entered
 from kvmdp.machine.hostinfo import host_facts, page_table_memory, vmalloc_used
 from kvmdp.machine.machine import Machine
+from kvmdp.memory.backings import backing_class
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.paging.policy import MAX_FAULT_AROUND
 from kvmdp.size import format_size
-from kvmdp.trap.registry import TRAPS
-from kvmdp.trap.slots.ram_slots import least_granule
+from kvmdp.trap.fits import granule_of
+from kvmdp.trap.registry import TRAPS, trap_class
 
 SCHEMA = "kvmdp.bench-memory/1"
 CONTENDERS = (PRESENT, *TRAPS)
@@ -43,7 +44,9 @@ def memory_contender(name: str, work: Work) -> Contender:
     # present has no memslots to be counted, and needs none that are small.
     if made.trap is None or made.work.granule is not None:
         return made
-    return replace(made, work=replace(made.work, granule=least_granule(GuestLayout(made.work.memory_bytes))))
+    backing = backing_class(made.work.backing)
+    granule = granule_of(trap_class(made.trap), GuestLayout(made.work.memory_bytes), backing)
+    return replace(made, work=replace(made.work, granule=granule))
 
 
 def memory_cost(each: Contender) -> dict[str, Any]:

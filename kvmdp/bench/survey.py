@@ -49,7 +49,7 @@ _FIGURES_BYTES = 4 << 20  # of the report's other files
 
 def default_names(vcpus: Sequence[int]) -> tuple[str, ...]:
     """Return what is compared if the user names nothing: with several vCPUs userfaultfd in its parallel forms too."""
-    names = (PRESENT, "marker", "memory-fault", "mmio", "hybrid-mmio", "userfaultfd")
+    names = (PRESENT, "marker", "memory-fault", "mmio", "mmio:device-view", "userfaultfd")
     most = max(vcpus)
     return (*names, f"userfaultfd-r{most}", SHARDED) if most > 1 else names
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvmdp.trap.uffd.userfaultfd import UffdMode
+from kvmdp.trap.uffd.options import UffdMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,9 +13,10 @@ class Work:
 
     `bytes_per_vcpu` of RAM a vCPU; `overlap`: every vCPU touches all of it, else each its share. `latency`
     (seconds) and `bandwidth` (bytes a second, 0 is no limit) of the simulated network. `pin`: host CPUs, one a
-    vCPU, or none. `uffd_mode`: how the trap userfaultfd registers RAM. `device_pages`: how many pages, from RAM's last
-    one down, a device thread reads while the guest runs. `stride` (pages) is for the order "strided";
-    `reserve_hugepages` has each machine reserve the huge pages that its backing lacks.
+    vCPU, or none. `uffd_mode`: how the trap userfaultfd registers RAM.
+    `device_pages`: how many pages, from RAM's last one down, a device thread reads while the guest runs; `device_view`:
+    by plain loads on a view of its own. `stride` (pages) is for the order "strided"; `reserve_hugepages` has each
+    machine reserve the huge pages that its backing lacks.
     """
 
     bytes_per_vcpu: int = 64 << 20
@@ -37,6 +38,7 @@ class Work:
     pin: tuple[int, ...] = ()
     uffd_mode: UffdMode | None = None
     device_pages: int = 0
+    device_view: bool = False
 
     @property
     def memory_bytes(self) -> int:

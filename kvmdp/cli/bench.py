@@ -11,7 +11,7 @@ from kvmdp.bench.check import Bound, read_bounds
 from kvmdp.bench.comparison import BASELINE, Comparison
 from kvmdp.bench.contender import DEFAULT, MISSING, OFF, PRESENT, SHARDED, Contender, contender
 from kvmdp.bench.huge import CONTENDERS as HUGE_CONTENDERS
-from kvmdp.bench.huge import HUGE_BACKINGS, check_work
+from kvmdp.bench.huge import check_work, is_huge
 from kvmdp.bench.measure import Measurement, check
 from kvmdp.bench.memorycost import CONTENDERS as MEMORY_CONTENDERS
 from kvmdp.bench.memorycost import memory_contender
@@ -33,8 +33,8 @@ from kvmdp.cli.result_files import ResultFiles
 from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
 from kvmdp.size import format_size, parse_size
 from kvmdp.source.network import parse_bandwidth, parse_latency
-from kvmdp.trap.registry import ALL_TRAPS, TRAPS
-from kvmdp.trap.uffd.userfaultfd import parse_mode
+from kvmdp.trap.registry import TRAPS
+from kvmdp.trap.uffd.options import parse_mode
 
 _UFFD_MODES = ("MISSING", "MINOR")
 
@@ -47,10 +47,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="measure ways of demand paging next to each other",
         description="Let contenders take turns on the same work, and report medians, ratios, latencies and CPU time. "
         "Letters are those of the kernel's demand_paging_test.",
-        epilog=f"contenders: {PRESENT}, the traps ({', '.join(ALL_TRAPS)}), userfaultfd-rN (N readers), {SHARDED} "
+        epilog=f"contenders: {PRESENT}, the traps ({', '.join(TRAPS)}), userfaultfd-rN (N readers), {SHARDED} "
         f"(a descriptor a vCPU), {MISSING} (filled by UFFDIO_COPY also where RAM is shared), {OFF}TRAP (all present, "
-        f"a trap that has been switched off: {', '.join(TRAPS)}). One may do other work than the rest: marker:vcpus=2, "
-        "mmio:fault-around=16, hybrid-mmio:device=1000 (a device thread reads the last 1000 pages meanwhile). "
+        "a trap that has been switched off). One may do other work than the rest: marker:vcpus=2, "
+        "mmio:fault-around=16, mmio:device-view,device=1000 (a device thread reads the last 1000 pages meanwhile, by "
+        "plain loads on a view of its own). "
         "SIZE is in bytes, or has K, M, G or T behind it (powers of 1024).",
     )
     parser.set_defaults(run=run)
@@ -172,7 +173,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         work = _work(options)
         # First, for planning the work in absurdly much memory takes minutes by itself.
-        if work.backing in HUGE_BACKINGS and not work.reserve_hugepages:
+        if is_huge(work.backing) and not work.reserve_hugepages:
             check_backing_options(work.backing, work.memory_bytes)
             check_huge_pages(work.backing, work.memory_bytes)
         contenders = _contenders(options, work)

@@ -8,10 +8,9 @@ from typing import Any
 
 from kvmdp.cli.output import EXIT_FAILED, EXIT_OK, check_json_target, say
 from kvmdp.cli.result_files import ResultFiles
-from kvmdp.lab.coverage import ACCESSES, Coverage, coverage
+from kvmdp.lab.coverage import ACCESSES, Coverage, coverage, covered_traps
 from kvmdp.lab.coverage_cell import Seen
 from kvmdp.machine.hostinfo import host_facts
-from kvmdp.trap.registry import PURE_TRAPS
 
 SCHEMA = "kvmdp.coverage/1"
 
@@ -39,7 +38,7 @@ def _document(table: Coverage) -> dict[str, Any]:
         "ok": table.ok,
         "host": host_facts(),
         "accesses": list(ACCESSES),
-        "traps": list(PURE_TRAPS),
+        "traps": covered_traps(),
         "skipped": table.skipped,
         "cells": [
             {
@@ -106,6 +105,6 @@ def _notes(cells: list[dict[str, Any]]) -> dict[str, list[str]]:
         accesses.setdefault((note, tuple(where)), []).append(access)
     notes: dict[str, list[str]] = {}
     for (note, under), names in accesses.items():
-        place = "" if len(under) == len(PURE_TRAPS) else f" under {', '.join(under)}"
+        place = "" if len(under) == len(covered_traps()) else f" under {', '.join(under)}"
         notes.setdefault(note, []).append(f"{', '.join(names)}{place}")
     return notes

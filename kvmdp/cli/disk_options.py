@@ -7,13 +7,15 @@ import contextlib
 from collections.abc import Iterator
 
 from kvmdp.cli.leftovers import listening
+from kvmdp.cli.lists import given_mode
 from kvmdp.cli.output import UsageError, say
 from kvmdp.lab.experiment import DeviceFactory, in_process_disk
 from kvmdp.machine.disk import DiskError, disk_file
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.remote_disk import RemoteDisk
-from kvmdp.memory.backings import BACKINGS
+from kvmdp.memory.backings import backing_class
 from kvmdp.peers.wire.endpoint import EndpointError
+from kvmdp.trap.fits import Together, check
 
 __all__ = ["add_disk_options", "add_format_option", "disk_device"]
 
@@ -75,15 +77,10 @@ def disk_device(options: argparse.Namespace, disk_bytes: int) -> Iterator[Device
             raise UsageError(str(error)) from None
         yield in_process_disk(disk_bytes, options.disk, any_format=options.disk_format is not None)
         return
-    if not BACKINGS[options.backing].sealed:
-        raise UsageError(
-            f"{options.backing} memory cannot be handed to a device process: use --backing memfd"
-        )
-    if (options.uffd_mode or "").lower() == "missing":
-        raise UsageError(
-            "--device-socket with --uffd-mode missing: in that mode pages are filled where no other process finds "
-            "them; leave --uffd-mode out"
-        )
+    try:
+        check(Together(backing_class(options.backing), mode=given_mode(options), devices=True))
+    except ValueError as error:
+        raise UsageError(f"--device-socket: {error}") from None
     with contextlib.ExitStack() as stack:
         try:
             listener = stack.enter_context(listening(options.device_socket))

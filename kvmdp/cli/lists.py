@@ -1,23 +1,31 @@
-"""What several commands read from their command lines: lists, and kinds of memory."""
+"""What several commands read from their command lines: lists, kinds of memory, the mode of userfaultfd."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
 from kvmdp.memory.backings import BACKINGS
+from kvmdp.trap.uffd.options import UffdMode, parse_mode
 
 T = TypeVar("T")
 
-# What demand_paging_test calls a kind of memory -> ours
-_MEMORY_KINDS = {"shmem": "memfd", "anonymous": "anonymous"} | {name: name for name in BACKINGS}
+_MEMFD = "shmem"  # what demand_paging_test calls it
 
 
 def parse_backing(kind: str) -> str:
     """Return the backing that `-s KIND` means. Raises ValueError, one sentence."""
-    if kind not in _MEMORY_KINDS:
-        raise ValueError(f"-s {kind}: there is {', '.join(_MEMORY_KINDS)}")
-    return _MEMORY_KINDS[kind]
+    if kind == _MEMFD:
+        return "memfd"
+    if kind not in BACKINGS:
+        raise ValueError(f"-s {kind}: there is {', '.join((_MEMFD, *BACKINGS))}")
+    return kind
+
+
+def given_mode(options: argparse.Namespace) -> UffdMode | None:
+    """Return what --uffd-mode says, None if it was not given. Raises ValueError."""
+    return None if options.uffd_mode is None else parse_mode(options.uffd_mode)
 
 
 def parse_list(option: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:

@@ -14,7 +14,7 @@ from kvmdp.lab.probe import ACCESSES, Status, capabilities, proofs, userfaultfd_
 from kvmdp.machine.hostinfo import host_facts, huge_page_pools
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.size import format_size
-from kvmdp.trap.registry import EXIT_TRAPS, TRAPS
+from kvmdp.trap.registry import TRAPS
 
 SCHEMA = "kvmdp.probe/1"
 # A cell of the table; "refused" is a trap that is not made for such memory.
@@ -73,7 +73,11 @@ def probe_document() -> dict[str, Any]:
         }
         for trap, backings in found.items()
     }
-    document["working"] = [trap for trap in EXIT_TRAPS if any(works(trap, backing) for backing in BACKINGS)]
+    document["working"] = [
+        trap
+        for trap, kind in TRAPS.items()
+        if kind.exits and any(works(trap, backing) for backing in BACKINGS)
+    ]
     document["ok"] = bool(document["working"])
     document["userfaultfd"] = userfaultfd_facts()
     document["hugepages"] = [{"size_bytes": size, **counts} for size, counts in huge_page_pools().items()]

@@ -34,7 +34,7 @@ from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import Program, Task, WorkloadOptions, make_workload
-from kvmdp.memory.backings import BACKINGS
+from kvmdp.memory.backings import backing_class
 from kvmdp.page import PAGE_SIZE
 from kvmdp.peers.wire.endpoint import EndpointError
 from kvmdp.shortage import ShortageError, named
@@ -131,10 +131,12 @@ def _supervise(options: argparse.Namespace) -> int:
 
 
 def _announce(options: argparse.Namespace, machine: MachineOptions, source: PageSource) -> None:
+    vcpus = f"{machine.vcpus} vCPU{'s' if machine.vcpus > 1 else ''}"
     what = f"workload {options.workload}" if options.guest is None else f"program {options.guest}"
+    beside = " with a device view" if machine.device_view else ""
     say(
-        f"{format_size(machine.memory_bytes)} of {machine.backing} RAM from {source.name}, trap {machine.trap}, "
-        f"{machine.vcpus} vCPU{'s' if machine.vcpus > 1 else ''} in ring {options.ring}, {what}"
+        f"{format_size(machine.memory_bytes)} of {machine.backing} RAM from {source.name}, "
+        f"trap {machine.trap}{beside}, {vcpus} in ring {options.ring}, {what}"
     )
 
 
@@ -215,12 +217,13 @@ def _document(options: argparse.Namespace, machine: MachineOptions, sources: Sou
         "schema": SCHEMA,
         "ok": False,
         "trap": machine.trap,
+        "device_view": machine.device_view,
         "backing": machine.backing,
         "ring": options.ring,
         "vcpus": machine.vcpus,
         "memory_bytes": machine.memory_bytes,
         "page_size": PAGE_SIZE,
-        "host_page_size": BACKINGS[machine.backing].page_size,
+        "host_page_size": backing_class(machine.backing).page_size,
         "thp": machine.thp,
         "fault_around": machine.fault_around,
         "resident_limit_bytes": machine.resident_limit,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
 
 from kvmdp.cli.disk_options import add_disk_options
 from kvmdp.cli.images import add_image_options
+from kvmdp.cli.lists import given_mode
 from kvmdp.errors import UnsupportedError
 from kvmdp.jobs.collapse import POLICIES
-from kvmdp.jobs.resident_limit import check_frees, check_limit
+from kvmdp.jobs.resident_limit import check_limit
 from kvmdp.kvm import Kvm
 from kvmdp.lab.experiment import usable_memory
 from kvmdp.lab.poison import check_poison
@@ -19,19 +19,21 @@ from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.pv_msrs import pv_flags
 from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions, make_workload
 from kvmdp.machine.workloads.poison import Poison
-from kvmdp.memory.backings import BACKINGS, check_backing_options, check_huge_pages
+from kvmdp.memory.backings import BACKINGS, backing_class, check_backing_options, check_huge_pages
 from kvmdp.memory.layout import HIGH_RAM_BASE, MIN_MEMORY, GuestLayout
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.policy import FaultAround
 from kvmdp.peers.handler.source import DEFAULT_TIMEOUT
 from kvmdp.size import format_size, parse_size
 from kvmdp.source.base import PageSource
-from kvmdp.trap.registry import ALL_TRAPS, SLOT_TRAPS, check_backing, exit_trap_of
-from kvmdp.trap.slots.memory_fault import MemoryFaultTrap
-from kvmdp.trap.slots.partial_slots import DEFAULT_SLOT_MEMORY
-from kvmdp.trap.slots.ram_slots import check_granule, least_granule
-from kvmdp.trap.slots.slot_trap import SlotOptions, Split
-from kvmdp.trap.uffd.userfaultfd import UffdOptions, check_mode, parse_mode
+from kvmdp.trap.fits import Together, check, granule_of, named
+from kvmdp.trap.kind import TrapKind
+from kvmdp.trap.registry import DEVICE_VIEW, TRAPS, parse_trap, trap_class
+from kvmdp.trap.slots.partial_slots import DEFAULT_SLOT_MEMORY, check_slot_memory
+from kvmdp.trap.uffd.options import UffdOptions
+
+_AUTO = "auto"
+_BY_MEMSLOT = named(lambda trap: trap.by_memslot).replace(" or ", " and ")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -81,9 +83,11 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
     option = group.add_argument
     option(
         "--trap",
-        default="auto",
+        default=_AUTO,
         metavar="TRAP",
-        help=f"auto, {', '.join(ALL_TRAPS)} (default: auto, the fastest proven one with exits; layered from 8G on)",
+        help=f"{_AUTO}, {', '.join(TRAPS)} (default: {_AUTO}, the fastest proven one with exits; layered from 8G on); "
+        f"with :{DEVICE_VIEW} behind it threads of this process have a view of RAM in which they sleep until a page is "
+        f"there ({_BY_MEMSLOT})",
     )
     option("--vcpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 16 (default: 1)")
     option(
@@ -147,19 +151,12 @@ def _add_trap_options(group: argparse._ArgumentGroup) -> None:
     option(
         "--granule",
         metavar="SIZE",
-        help="memory a memslot covers, for memory-fault and mmio, hybrid or not (default: least that "
-        "makes at most 16384 memslots)",
-    )
-    option(
-        "--split",
-        choices=get_args(Split),
-        help="how memory-fault cuts a region of RAM that has too many granules for a memslot each, when a page of it "
-        "is touched: around the page, or into granules (default: gap)",
+        help=f"memory a memslot covers, for {_BY_MEMSLOT} (default: least that makes at most 16384 memslots)",
     )
     option(
         "--slot-memory",
         metavar="SIZE",
-        help="for memory-fault and mmio: kernel memory that the memslots of regions with too many granules may take "
+        help=f"for {_BY_MEMSLOT}: kernel memory that the memslots of regions with too many granules may take "
         "before the fullest are completed and merged (with --resident-limit: the emptiest shut off) "
         f"(default: {format_size(DEFAULT_SLOT_MEMORY)})",
     )
@@ -168,12 +165,12 @@ def _add_trap_options(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="userfaultfd, hybrids: reader threads, 1 to 99 (default: 1)",
+        help="userfaultfd, device view: reader threads, 1 to 99 (default: 1)",
     )
     option(
         "--uffd-per-vcpu",
         action="store_true",
-        help="userfaultfd, hybrids: a descriptor for each vCPU's share of RAM (default: one)",
+        help="userfaultfd, device view: a descriptor for each vCPU's share of RAM (default: one)",
     )
     option(
         "--uffd-mode",
@@ -299,26 +296,30 @@ def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOpti
     check_backing_options(
         options.backing, memory, thp=thp, path=options.backing_file, reserve=options.reserve_hugepages
     )
-    _check_names(options)
-    mode = None if options.uffd_mode is None else parse_mode(options.uffd_mode)
-    if mode is not None and options.trap != "userfaultfd":
-        raise ValueError("--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out")
-    check_backing(options.trap, BACKINGS[options.backing])
-    check_mode(mode, BACKINGS[options.backing])
-    if options.resident_limit is not None:
-        check_frees(BACKINGS[options.backing])
+    backing = backing_class(options.backing)
+    name, device_view = parse_trap(options.trap)
+    _check_names(options, name)
+    mode = given_mode(options)
+    if mode is not None and name == _AUTO:
+        raise ValueError(
+            "--uffd-mode with --trap auto, which takes no trap that has a mode: name the trap, or leave it out"
+        )
+    chosen = None if name == _AUTO else trap_class(name)
+    check(Together(backing, chosen, mode, device_view, limited=options.resident_limit is not None))
     if not options.reserve_hugepages:
         check_huge_pages(options.backing, memory)
-    trap = choose_trap(options.backing, memory) if options.trap == "auto" else options.trap
+    if name == _AUTO:
+        name = choose_trap(options.backing, memory, device_view=device_view)
+    trap = trap_class(name)
     layout = GuestLayout(memory, work.low_ram_end)
-    if layout.cuts(BACKINGS[options.backing].page_size):
+    if layout.cuts(backing.page_size):
         raise ValueError(
             f"RAM's hole at {format_size(layout.low_ram_end)} is in the middle of a huge page of {options.backing} "
             "memory: use hugetlb-2m"
         )
-    granule = _granule(options, trap, layout)
-    # What the trap flips as one, in bytes.
-    unit = granule if trap in SLOT_TRAPS and granule else BACKINGS[options.backing].page_size
+    asked = None if options.granule is None else parse_size(options.granule)
+    granule = granule_of(trap, layout, backing, asked, options.fault_around)
+    unit = granule or backing.page_size  # what the trap flips as one, in bytes
     if options.poison and options.guest is None:
         workload = make_workload(options.workload, work)
         check_poison(workload.poisoned, workload.touched, unit // PAGE_SIZE)
@@ -332,12 +333,13 @@ def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOpti
         memory_bytes=memory,
         low_ram_end=work.low_ram_end,
         resident_limit=limit,
-        trap=trap,
+        trap=name,
+        device_view=device_view,
         backing=options.backing,
         vcpus=options.vcpus,
         granule=granule,
         fault_around=options.fault_around,
-        slots=_slot_options(options, trap),
+        slot_memory=_slot_memory(options, trap),
         uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1, mode),
         page_tables=options.page_tables,
         program=b"" if options.guest is None else read_program(options.guest),
@@ -347,12 +349,12 @@ def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOpti
     )
 
 
-def _check_names(options: argparse.Namespace) -> None:
+def _check_names(options: argparse.Namespace, trap: str) -> None:
     """Raise ValueError for a trap or workload that there is none of, or workloads that do not go with the rest."""
-    if options.trap != "auto" and options.trap not in ALL_TRAPS:
+    if trap != _AUTO and trap not in TRAPS:
         proven = ", ".join(working_traps(options.backing)) or "none"
         raise ValueError(
-            f"there is no trap {options.trap!r}: there are auto, {', '.join(ALL_TRAPS)}; this host proves {proven}"
+            f"there is no trap {trap!r}: there are {_AUTO}, {', '.join(TRAPS)}; this host proves {proven}"
         )
     if options.guest is None and options.workload not in WORKLOADS:
         raise ValueError(f"there is no workload {options.workload!r}: choose from {', '.join(WORKLOADS)}")
@@ -363,30 +365,15 @@ def _check_names(options: argparse.Namespace) -> None:
         )
 
 
-def _granule(options: argparse.Namespace, trap: str, layout: GuestLayout) -> int | None:
-    """Return the granule in bytes, None for a trap that has none of its own to choose. Raises ValueError."""
-    granule = None if options.granule is None else parse_size(options.granule)
-    if trap in SLOT_TRAPS:
-        if granule is None:
-            # What is fetched together is one memslot: the fewer flips the better.
-            least = least_granule(layout, BACKINGS[options.backing].page_size)
-            granule = max(least, options.fault_around * PAGE_SIZE)
-        check_granule(granule, layout)
-    elif granule not in (None, PAGE_SIZE):
-        raise ValueError(f"--granule is for memory-fault and mmio: the trap {trap} works by the host's pages")
-    return granule
-
-
-def _slot_options(options: argparse.Namespace, trap: str) -> SlotOptions:
-    """Return how memslots are cut. Raises ValueError for what the trap has no use for."""
-    if options.split is not None and exit_trap_of(trap) != MemoryFaultTrap.name:
+def _slot_memory(options: argparse.Namespace, trap: type[TrapKind]) -> int:
+    """Return the kernel memory, in bytes, that memslots of regions in pieces may take. Raises ValueError."""
+    if options.slot_memory is None:
+        return DEFAULT_SLOT_MEMORY
+    if not trap.by_memslot:
         raise ValueError(
-            f"--split is for memory-fault: the trap {trap} stops no vCPU to cut a region; leave it out"
+            f"--slot-memory is for {_BY_MEMSLOT}: the trap {trap.name} has no memslots for parts of a region; leave it "
+            "out"
         )
-    if options.slot_memory is not None and trap not in SLOT_TRAPS:
-        raise ValueError(
-            f"--slot-memory is for memory-fault and mmio: the trap {trap} has no memslots for parts of a region; leave "
-            "it out"
-        )
-    memory = DEFAULT_SLOT_MEMORY if options.slot_memory is None else parse_size(options.slot_memory)
-    return SlotOptions(options.split or "gap", memory)
+    memory = parse_size(options.slot_memory)
+    check_slot_memory(memory)
+    return memory

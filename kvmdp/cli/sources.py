@@ -7,15 +7,16 @@ import contextlib
 from dataclasses import dataclass
 
 from kvmdp.cli.images import Image, ImageLayout, open_image, parse_layout
+from kvmdp.cli.lists import given_mode
 from kvmdp.cli.output import say
-from kvmdp.memory.backing import MemfdBacking
-from kvmdp.memory.backings import BACKINGS
+from kvmdp.memory.backings import backing_class
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.peers.handler.source import HandlerSource
 from kvmdp.size import format_size, parse_size
 from kvmdp.source.base import PageSource
 from kvmdp.source.network import NetworkSource, parse_bandwidth, parse_latency
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap.fits import Together, check
 
 _DEFAULT_MEMORY = 64 << 20
 
@@ -76,16 +77,11 @@ def _check_handler(options: argparse.Namespace) -> None:
             "--latency and --bandwidth with --handler: the network is between the handler and its pages; give them to "
             "kvmdp handler"
         )
-    if not BACKINGS.get(options.backing, MemfdBacking).sealed:
-        raise ValueError(
-            f"--handler with --backing {options.backing}: such memory cannot be handed to a handler in another "
-            "process; use --backing memfd"
-        )
-    if (options.uffd_mode or "").lower() == "missing":
-        raise ValueError(
-            "--handler with --uffd-mode missing: a handler fills pages in the memory file, where in that mode no "
-            "absent page may be; leave --uffd-mode out"
-        )
+    backing = backing_class(options.backing)
+    try:
+        check(Together(backing, mode=given_mode(options), handler=True))
+    except ValueError as error:
+        raise ValueError(f"--handler: {error}") from None
 
 
 def _handler(

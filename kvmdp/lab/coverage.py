@@ -47,8 +47,7 @@ from kvmdp.source.base import read_pages
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.thread import run_in_thread
-from kvmdp.trap.registry import PURE_TRAPS
-from kvmdp.trap.uffd.userfaultfd import UserfaultfdTrap
+from kvmdp.trap.registry import TRAPS, trap_class
 
 _MEMORY = 2 << 20
 _PAGES = 8
@@ -70,6 +69,11 @@ class Coverage:
         return all(cell.ok for cell in self.cells)
 
 
+def covered_traps() -> list[str]:
+    """Return the traps that have a column: those with a way of their own to catch an access."""
+    return [name for name, kind in TRAPS.items() if kind.is_pure]
+
+
 def coverage(on_cell: Callable[[str, str], None] | None = None) -> Coverage:
     """Run every cell; `on_cell` is told of each (access, trap) before it runs. Raises KvmError without KVM."""
     with Kvm():
@@ -77,7 +81,7 @@ def coverage(on_cell: Callable[[str, str], None] | None = None) -> Coverage:
     skipped: dict[str, str] = {}
     cells = []
     for access in ACCESSES:
-        for trap in PURE_TRAPS:
+        for trap in covered_traps():
             if trap in skipped:
                 continue
             if on_cell is not None:
@@ -121,6 +125,7 @@ def _workload_cell(
     ring: int = 3,
     page_tables: PageTablePlace = "boot",
     pv: PvFlag = PvFlag.NONE,
+    machine: type[Machine] = Machine,
 ) -> Cell:
     with Kvm() as kvm:
         vector = vector_flags(kvm)
@@ -129,8 +134,9 @@ def _workload_cell(
         memory_bytes=memory, pages=_PAGES, seed=_SEED, vector=vector, write=write, ring=ring, pv=pv
     )
     workload = make_workload(name, work)
-    machine = MachineOptions(_MEMORY, trap, page_tables=page_tables)
-    result = run_workload(machine, workload, SyntheticSource(_MEMORY, _SEED), timeout=_TIMEOUT)
+    options = MachineOptions(_MEMORY, trap, page_tables=page_tables)
+    source = SyntheticSource(_MEMORY, _SEED)
+    result = run_workload(options, workload, source, timeout=_TIMEOUT, machine_class=machine)
     exits = {kind: count for kind, count in result.exits.items() if kind not in ("io", "interrupted")}
     if not exits and len(result.latencies):
         exits = {"uffd_event": len(result.latencies)}
@@ -166,10 +172,19 @@ def _kvm_write(access: str, trap: str) -> Cell:
     return _workload_cell(access, trap, "clock", pv=wanted)
 
 
+class UnpreparedMachine(Machine):
+    """Leaves paged page tables absent whatever the trap, to see what comes of a walk."""
+
+    def _fetch_page_tables(self) -> None:
+        pass
+
+
 def _page_walk(access: str, trap: str) -> Cell:
     """Leave the page tables absent; if that is no good, show that making them present first is."""
     try:
-        return _workload_cell(access, trap, "touch", write=True, page_tables="absent")
+        return _workload_cell(
+            access, trap, "touch", write=True, page_tables="paged", machine=UnpreparedMachine
+        )
     except GuestTimeoutError:
         what = "the guest never got on"
     except (PagingError, GuestError) as error:
@@ -238,7 +253,7 @@ def _system_call(access: str, trap: str) -> Cell:
     if exits:
         return Cell(access, trap, seen_by(exits), exits, exact=found == source.pages(np.arange(1)).tobytes())
     # Sleeping is what userfaultfd has for this; a trap of KVM's cannot see it, and is not expected to.
-    note, expected = f"{what}; devices have to ask the pager first", trap != UserfaultfdTrap.name
+    note, expected = f"{what}; devices have to ask the pager first", trap_class(trap).exits
     return Cell(access, trap, Seen.MISSED, {}, exact=False, note=note, ok=expected)
 
 

@@ -21,7 +21,6 @@ from kvmdp.machine.hostinfo import tmpfs_has_huge_pages
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.pv_msrs import PV_MSRS
 from kvmdp.machine.workloads.arithmetic import Bools
-from kvmdp.memory.backing import FileBacking
 from kvmdp.memory.mapping import Mapping
 from kvmdp.page import PAGE_SIZE
 
@@ -107,7 +106,7 @@ class LeakDetector:
 def _has_memory_around_pages(machine: Machine) -> bool:
     """Whether the kernel may give memory to what lies beside a page that is filled: huge pages, a disk's page cache."""
     backing = machine.backing
-    if backing.page_size > machine.pager.trap.granule or backing.thp or isinstance(backing, FileBacking):
+    if backing.page_size > machine.pager.trap.granule or backing.thp or backing.reads_ahead:
         return True
     return backing.shared and tmpfs_has_huge_pages()
 

@@ -108,6 +108,7 @@ def run_workload(
     detector: LeakDetector | None = None,
     device: DeviceFactory | None = None,
     collapse: CollapsePolicy = "off",
+    machine_class: type[Machine] = Machine,
 ) -> RunResult:
     """Boot a machine, have it do `task` on the memory that `source` delivers, compare. The sources stay the caller's.
 
@@ -121,7 +122,8 @@ def run_workload(
 
     `collapse` is when present pages are put together; what came of it is measured once the guest is done.
     `on_start` is called with the machine before the guest runs, `on_tick` about ten times a second while it does.
-    `detector`, if given, looks for leaks meanwhile and has them afterwards.
+    `detector`, if given, looks for leaks meanwhile and has them afterwards. `machine_class` is for an experiment
+    that changes what a machine does.
     Raises what `Machine`, `Machine.run` and `poison_pages` raise, and ValueError if the task is planned for RAM with
     another hole, would use pages that hold page tables (`usable_memory` says how much memory to plan it for), or is a
     program and the machine has none.
@@ -133,7 +135,7 @@ def run_workload(
     if reference is None and ram_source(source) is None:
         reference = source
     with contextlib.ExitStack() as stack:
-        machine = stack.enter_context(entered(Machine, options, patched(source)))
+        machine = stack.enter_context(entered(machine_class, options, patched(source)))
         _check_plan(machine, task)
         if device is None and task.disk_bytes:
             device = in_process_disk(task.disk_bytes)

@@ -18,7 +18,7 @@ from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
-from kvmdp.memory.backings import BACKINGS
+from kvmdp.memory.backings import backing_class
 from kvmdp.memory.hugepages import (
     HugePageRefusedError,
     can_overcommit,
@@ -30,8 +30,8 @@ from kvmdp.page import PAGE_SIZE
 from kvmdp.shortage import ShortageError, causes, in_words, named
 from kvmdp.size import format_size
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.trap.layered import LayeredTrap
-from kvmdp.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS, UFFD_TRAPS, check_backing
+from kvmdp.trap import fits
+from kvmdp.trap.registry import TRAPS, trap_class
 from kvmdp.trap.uffd.descriptor import Uffd, supported_features
 
 # From where the memslots of `layered` (12 MiB, for 512 of them) take clearly less than the page tables that `marker`
@@ -46,8 +46,6 @@ _MAX_SLOTS = 1024
 _MUCH = 32 << 20  # bytes to fetch for one access
 _ONE_ACCESS = "write"  # made even if it fetches as much
 
-# HugeTLB is for a caller that wants huge pages later and faults of 4 KiB now: memslots have those.
-_HUGE_PAGE_TRAPS = ("memory-fault", "mmio", "marker")
 # What a trap is proven on for a run on gigantic pages, of which there may be one.
 _SMALLER = {"hugetlb-1g": "hugetlb-2m", "private-hugetlb-1g": "private-hugetlb-2m"}
 
@@ -123,13 +121,13 @@ def prove(trap: str, backing: str, access: str) -> Proof:
 def _run(trap: str, backing: str, access: str) -> Proof:
     """Return what comes of a run. Raises what a machine raises."""
     name, write = ACCESSES[access]
-    page_size = BACKINGS[backing].page_size
+    page_size = backing_class(backing).page_size
     memory = max(_MEMORY, page_size)
     with Kvm() as kvm:
         vector = vector_flags(kvm)
     options = WorkloadOptions(memory_bytes=memory, pages=_PAGES, seed=_SEED, vector=vector, write=write)
     workload = make_workload(name, options)
-    granule = max(_GRANULE, memory // _MAX_SLOTS) if trap in SLOT_TRAPS else None
+    granule = max(_GRANULE, memory // _MAX_SLOTS) if trap_class(trap).by_memslot else None
     reserve = page_size > PAGE_SIZE and can_overcommit(page_size)
     machine = MachineOptions(memory, trap, backing, granule=granule, reserve_hugepages=reserve)
     result = run_workload(machine, workload, SyntheticSource(memory, _SEED), timeout=_TIMEOUT)
@@ -143,7 +141,7 @@ def _run(trap: str, backing: str, access: str) -> Proof:
 
 def _obstacle(trap: str, backing: str, access: str) -> Proof | None:
     """Return why a cell is not to be run, None if it is."""
-    page_size = BACKINGS[backing].page_size
+    page_size = backing_class(backing).page_size
     if refusal := _refusal(trap, backing):
         return Proof(access, {}, refusal, "refused")
     if page_size == PAGE_SIZE or can_overcommit(page_size):
@@ -154,15 +152,15 @@ def _obstacle(trap: str, backing: str, access: str) -> Proof | None:
     except UnsupportedError:
         reason = f"no huge page of {format_size(page_size)} is free: {how_to_reserve(page_size, 1)}"
         return Proof(access, {}, reason, "not run")
-    if trap in UFFD_TRAPS and page_size > _MUCH and access != _ONE_ACCESS:
+    if not trap_class(trap).by_memslot and page_size > _MUCH and access != _ONE_ACCESS:
         return Proof(access, {}, f"each access would fetch {format_size(page_size)}", "not run")
     return None
 
 
-def _refusal(trap: str, backing: str) -> str:
+def _refusal(trap: str, backing: str, *, device_view: bool = False) -> str:
     """Return why a trap cannot work on such memory anywhere; empty if it can."""
     try:
-        check_backing(trap, BACKINGS[backing])
+        fits.check(fits.Together(backing_class(backing), trap_class(trap), device_view=device_view))
     except ValueError as error:
         return str(error)
     return ""
@@ -185,18 +183,26 @@ def working_traps(backing: str) -> list[str]:
     return [trap for trap in TRAPS if works(trap, backing)]
 
 
-def choose_trap(backing: str, memory_bytes: int) -> str:
+def exit_traps() -> list[str]:
+    """Return the traps whose faults are exits of KVM_RUN, in the order in which `auto` tries them."""
+    return [name for name, kind in TRAPS.items() if kind.exits]
+
+
+def choose_trap(backing: str, memory_bytes: int, *, device_view: bool = False) -> str:
     """Return the fastest exit-style trap that a micro guest proves on `backing`; on HugeTLB one with 4 KiB faults.
 
-    For large RAM the first that is tried is `layered`, which leaves untouched memory without page tables. Raises
-    UnsupportedError if there is none.
+    For large RAM the first that is tried is one that leaves untouched memory without page tables. With `device_view` it
+    can have that beside. Raises UnsupportedError if there is none, ValueError for a backing that there is not, or that
+    has no device view.
     """
-    if backing not in BACKINGS:
-        raise ValueError(f"there is no backing {backing!r}: choose from {', '.join(BACKINGS)}")
-    traps: tuple[str, ...] = EXIT_TRAPS if BACKINGS[backing].page_size == PAGE_SIZE else _HUGE_PAGE_TRAPS
-    if memory_bytes >= _LARGE and LayeredTrap.name in traps:
-        traps = (LayeredTrap.name, *(trap for trap in traps if trap != LayeredTrap.name))
-    traps = tuple(trap for trap in traps if not _refusal(trap, backing))
+    page_size = backing_class(backing).page_size
+    fits.check(fits.Together(backing_class(backing), device_view=device_view))
+    traps = [trap for trap in exit_traps() if not _refusal(trap, backing, device_view=device_view)]
+    if page_size > PAGE_SIZE:
+        # HugeTLB is chosen for huge pages later and faults of 4 KiB now: memslots have those.
+        traps.sort(key=lambda trap: not TRAPS[trap].by_memslot)
+    if memory_bytes >= _LARGE:
+        traps.sort(key=lambda trap: not TRAPS[trap].suits_large)
     tried = _SMALLER.get(backing, backing)
     if all(proof.status == "not run" for trap in traps for proof in proofs(trap, tried)):
         tried = backing

@@ -13,7 +13,7 @@ from kvmdp.abi.kvm_x86 import KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs, kvm_vcpu_e
 from kvmdp.closing import Closing
 from kvmdp.errors import BusyError, PagingError
 from kvmdp.interruption import Interruptible, Uninterrupted
-from kvmdp.jobs.resident_limit import ResidentLimit, check_frees, check_limit
+from kvmdp.jobs.resident_limit import ResidentLimit, check_limit
 from kvmdp.kvm import Interrupted, Kvm, Vcpu, Vm
 from kvmdp.kvm.machine_check import guest_mcg_cap
 from kvmdp.machine import guest_abi as guest
@@ -27,7 +27,7 @@ from kvmdp.machine.boot import (
 )
 from kvmdp.machine.hostinfo import vmalloc_used
 from kvmdp.machine.machine_memory import MachineMemory
-from kvmdp.machine.options import MachineOptions, catches_page_walks
+from kvmdp.machine.options import MachineOptions, catches_page_walks, check_together
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.ports import Loopback, Ports
 from kvmdp.machine.pv_msrs import PvMsrs
@@ -39,13 +39,12 @@ from kvmdp.page import PAGE_SIZE, Origin, Outcome
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.pager import Pager
 from kvmdp.paging.policy import FaultAround
-from kvmdp.peers.peers import DeviceServer, check_shareable
+from kvmdp.peers.peers import DeviceServer
 from kvmdp.source.base import PageSource, fetch, ram_source
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.request import FetchRequest
-from kvmdp.trap.registry import SLOT_TRAPS, create_trap
+from kvmdp.trap.create import create_trap
 from kvmdp.trap.uffd.device_view import DeviceView
-from kvmdp.trap.uffd.hybrid import HybridTrap
 from kvmdp.vcpu.faults import VcpuPaging
 from kvmdp.vcpu.gate import VcpuGate
 
@@ -59,7 +58,7 @@ class Machine(Closing):
 
     The source belongs to the caller; `source` is that with the page tables in it, if they are paged: what RAM holds
     before the guest runs. `set_parameters` comes before `run`. `setup_seconds` says what each phase took, `slot_bytes`
-    what kernel memory (vmalloc) arming took; all else is in `pager`, `memory` and `threads`. Under a hybrid trap
+    what kernel memory (vmalloc) arming took; all else is in `pager`, `memory` and `threads`. If it was asked for
     `device_view` is where threads of this process read and write RAM by plain loads and stores until the machine stops;
     else it is None. `has_machine_checks` says whether this KVM lets a guest know of poisoned memory.
 
@@ -84,6 +83,7 @@ class Machine(Closing):
             raise
 
     def _build(self, options: MachineOptions, source: PageSource, stack: contextlib.ExitStack) -> None:
+        check_together(options, handler=ram_source(source) is not None)
         with self._phase("memory"):
             self.layout = GuestLayout(options.memory_bytes, options.low_ram_end)
             self.page_tables = PageTables(self.layout, paged=options.page_tables != "boot")
@@ -113,14 +113,21 @@ class Machine(Closing):
             self._boot = boot
         with self._phase("trap"):
             trap = create_trap(
-                options.trap, self.vm, self.layout, self.backing, options.granule, options.uffd, options.slots
+                options.trap,
+                self.vm,
+                self.layout,
+                self.backing,
+                options.granule,
+                options.uffd,
+                options.slot_memory,
+                device_view=options.device_view,
             )
             stack.callback(trap.close)
             self.gate = VcpuGate()
             self.pager = Pager(self.layout, trap, self.source, policy, self.gate)
             stack.callback(self.pager.close)
             self._memory = MachineMemory(self.layout, self.backing, self.pager)
-            self.device_view: DeviceView | None = trap.device_view if isinstance(trap, HybridTrap) else None
+            self.device_view: DeviceView | None = trap.device_view
             self._decoding = GuestMemory(self.layout, self.backing, self.pager, Origin.VCPU, -1)
             self._bind(source)
         with self._phase("arm"):
@@ -142,7 +149,6 @@ class Machine(Closing):
             self.layout,
             self.pager,
             lambda gpa, length: self._boot.read(gpa, length) is not None,
-            intercepts=self.options.intercept_msrs,
         )
         cpuid = guest_cpuid(kvm, self.pv.features)
         vector = vector_flags(kvm)
@@ -164,10 +170,6 @@ class Machine(Closing):
 
     def _fill(self) -> None:
         """Put all of RAM in place, where nothing is ever armed."""
-        if self.options.trap not in SLOT_TRAPS or ram_source(self.source) is not None:
-            raise ValueError(
-                "a machine without demand paging needs a trap by memslot and a source in this process"
-            )
         if self.backing.refusable:
             self.backing.populate(0, self.backing.size)
         view = self.backing.vmm.view
@@ -180,14 +182,16 @@ class Machine(Closing):
 
     def _secure_page_tables(self) -> None:
         """See to it that paged page tables stay, and are there before a walk that would not trap."""
-        first, count = self.page_tables.first_page, self.page_tables.pages
-        if not count:
+        if not self.page_tables.pages:
             return
-        self.pager.retain(first, count)
-        if self.options.page_tables == "absent" or catches_page_walks(self.options.trap):
-            return
+        self.pager.retain(self.page_tables.first_page, self.page_tables.pages)
+        if not catches_page_walks(self.options.trap):
+            self._fetch_page_tables()
+
+    def _fetch_page_tables(self) -> None:
+        """Make paged page tables present. The lab leaves them absent instead, to see what comes of it."""
         with Interruptible():
-            outcome = self.pager.mark_present(first, count)
+            outcome = self.pager.mark_present(self.page_tables.first_page, self.page_tables.pages)
         if outcome is not Outcome.PRESENT:
             raise self.pager.error or PagingError("the page tables cannot be made present")
 
@@ -196,7 +200,6 @@ class Machine(Closing):
         if self.options.resident_limit is None:
             return None
         pages = self.options.resident_limit // PAGE_SIZE
-        check_frees(self.backing)
         unit = self.pager.ledger.unit
         check_limit(pages, self.options.vcpus, self.options.fault_around, unit, self.page_tables.pages)
         limit = ResidentLimit(self.pager, pages)
@@ -207,7 +210,6 @@ class Machine(Closing):
         """Hand RAM to a source that another process fills it from."""
         remote = ram_source(source)
         if remote is not None:
-            check_shareable(self.backing, self.pager.trap)
             regions = [(each.gpa, each.size, each.offset) for each in self.layout.regions]
             remote.bind(self.backing.vmm.view, self.backing.fd, self.pager.bitmap.fd, regions)
 

@@ -6,27 +6,28 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvmdp.machine.hostinfo import uses_nested_paging
+from kvmdp.memory.backings import backing_class
 from kvmdp.memory.layout import LOW_RAM_END
-from kvmdp.trap.registry import exit_trap_of
-from kvmdp.trap.slots.mmio import MmioTrap
-from kvmdp.trap.slots.slot_trap import SlotOptions
-from kvmdp.trap.uffd.userfaultfd import UffdOptions, UserfaultfdTrap
+from kvmdp.trap import fits
+from kvmdp.trap.registry import trap_class
+from kvmdp.trap.slots.partial_slots import DEFAULT_SLOT_MEMORY
+from kvmdp.trap.uffd.options import UffdOptions
 
-PageTablePlace = Literal["boot", "paged", "absent"]
+PageTablePlace = Literal["boot", "paged"]
 
 
 @dataclass(frozen=True, slots=True)
 class MachineOptions:
     """What the machine is to be.
 
-    `memory_bytes` of RAM, with a hole from gpa `low_ram_end` on; `trap` and `backing` by name; `granule` in bytes or
-    None for the trap's choice; `fault_around` in pages; `program`, a flat binary for the guest's program area. `uffd`
-    is for the trap userfaultfd and the device view of the hybrid ones. `pin` has a host CPU for each vCPU, or none.
+    `memory_bytes` of RAM, with a hole from gpa `low_ram_end` on; `trap` and `backing` by name; `device_view`, whether
+    threads of this process have a view of RAM on which they sleep until a page is there; `granule` in bytes or None for
+    the trap's choice; `fault_around` in pages; `program`, a flat binary for the guest's program area. `uffd` is for the
+    trap userfaultfd and the device view. `pin` has a host CPU for each vCPU, or none.
     `page_tables` is where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present
-    before the guest is entered if the trap does not catch page walks on this host; "absent" leaves that out, to see
-    what comes of it. So does `intercept_msrs` False with what makes KVM write to memory by itself
-    (`kvmdp.machine.pv_msrs`).
-    `resident_limit` is how many bytes of RAM may be in memory at once. `slots` is for the traps that work by memslot.
+    before the guest is entered if the trap does not catch page walks on this host.
+    `resident_limit` is how many bytes of RAM may be in memory at once. `slot_memory` is for the traps that work by
+    memslot: bytes of kernel memory for the memslots of regions in pieces.
     With `demand_paging` False the guest never has it: RAM is filled before it runs. That is something to compare with,
     for a trap that works by memslot, and a source in this process.
     `thp`, `backing_file` and `reserve_hugepages` are the options of backings (`kvmdp.memory.backings`).
@@ -42,14 +43,29 @@ class MachineOptions:
     uffd: UffdOptions = field(default_factory=UffdOptions)
     pin: tuple[int, ...] = ()
     page_tables: PageTablePlace = "boot"
-    intercept_msrs: bool = True
+    device_view: bool = False
     demand_paging: bool = True
     resident_limit: int | None = None
-    slots: SlotOptions = field(default_factory=SlotOptions)
+    slot_memory: int = DEFAULT_SLOT_MEMORY
     thp: bool = False
     backing_file: str | None = None
     reserve_hugepages: bool = False
     low_ram_end: int = LOW_RAM_END
+
+
+def check_together(options: MachineOptions, *, handler: bool) -> None:
+    """Raise ValueError if what is asked for does not go together; `handler`: another process fills RAM."""
+    fits.check(
+        fits.Together(
+            backing_class(options.backing),
+            trap_class(options.trap),
+            options.uffd.mode,
+            options.device_view,
+            handler=handler,
+            limited=options.resident_limit is not None,
+            unarmed=not options.demand_paging,
+        )
+    )
 
 
 def catches_page_walks(trap: str) -> bool:
@@ -59,6 +75,5 @@ def catches_page_walks(trap: str) -> bool:
     shadows page tables it walks them itself: that puts it to sleep in userfaultfd, and what it cannot read in any
     other way it takes for not mapped.
     """
-    if trap == UserfaultfdTrap.name:
-        return True
-    return exit_trap_of(trap) != MmioTrap.name and uses_nested_paging()
+    kind = trap_class(trap)
+    return kind.catches_nested_walks if uses_nested_paging() else kind.catches_shadow_walks

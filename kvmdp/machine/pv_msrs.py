@@ -105,7 +105,7 @@ class PvMsrs:
     """Carries out what guests write to the MSRs of `PV_MSRS`; a machine has one.
 
     `is_fixed(gpa, length)` says of memory outside RAM whether it is always present. `features` is what the guest's
-    CPUID may show. `intercepts` False leaves all to KVM, to see what comes of it.
+    CPUID may show.
     """
 
     def __init__(
@@ -115,8 +115,6 @@ class PvMsrs:
         layout: GuestLayout,
         pager: Pager,
         is_fixed: Callable[[int, int], bool],
-        *,
-        intercepts: bool = True,
     ) -> None:
         self.features = offered_features(kvm)
         self._layout = layout
@@ -125,7 +123,7 @@ class PvMsrs:
         self._mutex = threading.Lock()  # guards what follows
         self._retained: dict[tuple[int, str], list[int]] = {}  # by vCPU and structure
         self._written: set[tuple[int, int]] = set()  # (gpa, size) of all that KVM was ever told to write to
-        if self.features and intercepts:
+        if self.features:
             vm.enable_cap(Cap.X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER)
             vm.set_msr_filter([_LEGACY, _KVM_RANGE])
 

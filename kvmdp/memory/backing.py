@@ -18,10 +18,13 @@ import fcntl
 import os
 import stat
 from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from kvmdp.abi import libc
+from kvmdp.abi.kvm_cap import Cap
 from kvmdp.abi.mman import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -40,6 +43,32 @@ from kvmdp.size import format_size
 from kvmdp.temporary import temporary_folder, unnamed_file
 
 
+class MemoryMaker(Protocol):
+    """What is needed of a VM: a guest_memfd belongs to one."""
+
+    def check_extension(self, capability: Cap) -> int:
+        """Return what KVM_CHECK_EXTENSION says of `capability`."""
+        ...
+
+    def create_guest_memfd(self, size: int, flags: int) -> int:
+        """Return the descriptor of a new guest_memfd."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BackingOptions:
+    """What may be chosen of a backing that has the ability to it.
+
+    `thp` lets the kernel put small pages together into huge ones (`transparent`); `path` is the file that RAM is to be
+    in (`takes_path`), None for a temporary one; `reserve` has huge pages reserved, and given back at its close
+    (`reservable`).
+    """
+
+    thp: bool = False
+    path: str | None = None
+    reserve: bool = False
+
+
 class Backing(Closing):
     """Guest RAM of `size` bytes; owns its mappings.
 
@@ -47,7 +76,9 @@ class Backing(Closing):
     `shared`, whether there are two views of the same pages; `sealed`, whether it is a memory file of sealed size,
     fit to be handed to other processes; `registrable`, whether userfaultfd takes it; `transparent`, whether its pages
     can be put together into huge ones (`thp`); `frees`, whether `forget` gives memory back to the host; `refusable`,
-    whether the host may refuse a page at its first touch, so that `populate` has to come before a store.
+    whether the host may refuse a page at its first touch, so that `populate` has to come before a store; `reads_ahead`,
+    whether the kernel may give memory to what lies beside a page that is touched; `takes_path`, `reservable`: whether
+    these of `BackingOptions` are for it.
 
     Of the object: `size`; `thp`; `on_disk`, whether the kernel may put its pages on a disk, so that an access has to
     wait for one; `fd`, the sealed memory file, and `guest_memfd`, a guest_memfd that memslots are to be bound to, -1
@@ -63,6 +94,17 @@ class Backing(Closing):
     frees: bool = True
     on_disk: bool = False
     refusable: bool = False
+    reads_ahead: bool = False
+    takes_path: bool = False
+    reservable: bool = False
+
+    @classmethod
+    @abstractmethod
+    def make(cls, size: int, vm: MemoryMaker, options: BackingOptions) -> Backing:
+        """Make `size` bytes of it for `vm`; of the options only those are looked at that it has the ability to.
+
+        Raises UnsupportedError where the host lacks what it needs, OSError.
+        """
 
     def __init__(
         self,
@@ -149,6 +191,11 @@ class MemfdBacking(Backing):
     sealed = True
     transparent = True
 
+    @classmethod
+    def make(cls, size: int, _vm: MemoryMaker, options: BackingOptions) -> Backing:
+        """Make it, of whichever VM."""
+        return cls(size, thp=options.thp)
+
     def __init__(self, size: int, *, thp: bool = False) -> None:
         with contextlib.ExitStack() as stack:
             with libc.named_call("memfd_create"):
@@ -171,6 +218,11 @@ class AnonymousBacking(Backing):
     name = "anonymous"
     shared = False
     transparent = True
+
+    @classmethod
+    def make(cls, size: int, _vm: MemoryMaker, options: BackingOptions) -> Backing:
+        """Make it, of whichever VM."""
+        return cls(size, thp=options.thp)
 
     def __init__(self, size: int, *, thp: bool = False) -> None:
         with contextlib.ExitStack() as stack:
@@ -201,6 +253,13 @@ class FileBacking(Backing):
     registrable = False
     transparent = True
     on_disk = True
+    reads_ahead = True
+    takes_path = True
+
+    @classmethod
+    def make(cls, size: int, _vm: MemoryMaker, options: BackingOptions) -> Backing:
+        """Make it, of whichever VM."""
+        return cls(size, options.path, thp=options.thp)
 
     def __init__(self, size: int, path: str | None = None, *, thp: bool = False) -> None:
         with contextlib.ExitStack() as stack:

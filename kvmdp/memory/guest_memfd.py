@@ -10,24 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Protocol
 
 from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
 from kvmdp.abi.kvm_cap import Cap
 from kvmdp.errors import UnsupportedError
-from kvmdp.memory.backing import Backing, map_twice, punch_hole
-
-
-class MemoryMaker(Protocol):
-    """What is needed of a VM: a guest_memfd belongs to one."""
-
-    def check_extension(self, capability: Cap) -> int:
-        """Return what KVM_CHECK_EXTENSION says of `capability`."""
-        ...
-
-    def create_guest_memfd(self, size: int, flags: int) -> int:
-        """Return the descriptor of a new guest_memfd."""
-        ...
+from kvmdp.memory.backing import Backing, BackingOptions, MemoryMaker, map_twice, punch_hole
 
 
 class GuestMemfdBacking(Backing):
@@ -39,6 +26,11 @@ class GuestMemfdBacking(Backing):
     name = "guest-memfd"
     shared = True
     registrable = False
+
+    @classmethod
+    def make(cls, size: int, vm: MemoryMaker, _options: BackingOptions) -> Backing:
+        """Make it, of this VM."""
+        return cls(size, vm)
 
     def __init__(self, size: int, vm: MemoryMaker) -> None:
         flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED

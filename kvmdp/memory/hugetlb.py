@@ -21,7 +21,7 @@ import os
 
 from kvmdp.abi import libc
 from kvmdp.abi.mman import MAP_HUGE_SHIFT, MFD_HUGETLB
-from kvmdp.memory.backing import Backing
+from kvmdp.memory.backing import Backing, BackingOptions, MemoryMaker
 from kvmdp.memory.hugepages import Reservation, check_pool, populate, too_few
 from kvmdp.memory.mapping import Mapping
 
@@ -34,6 +34,12 @@ class HugetlbBacking(Backing):
 
     frees = False
     refusable = True
+    reservable = True
+
+    @classmethod
+    def make(cls, size: int, _vm: MemoryMaker, options: BackingOptions) -> Backing:
+        """Make it, of whichever VM."""
+        return cls(size, reserve=options.reserve)
 
     def __init__(self, size: int, *, reserve: bool = False) -> None:
         check_pool(self.page_size)

@@ -8,6 +8,7 @@ from typing import Protocol
 from kvmdp.memory.mapping import Mapping
 from kvmdp.paging.ports import Trap
 from kvmdp.trap.slots.slot_map import Block, Kind
+from kvmdp.trap.uffd.device_view import DeviceView
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,11 @@ class Picture:
 
 class InspectedTrap(Trap, Protocol):
     """A trap that says what it has set up, as all of this package do."""
+
+    @property
+    def device_view(self) -> DeviceView | None:
+        """Guest RAM for threads of this process, by plain loads and stores; None if it was made without."""
+        ...
 
     def picture(self) -> Picture:
         """Return what is set up now, to be checked; nobody else is active."""

@@ -16,34 +16,30 @@ import dataclasses
 
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
-from kvmdp.memory.layout import GuestLayout
-from kvmdp.page import HUGE_PAGE, PAGE_SIZE
+from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.ports import ForReaders
-from kvmdp.trap.inspect import Picture
+from kvmdp.trap.inspect import InspectedTrap, Picture
+from kvmdp.trap.kind import Materials
 from kvmdp.trap.slots.memory_fault import prepare_closed_slots
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Block, Kind, Piece
 from kvmdp.trap.uffd.marker import MarkerTrap
-
-_MOST_REGIONS = 512
-
-
-def region_size(layout: GuestLayout) -> int:
-    """Return how many bytes a closed memslot covers: 2 MiB, or the least power of two that makes at most 512 of them.
-
-    The first touch of a region costs several times what another does, for its memslot is replaced. With few regions
-    that is a small share of all faults; the price is page tables, 2 KiB a MiB, for what a touched region has beside.
-    """
-    size = HUGE_PAGE
-    while -(-layout.memory_bytes // size) > _MOST_REGIONS:
-        size *= 2
-    return size
 
 
 class LayeredTrap(MarkerTrap):
     """Absent pages lie in closed regions, or under markers in open ones; present ones in open regions."""
 
     name = "layered"
+    needs_shared = True
+    needs_small_pages = True
+    suits_large = True
+    is_pure = False
+    repeats = False  # the first touch of a region is another exit than the rest
+
+    @classmethod
+    def make(cls, made_of: Materials) -> InspectedTrap:
+        """Make one, not yet armed."""
+        return cls(made_of.vm, made_of.slots, made_of.backing)
 
     def __init__(self, vm: Vm, slots: RamSlots, backing: Backing) -> None:
         prepare_closed_slots(vm, slots, self.name)
@@ -94,12 +90,15 @@ class LayeredTrap(MarkerTrap):
         """
         if any(block.kind is Kind.CLOSED for block in self._slots.overlapping(first, count)):
             assert self._pager is not None
-            with self._slots.claimed(first, count):
+            claim = self._slots.claim(first, count)
+            try:
                 closed = [each for each in self._slots.overlapping(first, count) if each.kind is Kind.CLOSED]
                 for block in closed:
                     self._mark(block.first, block.pages)
                 if closed:  # none, if another thread's fault has opened the region while this one waited
                     self._pager.gate.while_stopped(lambda: self._slots.flip_all(closed))
+            finally:
+                self._slots.release(claim)
         super().admit(first, count)
 
     def collapse(self, first: int, count: int) -> bool:

@@ -170,10 +170,10 @@ def test_help_is_no_error(arguments):
             ),
         ),
         (
-            ("--trap", "hybrid-memory-fault", "--backing", "hugetlb-2m"),
+            ("--trap", "memory-fault:device-view", "--backing", "hugetlb-2m"),
             (
-                "the trap hybrid-memory-fault maps RAM once more for devices, which cannot be done with hugetlb-2m "
-                "memory: use the backing memfd"
+                "a device view maps RAM once more, page by page, which cannot be done with hugetlb-2m memory: use the "
+                "backing memfd"
             ),
         ),
         (
@@ -218,8 +218,19 @@ def test_help_is_no_error(arguments):
             "a granule of 5000: give a power of two from 4K to 1G",
         ),
         (
-            ("--trap", "mmio", "--split", "gap"),
-            "--split is for memory-fault: the trap mmio stops no vCPU to cut a region; leave it out",
+            ("--trap", "hybrid-mmio"),
+            "the trap hybrid-mmio is a device view beside another trap: give mmio:device-view",
+        ),
+        (
+            ("--trap", "marker:device-view"),
+            (
+                "the trap marker has no device view, for it works by page tables and not by memslots: use the trap "
+                "memory-fault or mmio, or leave the device view out"
+            ),
+        ),
+        (
+            ("--trap", "mmio:readers"),
+            "'mmio:readers': a trap has no 'readers'; there is device-view, as in mmio:device-view",
         ),
         (
             ("--trap", "marker", "--slot-memory", "256M"),
@@ -234,13 +245,13 @@ def test_help_is_no_error(arguments):
         ),
         (
             ("--trap", "marker", "--granule", "64K"),
-            "--granule is for memory-fault and mmio: the trap marker works by the host's pages",
+            "a granule is for memory-fault and mmio: the trap marker works by the host's pages; leave it out",
         ),
         (
-            ("--trap", "hybrid-mmio", "--backing", "anonymous"),
+            ("--trap", "mmio:device-view", "--backing", "anonymous"),
             (
-                "the trap hybrid-mmio maps RAM once more for devices, which cannot be done with anonymous memory: "
-                "use the backing memfd"
+                "a device view maps RAM once more, page by page, which cannot be done with anonymous memory: use the "
+                "backing memfd"
             ),
         ),
         (
@@ -253,7 +264,7 @@ def test_help_is_no_error(arguments):
         ),
         (
             ("--trap", "mmio", "--uffd-mode", "missing"),
-            "--uffd-mode is for the trap userfaultfd: give --trap userfaultfd, or leave it out",
+            "the trap mmio has no userfaultfd mode: use the trap userfaultfd, or leave the mode out",
         ),
         (
             ("--resident-limit", "64K"),
@@ -288,8 +299,8 @@ def test_machines_that_cannot_be(arguments, sentence):
 def test_an_unknown_trap_is_told_which_there_are_and_which_are_proven():
     sentence = refused("run", "--trap", "uffd")
     match = re.fullmatch(
-        r"there is no trap 'uffd': there are auto, marker, memory-fault, mmio, layered, userfaultfd, "
-        r"hybrid-memory-fault, hybrid-mmio; this host proves (.+)",
+        r"there is no trap 'uffd': there are auto, marker, memory-fault, mmio, layered, userfaultfd; "
+        r"this host proves (.+)",
         sentence,
     )
     assert match

@@ -50,20 +50,16 @@ def test_contenders_take_turns_and_the_result_is_one_document(tmp_path):
 
 @needs_kvm
 @pytest.mark.userfaultfd
-def test_hybrids_take_part_and_a_device_thread_is_told_apart(tmp_path):
+def test_device_views_take_part_and_a_device_thread_is_told_apart(tmp_path):
     trace = tmp_path / "trace"
     done = kvmdp(
         "bench", "-b", "2M", "--rounds", "2", "--json", "-", "--trace", str(trace),
-        "hybrid-mmio", "hybrid-memory-fault:device=512", "mmio:device=64",
+        "mmio:device-view", "memory-fault:device-view,device=512", "mmio:device=64",
     )  # fmt: skip
     assert done.status == 0
-    hybrid, with_device, mmio = json.loads(done.out)["contenders"]
-    assert [each["trap"] for each in (hybrid, with_device, mmio)] == [
-        "hybrid-mmio",
-        "hybrid-memory-fault",
-        "mmio",
-    ]
-    assert hybrid["device"] is None
+    with_view, with_device, mmio = json.loads(done.out)["contenders"]
+    assert [each["trap"] for each in (with_view, with_device, mmio)] == ["mmio", "memory-fault", "mmio"]
+    assert with_view["device"] is None
     assert 0 < with_device["device"]["pages"] <= 2 * 512
     assert sum(with_device["device"]["latency_us"]["buckets"]) == with_device["device"]["pages"]
     assert 0 < mmio["device"]["pages"] <= 2 * 64
@@ -126,10 +122,14 @@ def test_a_bound_that_does_not_hold_is_named_and_fails(tmp_path):
         (["nonsense"], "there is no contender 'nonsense'"),
         (["marker", "marker"], "marker is named twice"),
         (["marker:colour=red"], "a contender has no 'colour'"),
-        (["hybrid-mmio:backing=anonymous"], "which cannot be done with anonymous memory"),
+        (["mmio:device-view,backing=anonymous"], "which cannot be done with anonymous memory"),
+        (["hybrid-mmio"], "the trap hybrid-mmio is a device view beside another trap: give mmio:device-view"),
+        (["marker:device-view"], "the trap marker has no device view"),
+        (["present:device-view"], "has no trap that a device view could stand beside"),
+        (["mmio:device-view=1"], "device-view cannot be '1' (it has no value)"),
         (["marker:backing=paper"], "there is no backing 'paper'"),
-        (["-b", "2M", "hybrid-mmio:device=513"], "a device cannot read 513 of 512 pages"),
-        (["-b", "2M", "hybrid-mmio:device=-1"], "a device cannot read -1 of 512 pages"),
+        (["-b", "2M", "mmio:device-view,device=513"], "a device cannot read 513 of 512 pages"),
+        (["-b", "2M", "mmio:device-view,device=-1"], "a device cannot read -1 of 512 pages"),
         (["userfaultfd:uffd-mode=both"], "there is no userfaultfd mode 'both'"),
         (["userfaultfd:backing=anonymous,uffd-mode=minor"], "anonymous memory has no minor faults"),
         (["--trace", "-"], "--trace -: stdout has the result; give a file name"),

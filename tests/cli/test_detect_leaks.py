@@ -26,9 +26,8 @@ def touch(self, *arguments):
 Machine.run = touch
 """
 NOT_INTERCEPTED = """
-import functools
-from kvmdp.cli import run_options
-run_options.MachineOptions = functools.partial(run_options.MachineOptions, intercept_msrs=False)
+from kvmdp.kvm import Vm
+Vm.set_msr_filter = lambda vm, ranges: None
 """
 
 

@@ -90,11 +90,11 @@ def test_no_device_comes(tmp_path):
         (("--disk", "/dev/null"), "no file of at least one sector"),
         (("--device-socket", "x" * 108), "a socket path has 1 to 107 bytes"),
         (("--device-socket", "README.md"), "is there already and is not a socket"),
-        (("--device-socket", "s", "--backing", "anonymous"), "cannot be handed to a device process"),
+        (("--device-socket", "s", "--backing", "anonymous"), "cannot be handed to another process"),
         (("--device-socket", "s", "--disk", "d"), "--disk is for a disk served here"),
         (
             ("--device-socket", "s", "--trap", "userfaultfd", "--uffd-mode", "missing"),
-            "in that mode pages are filled where no other process finds them",
+            "fills pages where no other process finds them",
         ),
         (("--device-timeout", "0"), "give more than 0 seconds"),
     ],

@@ -78,11 +78,10 @@ def test_a_network_is_on_the_handlers_side(arguments, sentence):
 @pytest.mark.parametrize("backing", ["anonymous", "private-hugetlb-2m", "guest-memfd", "file"])
 def test_memory_that_is_no_sealed_file_cannot_be_handed_over(backing):
     assert refused("run", "--handler", "x", "--backing", backing) == (
-        f"--handler with --backing {backing}: such memory cannot be handed to a handler in another process; use "
-        "--backing memfd"
+        f"--handler: RAM is {backing} memory, which cannot be handed to another process: use the backing memfd"
     )
 
 
 def test_a_mode_that_has_no_absent_page_in_the_file_is_refused():
     arguments = ("--trap", "userfaultfd", "--uffd-mode", "Missing")
-    assert "leave --uffd-mode out" in refused("run", "--handler", "x", *arguments)
+    assert "fills pages where no other process finds them" in refused("run", "--handler", "x", *arguments)

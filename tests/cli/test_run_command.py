@@ -171,9 +171,9 @@ def test_a_machine_that_cannot_be_made_says_so_in_the_file_too(tmp_path):
     prelude = """
 from kvmdp.errors import UnsupportedError
 from kvmdp.trap import registry
-def cannot_be_made(*arguments):
+def cannot_be_made(made_of):
     raise UnsupportedError("this host has no mmio: get one")
-registry.TRAPS["mmio"] = cannot_be_made
+registry.TRAPS["mmio"].make = cannot_be_made
 """
     target = tmp_path / "result.json"
     done = kvmdp("run", "--memory", "2M", "--trap", "mmio", "--json", target, prelude=prelude)
@@ -328,11 +328,12 @@ def test_a_program_is_told_of_the_pages_that_are_left_to_it(program):
 
 
 @pytest.mark.userfaultfd
-@pytest.mark.parametrize("trap", ["hybrid-memory-fault", "hybrid-mmio"])
-def test_the_hybrid_traps_prove_a_run(trap):
+@pytest.mark.parametrize("trap", ["memory-fault:device-view", "mmio:device-view"])
+def test_a_trap_with_a_device_view_proves_a_run(trap):
     done = kvmdp("run", "--memory", "2M", "--trap", trap, "--granule", "8K", "--json", "-")
     assert done.status == 0
-    assert (done.document["ok"], done.document["trap"]) == (True, trap)
+    assert (done.document["ok"], done.document["device_view"]) == (True, True)
+    assert done.document["trap"] == trap.removesuffix(":device-view")
     assert done.document["faults"] == 256
 
 

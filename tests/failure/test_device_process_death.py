@@ -13,7 +13,7 @@ from harness import MEMORY, SEED, TIMEOUT, all_of_ram, make_machine, meanwhile, 
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.page import PAGE_SIZE, Origin
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.trap.uffd.userfaultfd import UffdOptions
+from kvmdp.trap.uffd.options import UffdOptions
 
 pytestmark = pytest.mark.kvm
 

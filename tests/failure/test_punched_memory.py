@@ -6,14 +6,22 @@ import pytest
 from device_process import bench, child_of
 from fakes import content, page_of
 from handlers import HandlerProcess
-from harness import MEMORY, TIMEOUT, make_machine, meanwhile, plan, require_trap, without_kernel_faults
+from harness import (
+    ALL_TRAPS,
+    MEMORY,
+    TIMEOUT,
+    make_machine,
+    meanwhile,
+    plan,
+    require_trap,
+    without_kernel_faults,
+)
 
 from kvmdp.errors import CancelledError
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.page import PAGE_SIZE
 from kvmdp.peers.handler.source import HandlerSource
-from kvmdp.trap.registry import ALL_TRAPS
-from kvmdp.trap.uffd.userfaultfd import UffdOptions
+from kvmdp.trap.uffd.options import UffdOptions
 
 PAGES = MEMORY // PAGE_SIZE
 # All of RAM at times, else a page: MADV_REMOVE is fallocate's PUNCH_HOLE by way of a mapping.

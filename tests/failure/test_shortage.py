@@ -109,7 +109,7 @@ def test_a_huge_page_that_is_refused_in_the_middle_of_a_run(huge_pages, trap):
 @pytest.mark.root
 def test_a_probe_of_huge_pages_that_are_refused_proves_nothing(huge_pages):
     group, file = huge_pages
-    few = "from kvmdp.cli import probe\nprobe.TRAPS = probe.EXIT_TRAPS = ('mmio',)\n"
+    few = "from kvmdp.cli import probe\nprobe.TRAPS = {'mmio': probe.TRAPS['mmio']}\n"
     backings = "probe.BACKINGS = {name: probe.BACKINGS[name] for name in ('memfd', 'hugetlb-2m')}\n"
     prelude = few + backings + helped(f"control_groups.join({str(group)!r})")
     document = kvmdp("probe", "--json", "-", prelude=prelude).document

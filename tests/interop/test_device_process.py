@@ -12,7 +12,7 @@ from kvmdp.errors import BusyError
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.trap.uffd.userfaultfd import UffdOptions
+from kvmdp.trap.uffd.options import UffdOptions
 
 pytestmark = pytest.mark.kvm
 

@@ -19,7 +19,7 @@ from kvmdp.paging.pager import Pager
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import collapse as trap_collapse
 from kvmdp.trap.collapse import can_collapse
-from kvmdp.trap.uffd.userfaultfd import UffdOptions
+from kvmdp.trap.uffd.options import UffdOptions
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 

@@ -33,8 +33,7 @@ from kvmdp.paging.store import FileSink
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots import ram_slots as slots
-from kvmdp.trap.slots.partial_slots import SLOT_BYTES
-from kvmdp.trap.slots.slot_trap import LEAST_SLOT_MEMORY, SlotOptions
+from kvmdp.trap.slots.partial_slots import LEAST_SLOT_MEMORY, SLOT_BYTES
 
 pytestmark = pytest.mark.kvm
 
@@ -218,7 +217,7 @@ def test_the_limit_is_kept_once_demand_paging_is_switched_on():
 
 @pytest.mark.userfaultfd
 def test_who_comes_to_a_present_page_is_not_kept_waiting_for_room():
-    with make_machine("hybrid-mmio", resident_limit=LIMIT) as machine:
+    with make_machine("mmio:device-view", resident_limit=LIMIT) as machine:
         pager = machine.pager
         machine.memory.read(0, LIMIT // 2)
         asked = []
@@ -250,12 +249,11 @@ def test_whoever_marks_pages_present_keeps_to_the_limit(trap):
 
 
 @pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
-@pytest.mark.parametrize("split", ["gap", "region"])
-def test_regions_in_too_many_pieces_are_shut_off_and_not_completed(monkeypatch, trap, split):
+def test_regions_in_too_many_pieces_are_shut_off_and_not_completed(monkeypatch, trap):
     monkeypatch.setattr(slots, "MAX_GRANULE_SLOTS", 64)
     least = LEAST_SLOT_MEMORY // SLOT_BYTES
     workload = plan("touch", memory=16 << 20, order="strided", stride=5)
-    options = {"granule": PAGE_SIZE, "slots": SlotOptions(split, LEAST_SLOT_MEMORY)}
+    options = {"granule": PAGE_SIZE, "slot_memory": LEAST_SLOT_MEMORY}
     with make_machine(trap, workload=workload, resident_limit=4 << 20, **options) as machine:
         machine.run(TIMEOUT)
         assert machine.pager.counters.pages_fetched == len(workload.touched)

@@ -8,7 +8,7 @@ from harness import TRAPS, require_trap
 
 from kvmdp.errors import UnsupportedError
 from kvmdp.lab import coverage as module
-from kvmdp.lab.coverage import ACCESSES, coverage, run_cell
+from kvmdp.lab.coverage import ACCESSES, coverage, covered_traps, run_cell
 from kvmdp.lab.coverage_cell import Seen
 from kvmdp.machine.hostinfo import emulates_ring_0, uses_nested_paging
 from kvmdp.machine.options import catches_page_walks
@@ -16,11 +16,11 @@ from kvmdp.paging.access import GuestMemory
 from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import registry
-from kvmdp.trap.registry import PURE_TRAPS as ALL_TRAPS
 from kvmdp.trap.slots.mmio import MmioTrap
 
 pytestmark = pytest.mark.kvm
 
+ALL_TRAPS = covered_traps()
 OWN_EXIT = {"marker": "sigbus", "memory-fault": "memory_fault", "mmio": "mmio", "userfaultfd": "uffd_event"}
 RING_3_DATA = ("read", "write", "atomic")
 
@@ -36,9 +36,7 @@ class NeverTraps(MmioTrap):
 
 
 def put_in_place_of_mmio(monkeypatch, trap):
-    monkeypatch.setitem(
-        registry.TRAPS, "mmio", lambda made_of: trap(made_of.slots, made_of.backing, made_of.options)
-    )
+    monkeypatch.setitem(registry.TRAPS, "mmio", trap)
 
 
 class FilledBefore(NeverTraps):
@@ -205,7 +203,7 @@ def test_a_cell_that_breaks_is_missed_and_says_why(monkeypatch):
     def broken(*arguments):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setitem(registry.TRAPS, "mmio", broken)
+    monkeypatch.setattr(MmioTrap, "make", broken)
     found = run_cell("read", "mmio")
     assert (found.seen, found.exact, found.ok) == (Seen.MISSED, False, False)
     assert "Cannot allocate memory" in found.note
@@ -216,7 +214,7 @@ def test_a_trap_that_the_host_lacks_is_a_column_with_the_reason(monkeypatch):
         raise UnsupportedError("no such thing: get one")
 
     for trap in ("marker", "userfaultfd", "memory-fault"):
-        monkeypatch.setitem(registry.TRAPS, trap, lacking)
+        monkeypatch.setattr(registry.TRAPS[trap], "make", lacking)
     asked = []
     monkeypatch.setattr(module, "ACCESSES", {each: ACCESSES[each] for each in ("read", "device thread")})
     table = coverage(lambda access, trap: asked.append((access, trap)))

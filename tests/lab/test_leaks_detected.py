@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from harness import MEMORY, TIMEOUT, host_pv, make_machine, plan, program_machine
+from harness import MEMORY, TIMEOUT, host_pv, make_machine, plan, program_machine, without_msr_interception
 
 from kvmdp.lab.detector import LeakDetector
 from kvmdp.lab.leaks import LeakKind, absent_msr_pages, runs_with_data, spurious_page_fault
@@ -95,9 +95,10 @@ def test_a_page_fault_outside_ram_is_the_guests_own():
 )
 @pytest.mark.parametrize("ring", [3, 0])
 @pytest.mark.parametrize("trap", ["memory-fault", "marker", "mmio"])
-def test_a_clock_enabled_while_its_page_is_absent_is_a_leak(trap, ring):
+def test_a_clock_enabled_while_its_page_is_absent_is_a_leak(trap, ring, monkeypatch):
+    without_msr_interception(monkeypatch)
     workload = plan("clock", pv=PvFlag.CLOCK, ring=ring)
-    with make_machine(trap, workload=workload, intercept_msrs=False) as machine:
+    with make_machine(trap, workload=workload) as machine:
         detector = watch(machine)
         machine.run(TIMEOUT)
         detector.finish(machine)
@@ -112,10 +113,11 @@ def test_a_clock_enabled_while_its_page_is_absent_is_a_leak(trap, ring):
     not host_pv() & PvFlag.CLOCK, reason="this KVM offers no kvmclock that can be intercepted"
 )
 @pytest.mark.parametrize("trap", ["memory-fault", "marker", "mmio"])
-def test_a_clock_whose_page_is_never_touched_is_found_at_the_end(trap):
+def test_a_clock_whose_page_is_never_touched_is_found_at_the_end(trap, monkeypatch):
+    without_msr_interception(monkeypatch)
     # mov ecx, 0x4b564d01; mov eax, 0x7001; xor edx, edx; wrmsr
     code = bytes.fromhex("b9014d564b b801700000 31d2 0f30 31c0 31d2 c3")
-    with program_machine(trap, code, ring=0, intercept_msrs=False) as machine:
+    with program_machine(trap, code, ring=0) as machine:
         detector = watch(machine)
         machine.run(TIMEOUT)
         detector.finish(machine)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from harness import BACKINGS, TRAPS, host_vectors, plan, prove
+from harness import BACKINGS, TRAPS, WITH_DEVICE_VIEW, host_vectors, plan, prove
 
 from kvmdp.lab.experiment import usable_memory
 from kvmdp.machine.guest_abi import VectorFlag
@@ -10,8 +10,7 @@ from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.memory.layout import GuestLayout
-from kvmdp.trap.registry import HYBRID_TRAPS
-from kvmdp.trap.uffd.userfaultfd import UffdOptions
+from kvmdp.trap.uffd.options import UffdOptions
 
 pytestmark = pytest.mark.kvm
 
@@ -31,7 +30,7 @@ MACHINES = [
             ("userfaultfd-memfd", "userfaultfd", "memfd", MINOR),
             ("userfaultfd-anonymous", "userfaultfd", "anonymous", UffdOptions()),
             ("userfaultfd-missing", "userfaultfd", "memfd", MISSING),
-            *((trap, trap, "memfd", MINOR) for trap in HYBRID_TRAPS),
+            *((trap, trap, "memfd", MINOR) for trap in WITH_DEVICE_VIEW),
         )
     ),
 ]

@@ -8,11 +8,18 @@ from harness import BACKINGS, MEMORY, TRAPS, require_trap
 
 from kvmdp.errors import UnsupportedError
 from kvmdp.lab import probe
-from kvmdp.lab.probe import ACCESSES, choose_trap, prove, userfaultfd_facts, working_traps, works
+from kvmdp.lab.probe import (
+    ACCESSES,
+    choose_trap,
+    exit_traps,
+    prove,
+    userfaultfd_facts,
+    working_traps,
+    works,
+)
 from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap import registry
-from kvmdp.trap.registry import EXIT_TRAPS
 from kvmdp.trap.slots.mmio import MmioTrap
 
 pytestmark = [pytest.mark.kvm, pytest.mark.hugepage_pool]
@@ -26,9 +33,7 @@ class NeverTraps(MmioTrap):
 
 
 def put_in_place_of_mmio(monkeypatch, trap):
-    monkeypatch.setitem(
-        registry.TRAPS, "mmio", lambda made_of: trap(made_of.slots, made_of.backing, made_of.options)
-    )
+    monkeypatch.setitem(registry.TRAPS, "mmio", trap)
 
 
 class FilledBefore(NeverTraps):
@@ -52,10 +57,10 @@ def broken(monkeypatch):
     """Return a function that makes a trap unavailable on this host."""
 
     def break_trap(trap, error):
-        def cannot_be_made(*arguments):
+        def cannot_be_made(_made_of):
             raise error
 
-        monkeypatch.setitem(registry.TRAPS, trap, cannot_be_made)
+        monkeypatch.setattr(registry.TRAPS[trap], "make", cannot_be_made)
 
     return break_trap
 
@@ -104,7 +109,7 @@ def test_a_trap_that_cannot_be_made_is_a_finding_not_an_error(error, reason, bro
 
 
 def test_auto_takes_the_first_that_works(broken):
-    working = [trap for trap in working_traps("memfd") if trap in EXIT_TRAPS]
+    working = [trap for trap in working_traps("memfd") if trap in exit_traps()]
     assert "mmio" in working
     for trap in working[:-1]:
         assert choose_trap("memfd", MEMORY) == trap
@@ -126,14 +131,14 @@ def test_auto_takes_layered_for_large_memory_that_is_shared(broken):
 
 
 def test_where_no_trap_works_each_reason_is_told(broken):
-    for trap in EXIT_TRAPS:
+    for trap in exit_traps():
         broken(trap, UnsupportedError(f"no {trap} today"))
     with pytest.raises(UnsupportedError) as caught:
         choose_trap("memfd", MEMORY)
     message = str(caught.value)
     assert message.startswith("no trap works on this host (")
     assert message.endswith("): kvmdp probe says what would help")
-    for trap in EXIT_TRAPS:
+    for trap in exit_traps():
         assert f"{trap}: no {trap} today" in message
 
 

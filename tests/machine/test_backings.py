@@ -16,8 +16,8 @@ from kvmdp.machine.workloads import combined_checksum
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.source.base import read_pages
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.trap.registry import SLOT_TRAPS
-from kvmdp.trap.uffd.userfaultfd import UffdOptions
+from kvmdp.trap.registry import TRAPS
+from kvmdp.trap.uffd.options import UffdOptions
 
 pytestmark = pytest.mark.kvm
 
@@ -57,7 +57,7 @@ def run(machine, workload):
 def test_fetched_is_what_is_touched(trap, backing, workload):
     work = plan(workload, vcpus=2, memory=MEMORY, pages=600, order="random", write=True)
     result = run(options(trap, backing), work)
-    unit = PAGE if trap in SLOT_TRAPS else BACKINGS[backing].page_size
+    unit = PAGE if TRAPS[trap].by_memslot else BACKINGS[backing].page_size
     assert result.granule == unit
     pages = unit // PAGE
     touched = len({page // pages for page in np.asarray(work.touched).tolist()})

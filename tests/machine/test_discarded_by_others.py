@@ -18,7 +18,7 @@ from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.collapse import can_collapse
 from kvmdp.trap.uffd import descriptor as uffd
 from kvmdp.trap.uffd import userfaultfd
-from kvmdp.trap.uffd.userfaultfd import UffdOptions
+from kvmdp.trap.uffd.options import UffdOptions
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 

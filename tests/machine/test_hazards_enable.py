@@ -14,7 +14,6 @@ from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots import ram_slots as slots
 from kvmdp.trap.slots.ram_slots import RamSlots
-from kvmdp.trap.slots.slot_trap import SlotOptions
 
 pytestmark = pytest.mark.kvm
 
@@ -223,17 +222,15 @@ def in_threads(*actions):
             each.result(TIMEOUT)
 
 
-@pytest.mark.parametrize("split", ["gap", "region"])
 @pytest.mark.parametrize("trap", ["memory-fault", "mmio"])
-def test_off_waits_for_memslots_that_are_being_merged(monkeypatch, trap, split):
+def test_off_waits_for_memslots_that_are_being_merged(monkeypatch, trap):
     # All pages are present is when the last regions are merged, by vCPUs and devices that hold no claim then.
     monkeypatch.setattr(slots, "MAX_GRANULE_SLOTS", 64)
     memory = 4 << 20
     pages = memory // PAGE_SIZE
     workload = plan("atomic", vcpus=2, memory=memory, pages=pages, iterations=20)
     for _ in range(4):
-        options = {"granule": PAGE_SIZE, "slots": SlotOptions(split)}
-        with make_machine(trap, workload=workload, **options) as machine:
+        with make_machine(trap, workload=workload, granule=PAGE_SIZE) as machine:
             pager = machine.pager
 
             def switch_off(_number, pager=pager):

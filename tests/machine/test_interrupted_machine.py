@@ -8,7 +8,18 @@ import threading
 
 import numpy as np
 import pytest
-from harness import MEMORY, SEED, TIMEOUT, all_of_ram, contents, make_machine, plan, require_trap
+from harness import (
+    ALL_TRAPS,
+    MEMORY,
+    SEED,
+    TIMEOUT,
+    all_of_ram,
+    contents,
+    make_machine,
+    options_of,
+    plan,
+    require_trap,
+)
 from interruptions import interrupt, points
 
 from kvmdp.errors import CancelledError
@@ -16,17 +27,15 @@ from kvmdp.interruption import entered
 from kvmdp.lab.experiment import run_workload
 from kvmdp.lab.invariants import violations
 from kvmdp.machine.machine import Machine
-from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads import WorkloadOptions, make_workload
 from kvmdp.page import PAGE_SIZE, REGION, Outcome
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.trap.registry import ALL_TRAPS
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 
 WAYS = [(trap, "memfd") for trap in ALL_TRAPS] + [("marker", "anonymous"), ("userfaultfd", "anonymous")]
 EVERY_WAY = pytest.mark.parametrize(("trap", "backing"), WAYS)
-EACH_KIND = pytest.mark.parametrize("trap", ["memory-fault", "marker", "userfaultfd", "hybrid-mmio"])
+EACH_KIND = pytest.mark.parametrize("trap", ["memory-fault", "marker", "userfaultfd", "mmio:device-view"])
 FULL = os.environ.get("KVMDP_EFFORT") == "full"
 INTERRUPTIONS = 400 if FULL else 40
 PAGES = 64
@@ -104,8 +113,13 @@ def test_a_machine_whose_making_is_interrupted_leaves_nothing(trap):
     source = SyntheticSource(4 * MEMORY, SEED)
     # In granules that make the trap's own loops, which are traced, short.
     granule = 16 * PAGE_SIZE if "memory-fault" in trap or "mmio" in trap else None
-    options = MachineOptions(
-        4 * MEMORY, trap, vcpus=2, granule=granule, resident_limit=2 * MEMORY, page_tables="paged"
+    options = options_of(
+        trap,
+        memory_bytes=4 * MEMORY,
+        vcpus=2,
+        granule=granule,
+        resident_limit=2 * MEMORY,
+        page_tables="paged",
     )
 
     def make():
@@ -154,7 +168,7 @@ def starts(monkeypatch, interrupted_at):
 def test_an_interruption_as_any_thread_is_started_leaves_none_of_them(trap, monkeypatch):
     require_trap(trap)
     source = SyntheticSource(MEMORY, SEED)
-    options = MachineOptions(MEMORY, trap, vcpus=2, resident_limit=MEMORY // 2)
+    options = options_of(trap, memory_bytes=MEMORY, vcpus=2, resident_limit=MEMORY // 2)
 
     def run(interrupted_at):
         workload = make_workload("disk", WorkloadOptions(memory_bytes=MEMORY, vcpus=2, seed=SEED))

@@ -30,8 +30,8 @@ EVERY = pytest.mark.parametrize(
     ("trap", "backing"),
     [
         *((trap, backing) for trap in TRAPS for backing in BACKINGS),
-        ("hybrid-memory-fault", "memfd"),
-        ("hybrid-mmio", "memfd"),
+        ("memory-fault:device-view", "memfd"),
+        ("mmio:device-view", "memfd"),
     ],
 )
 
@@ -189,7 +189,7 @@ def test_a_guest_on_which_kvm_spins_is_stopped_and_leaves_nothing(monkeypatch, t
     check_nothing_left(end, repeats=2)
 
 
-@pytest.mark.parametrize("trap", ["hybrid-memory-fault", "hybrid-mmio"])
+@pytest.mark.parametrize("trap", ["memory-fault:device-view", "mmio:device-view"])
 def test_a_machine_whose_devices_are_in_mid_access_leaves_nothing(trap):
     def read_all(machine):
         for page in range(MEMORY // 4096):
@@ -224,7 +224,7 @@ def test_a_machine_that_never_ran_leaves_nothing(trap, backing):
     ("options", "message"),
     [
         ({"trap": "mmio", "granule": 5000}, "a granule of"),
-        ({"trap": "marker", "granule": 65536}, "always works by pages"),
+        ({"trap": "marker", "granule": 65536}, "a granule is for memory-fault and mmio"),
         ({"trap": "smoke"}, "there is no trap 'smoke': choose from"),
         ({"trap": "mmio", "fault_around": 3}, "fault-around of 3 pages: give a power of two from 1 to 512"),
         ({"trap": "mmio", "memory_bytes": 1 << 20}, "1M of guest memory is too little: the least is 2M"),
@@ -262,13 +262,13 @@ def test_a_machine_that_cannot_be_made_leaves_nothing(monkeypatch, trap, place, 
 
 
 @pytest.mark.parametrize("place", [(DeviceFaults, "arm"), (MmioTrap, "arm"), (UffdView, "__init__")])
-def test_a_hybrid_machine_that_cannot_be_made_leaves_nothing(monkeypatch, place):
-    make("hybrid-mmio").close()
+def test_a_machine_with_a_device_view_that_cannot_be_made_leaves_nothing(monkeypatch, place):
+    make("mmio:device-view").close()
     monkeypatch.setattr(*place, broken)
 
     def end():
         with pytest.raises(MemoryError, match="no more"):
-            make("hybrid-mmio")
+            make("mmio:device-view")
 
     check_nothing_left(end)
 

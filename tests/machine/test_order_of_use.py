@@ -67,7 +67,7 @@ def test_memory_after_a_run(trap):
                 CancelledError, match=f"gpa {LAST:#x} is absent and the run is over: call Mach"
             ):
                 access()
-        machine.pager.resume()  # the first remedy of the two
+        machine.pager.reopen()  # the first remedy of the two
         assert machine.memory.read(LAST, PAGE_SIZE) == at_source(LAST)
 
 

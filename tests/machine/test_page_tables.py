@@ -16,6 +16,7 @@ from harness import (
 )
 
 from kvmdp.errors import PagingError
+from kvmdp.lab.coverage import UnpreparedMachine
 from kvmdp.lab.experiment import run_workload, usable_memory
 from kvmdp.machine.guest_abi import BOOT_BASE, PAGE_TABLES_BASE
 from kvmdp.machine.options import MachineOptions, catches_page_walks
@@ -130,7 +131,7 @@ def test_tables_are_there_before_the_guest_is_or_trap_by_themselves(trap):
 @pytest.mark.parametrize("trap", ALL_TRAPS)
 def test_tables_left_absent_are_caught_where_it_is_said_and_nowhere_else(trap):
     workload = plan("touch", pages=4)
-    with make_machine(trap, workload=workload, memory_bytes=MEMORY, page_tables="absent") as machine:
+    with paged_machine(trap, workload, machine_class=UnpreparedMachine) as machine:
         if catches_page_walks(trap):
             machine.run(TIMEOUT)
             assert machine.pager.bitmap.count() == 4 + len(TABLE_PAGES)

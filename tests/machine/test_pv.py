@@ -3,7 +3,17 @@
 import struct
 
 import pytest
-from harness import MEMORY, SEED, TIMEOUT, host_pv, make_machine, plan, program_machine, prove
+from harness import (
+    MEMORY,
+    SEED,
+    TIMEOUT,
+    host_pv,
+    make_machine,
+    plan,
+    program_machine,
+    prove,
+    without_msr_interception,
+)
 
 from kvmdp.abi.kvm_para import (
     KVM_CPUID_FEATURES,
@@ -68,9 +78,10 @@ def test_the_clock_moves_in_pages_that_were_absent(trap, ring):
 
 
 @pytest.mark.parametrize("trap", EXIT_TRAPS)
-def test_without_interception_the_page_stays_zero(trap):
+def test_without_interception_the_page_stays_zero(trap, monkeypatch):
+    without_msr_interception(monkeypatch)
     workload = plan("clock", pv=PvFlag.CLOCK)
-    with make_machine(trap, workload=workload, intercept_msrs=False) as machine:
+    with make_machine(trap, workload=workload) as machine:
         machine.run(TIMEOUT)
         block = machine.threads[0].parameters
         assert block.checksum == block.clock_first == block.clock_last == block.clock_version == 0

@@ -74,7 +74,7 @@ def test_a_source_that_breaks_while_pages_are_taken_away_ends_the_run_and_no_thr
             machine.run(TIMEOUT)
 
 
-@pytest.mark.parametrize("trap", ["userfaultfd", "marker", "hybrid-mmio"])
+@pytest.mark.parametrize("trap", ["userfaultfd", "marker", "mmio:device-view"])
 def test_a_reader_that_breaks_ends_the_run(trap, monkeypatch):
     require_trap(trap)
 
@@ -86,7 +86,7 @@ def test_a_reader_that_breaks_ends_the_run(trap, monkeypatch):
         monkeypatch.setattr(Uffd, "continue_", broken)
         if trap == "marker":  # whose reader sees what was taken out of the page table
             stack.enter_context(meanwhile(lambda _: machine.backing.guest.drop(0, MEMORY)))
-        elif trap == "hybrid-mmio":
+        elif trap == "mmio:device-view":
             device = threading.Thread(target=read_once, args=(machine.device_view,))
             stack.callback(device.join)
             device.start()

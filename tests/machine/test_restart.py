@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 from harness import (
+    ALL_TRAPS,
     BACKINGS,
     LOOP_FOREVER,
     MEMORY,
     SEED,
     TIMEOUT,
+    WITH_DEVICE_VIEW,
     all_of_ram,
     make_machine,
     plan,
@@ -16,7 +18,7 @@ from harness import (
 
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.trap.registry import ALL_TRAPS
+from kvmdp.trap.registry import TRAPS
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 
@@ -26,7 +28,7 @@ WAYS = [
     (trap, backing)
     for trap in ALL_TRAPS
     for backing in BACKINGS
-    if not (trap.startswith(("hybrid", "layered")) and backing == "anonymous")
+    if backing == "memfd" or not (trap in WITH_DEVICE_VIEW or TRAPS[trap].needs_shared)
 ]
 
 

@@ -17,18 +17,15 @@ from kvmdp.page import PAGE_SIZE, Outcome
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots import ram_slots as slots
 from kvmdp.trap.slots.partial_slots import SLOT_BYTES
-from kvmdp.trap.slots.slot_trap import SlotOptions
 
 pytestmark = pytest.mark.kvm
 
 TRAPS = ("memory-fault", "mmio")
-SPLITS = ("gap", "region")
 REGION = 512
 MEMORY = 8 << 20
 PAGES = MEMORY // PAGE_SIZE
 
 every_trap = pytest.mark.parametrize("trap", TRAPS)
-every_split = pytest.mark.parametrize("split", SPLITS)
 
 
 @pytest.fixture
@@ -37,9 +34,9 @@ def in_regions(monkeypatch):
     monkeypatch.setattr(slots, "MAX_GRANULE_SLOTS", 64)
 
 
-def machine_of(trap, split="gap", *, memory_bytes=MEMORY, slot_memory=256 << 20, **options):
+def machine_of(trap, *, memory_bytes=MEMORY, slot_memory=256 << 20, **options):
     options.setdefault("granule", PAGE_SIZE)
-    return make_machine(trap, memory_bytes=memory_bytes, slots=SlotOptions(split, slot_memory), **options)
+    return make_machine(trap, memory_bytes=memory_bytes, slot_memory=slot_memory, **options)
 
 
 def fetched(machine):
@@ -54,13 +51,12 @@ def check_content(machine):
     assert np.array_equal(machine.memory.read_pages(pages), expected)
 
 
-@every_split
-def test_arming_makes_a_closed_memslot_a_region_and_a_touch_takes_one_page(in_regions, split):
-    with machine_of("memory-fault", split) as machine:
+def test_arming_makes_a_closed_memslot_a_region_and_a_touch_takes_one_page(in_regions):
+    with machine_of("memory-fault") as machine:
         assert machine.pager.trap.memslots == PAGES // REGION
         machine.memory.read(1000 * PAGE_SIZE, 8)
         assert fetched(machine) == 1
-        assert machine.pager.trap.memslots == PAGES // REGION + (2 if split == "gap" else REGION - 1)
+        assert machine.pager.trap.memslots == PAGES // REGION + 2
         check_content(machine)
 
 
@@ -74,10 +70,9 @@ def test_mmio_has_memslots_for_what_is_present_alone(in_regions):
 
 
 @every_trap
-@every_split
-def test_a_full_region_becomes_one_memslot_and_full_neighbours_one_together(in_regions, trap, split):
+def test_a_full_region_becomes_one_memslot_and_full_neighbours_one_together(in_regions, trap):
     closed = trap == "memory-fault"
-    with machine_of(trap, split) as machine:
+    with machine_of(trap) as machine:
         pages = list(range(REGION, 2 * REGION))
         random.Random(1).shuffle(pages)
         for page in pages:
@@ -92,13 +87,12 @@ def test_a_full_region_becomes_one_memslot_and_full_neighbours_one_together(in_r
 
 
 @every_trap
-@every_split
 @pytest.mark.parametrize("vcpus", [1, 2, 4])
-def test_random_touches_of_vcpus_are_exact_and_fetch_what_they_touch(in_regions, trap, split, vcpus):
+def test_random_touches_of_vcpus_are_exact_and_fetch_what_they_touch(in_regions, trap, vcpus):
     workload = plan(
         "touch", vcpus=vcpus, memory=MEMORY, order="random", touches=600, write=True, overlap=True
     )
-    with machine_of(trap, split, workload=workload) as machine:
+    with machine_of(trap, workload=workload) as machine:
         machine.run(TIMEOUT)
         assert fetched(machine) == len(workload.touched)
         assert violations(machine.pager) == []
@@ -107,12 +101,11 @@ def test_random_touches_of_vcpus_are_exact_and_fetch_what_they_touch(in_regions,
 
 
 @every_trap
-@every_split
 @pytest.mark.parametrize("vcpus", [2, 4])
-def test_no_increment_is_lost_while_regions_are_cut_and_merged(in_regions, trap, split, vcpus):
+def test_no_increment_is_lost_while_regions_are_cut_and_merged(in_regions, trap, vcpus):
     memory = 4 << 20
     workload = plan("atomic", vcpus=vcpus, memory=memory, pages=2 * REGION, iterations=2)
-    with machine_of(trap, split, workload=workload) as machine:
+    with machine_of(trap, workload=workload) as machine:
         chooser = random.Random(3)
 
         def take_some_away(_):
@@ -137,13 +130,12 @@ COUNT_UNTIL_TOLD = bytes.fromhex("31c0 be00500000 f048ff06 48ffc0 837e0800 74f3 
 
 
 @every_trap
-@every_split
 @pytest.mark.parametrize("ring", [3, 0])
-def test_no_increment_is_lost_on_what_is_present_beside_a_page_that_is_cut_out(in_regions, trap, split, ring):
+def test_no_increment_is_lost_on_what_is_present_beside_a_page_that_is_cut_out(in_regions, trap, ring):
     # What vCPUs add to is present all the time. KVM does a LOCK-prefixed access that finds no memslot as a load and a
     # plain store: were the rest of a merged memslot missing for a moment, one vCPU would undo what the other has done.
     patches = [(0x5000, bytes(16))]
-    options = {"memory_bytes": MEMORY // 4, "granule": PAGE_SIZE, "slots": SlotOptions(split)}
+    options = {"memory_bytes": MEMORY // 4, "granule": PAGE_SIZE}
     with program_machine(trap, COUNT_UNTIL_TOLD, ring=ring, vcpus=2, patches=patches, **options) as machine:
         pager = machine.pager
         pager.mark_present(0, REGION)

@@ -18,7 +18,7 @@ from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.jobs import Observer
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.trap.uffd.userfaultfd import UffdOptions
+from kvmdp.trap.uffd.options import UffdOptions
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 

@@ -36,5 +36,5 @@ def test_it_can_be_switched_on():
 
 
 def test_a_trap_that_is_not_by_memslot_is_refused():
-    with pytest.raises(ValueError, match="needs a trap by memslot"):
+    with pytest.raises(ValueError, match="without demand paging has plain memslots"):
         Machine(MachineOptions(MEMORY, "marker", demand_paging=False), SyntheticSource(MEMORY))

@@ -17,7 +17,7 @@ MEASURING = {
 FEW_CELLS = """
 from kvmdp.cli import probe
 from kvmdp.lab import coverage
-probe.TRAPS = probe.EXIT_TRAPS = ("mmio",)
+probe.TRAPS = {"mmio": probe.TRAPS["mmio"]}
 probe.BACKINGS = {"memfd": probe.BACKINGS["memfd"]}
 for access in {*coverage.ACCESSES} - {"read", "device thread"}:
     del coverage.ACCESSES[access]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvmdp.errors import UnsupportedError
-from kvmdp.kvm import Kvm
+from kvmdp.kvm import Kvm, Vm
 from kvmdp.lab.experiment import run_workload
 from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.guest_abi import VectorFlag
@@ -23,6 +23,7 @@ from kvmdp.paging.claim import State
 from kvmdp.source.patched import PatchedSource
 from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.trap import registry
 from kvmdp.trap.uffd import descriptor as uffd
 
 TRAPS = ("memory-fault", "marker", "mmio")
@@ -31,6 +32,12 @@ MEMORY = 2 << 20
 SEED = 11
 LOOP_FOREVER = b"\xeb\xfe"  # a program that never reports: jmp to itself
 TIMEOUT = 60  # seconds: a guest that hangs fails its test, it does not hang the suite
+
+# Traps are named as on a command line: with `:device-view` behind it one has that beside.
+WITH_DEVICE_VIEW = tuple(
+    f"{name}:{registry.DEVICE_VIEW}" for name, kind in registry.TRAPS.items() if kind.by_memslot
+)
+ALL_TRAPS = (*registry.TRAPS, *WITH_DEVICE_VIEW)
 
 _USERFAULTFD = pytest.mark.userfaultfd
 every_trap = pytest.mark.parametrize(
@@ -46,11 +53,17 @@ every_trap_and_backing = pytest.mark.parametrize(
 )
 
 
+def options_of(trap, backing="memfd", **options):
+    """The options of a machine under a trap that is named as above."""
+    name, device_view = registry.parse_trap(trap)
+    return MachineOptions(trap=name, device_view=device_view, backing=backing, **options)
+
+
 @functools.cache
 def _lacks(trap):
     """Why this host cannot have the trap, or None."""
     try:
-        with Machine(MachineOptions(MEMORY, trap), SyntheticSource(MEMORY)):
+        with Machine(options_of(trap, memory_bytes=MEMORY), SyntheticSource(MEMORY)):
             return None
     except UnsupportedError as error:
         return str(error)
@@ -72,6 +85,11 @@ def without_kernel_faults(monkeypatch):
         return opened(user_mode_only=True)
 
     monkeypatch.setattr(uffd, "_open", user_mode_only)
+
+
+def without_msr_interception(monkeypatch):
+    """Leave the guest's MSRs to KVM, as a VMM does that knows nothing of what KVM writes by itself."""
+    monkeypatch.setattr(Vm, "set_msr_filter", lambda _vm, _ranges: None)
 
 
 @functools.cache
@@ -99,7 +117,7 @@ def prove(trap, backing, workload, **options):
     require_trap(trap)
     planned = workload.options
     options = {"memory_bytes": planned.memory_bytes, "vcpus": planned.vcpus, **options}
-    machine = MachineOptions(trap=trap, backing=backing, **options)
+    machine = options_of(trap, backing, **options)
     result = run_workload(machine, workload, SyntheticSource(machine.memory_bytes, SEED), timeout=TIMEOUT)
     assert result.wrong_pages == []
     assert result.guest_checksum == result.expected_checksum
@@ -108,7 +126,7 @@ def prove(trap, backing, workload, **options):
     return result
 
 
-def make_machine(trap, backing="memfd", *, workload=None, source=None, **options):
+def make_machine(trap, backing="memfd", *, workload=None, source=None, machine_class=Machine, **options):
     """Make a machine for a planned workload; the source is the synthetic image with the workload's patches."""
     require_trap(trap)
     if workload is not None:
@@ -117,7 +135,7 @@ def make_machine(trap, backing="memfd", *, workload=None, source=None, **options
     source = source or SyntheticSource(options["memory_bytes"], SEED)
     if workload is not None and workload.patches:
         source = PatchedSource(source, workload.patches)
-    machine = Machine(MachineOptions(trap=trap, backing=backing, **options), source)
+    machine = machine_class(options_of(trap, backing, **options), source)
     if workload is not None:
         machine.set_parameters(workload.blocks)
     return machine

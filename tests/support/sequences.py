@@ -27,7 +27,6 @@ from kvmdp.source.base import read_pages
 from kvmdp.source.image import WritableImageSource
 from kvmdp.source.request import FetchRequest
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.trap.slots import memory_fault
 from kvmdp.trap.slots import partial_slots as partial_regions
 from kvmdp.trap.slots import ram_slots as slots
 
@@ -209,7 +208,7 @@ class RandomSequence:
         """
         if self.chance.random() < 0.5:
             patches.setattr(slots, "MAX_GRANULE_SLOTS", 16)
-            for module in (slots, memory_fault, partial_regions):
+            for module in (slots, partial_regions):
                 patches.setattr(module, "REGION", REGION)
             self.in_regions = True
         return self.chance.choice((PAGE_SIZE, PAGE_SIZE, 4 * PAGE_SIZE))

@@ -36,7 +36,7 @@ from kvmdp.cli.main import main as kvmdp
 from kvmdp.errors import PagingError
 from kvmdp.machine.vcpu_thread import GuestError
 from kvmdp.machine.workloads import WORKLOADS
-from kvmdp.trap.registry import EXIT_TRAPS, SLOT_TRAPS, TRAPS
+from kvmdp.trap.registry import TRAPS
 
 _FAILED, _REFUSED = 1, 4
 _ROUNDS = 3
@@ -64,7 +64,7 @@ def main() -> None:
 
 def _trap_checks(trap: str, number: int) -> list[dict[str, Any]]:
     # Few pages and, but for the contended run, few memslots: the CPU is emulated.
-    few = ("--pages", "64", *(("--granule", "16K") if trap in SLOT_TRAPS else ()))
+    few = ("--pages", "64", *(("--granule", "16K") if TRAPS[trap].by_memslot else ()))
     checks = []
     for ring in ("3", "0"):
         for workload in WORKLOADS:
@@ -76,7 +76,7 @@ def _trap_checks(trap: str, number: int) -> list[dict[str, Any]]:
         contended = ("--trap", trap, "--vcpus", "2", "--workload", "atomic", "--pages", "256")
         checks.append(_check(trap, f"contended {round_}", *_RUN, *contended, "--seed", str(round_)))
     # The baseline has nothing emulated: that two vCPUs get what is right shows above.
-    places = [(ring, vcpus) for vcpus in ((1, 2) if trap in EXIT_TRAPS else (1,)) for ring in (3, 0)]
+    places = [(ring, vcpus) for vcpus in ((1, 2) if TRAPS[trap].exits else (1,)) for ring in (3, 0)]
     checks += [_forms(trap, *place, share) for share, place in enumerate(places, number)]
     checks += [_named(trap, guest) for guest in NAMED if guest.needs in cpu_flags()]
     return checks

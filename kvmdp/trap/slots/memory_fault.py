@@ -13,12 +13,12 @@ from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_MMAP
 from kvmdp.abi.kvm_cap import Cap
 from kvmdp.errors import UnsupportedError
 from kvmdp.kvm import Vm
-from kvmdp.memory.backing import Backing
-from kvmdp.page import PAGE_SIZE, REGION
-from kvmdp.paging.ports import ForMemslots
+from kvmdp.page import PAGE_SIZE
+from kvmdp.paging.ports import ForTraps
+from kvmdp.trap.kind import Materials
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Block, Kind, Piece
-from kvmdp.trap.slots.slot_trap import SlotOptions, SlotTrap
+from kvmdp.trap.slots.slot_trap import SlotTrap
 
 
 def prepare_closed_slots(vm: Vm, slots: RamSlots, trap: str) -> None:
@@ -47,14 +47,14 @@ class MemoryFaultTrap(SlotTrap):
     """
 
     name = "memory-fault"
-    needs_quiesce = True
+    repeats = True
     absent = frozenset((Kind.CLOSED,))
 
-    def __init__(self, vm: Vm, slots: RamSlots, backing: Backing, options: SlotOptions) -> None:
-        super().__init__(slots, backing, options)
-        prepare_closed_slots(vm, slots, self.name)
+    def __init__(self, made_of: Materials) -> None:
+        super().__init__(made_of)
+        prepare_closed_slots(made_of.vm, made_of.slots, self.name)
 
-    def arm(self, pager: ForMemslots) -> None:
+    def arm(self, pager: ForTraps) -> None:
         """Open what is present, close what is absent: by granules, or by larger blocks where those are too many."""
         super().arm(pager)
         closed: list[Piece] = []
@@ -65,8 +65,12 @@ class MemoryFaultTrap(SlotTrap):
     def admit(self, first: int, count: int) -> None:
         """Replace closed slots by ordinary ones; a slot that has other absent pages too is cut."""
         assert self._pager is not None
-        with self._slots.claimed(first, count):
+        slots = self._slots
+        claim = slots.claim(first, count)
+        try:
             self._pager.gate.while_stopped(lambda: self._exchange(first, first + count))
+        finally:
+            slots.release(claim)
         self._populate(first, count)
         self._changed(first, count)
 
@@ -79,20 +83,11 @@ class MemoryFaultTrap(SlotTrap):
 
     def _cut(self, block: Block, first: int, end: int) -> None:
         """Open the pages [first, end) of a closed block and close what is left of it."""
-        if self._options.split == "gap":
-            low, high = first, end
-        else:
-            low = max(first // REGION * REGION, block.first)
-            high = min(-(-end // REGION) * REGION, block.end)
-        granule = self.granule // PAGE_SIZE
-        closed = block.without(low, high)
-        closed += self._slots.pieces(low, first - low, Kind.CLOSED, granule)
-        closed += self._slots.pieces(end, high - end, Kind.CLOSED, granule)
         self._slots.delete(block)
         self._slots.open(first, end - first)
-        self._slots.close_pieces(closed)
+        self._slots.close_pieces(block.without(first, end))
 
-    def revoke(self, first: int, count: int) -> None:
+    def _shut_out(self, first: int, count: int) -> None:
         """Replace ordinary slots by closed ones; a slot that has other present pages too is cut.
 
         By granules, which are then admitted without a cut; in regions one slot for all, and for what is closed beside
@@ -103,11 +98,14 @@ class MemoryFaultTrap(SlotTrap):
             size = self._slots.closed_pages
             low = first // size * size
             high = min(-(-high // size) * size, self._backing.size // PAGE_SIZE)
-        with self._slots.claimed(low, high - low):
+        claim = self._slots.claim(low, high - low)
+        try:
             if self._slots.in_regions:
                 first, count = self._with_closed_neighbours(first, count, low, high)
             self._slots.take_out(first, count)
             self._slots.close_pieces(self._slots.pieces(first, count, Kind.CLOSED, size))
+        finally:
+            self._slots.release(claim)
         self._changed(first, count)
 
     def _with_closed_neighbours(self, first: int, count: int, low: int, high: int) -> tuple[int, int]:

@@ -19,20 +19,27 @@ class MmioTrap(SlotTrap):
     """
 
     name = "mmio"
-    needs_quiesce = True
+    catches_nested_walks = False  # to the CPU memory without a memslot is no memory
     absent = frozenset((None,))
 
     def admit(self, first: int, count: int) -> None:
         """Make the granules' slots, or one where RAM has too many granules."""
         size = None if self._slots.in_regions else self.granule // PAGE_SIZE
         assert self._pager is not None
-        with self._slots.claimed(first, count):
+        slots = self._slots
+        claim = slots.claim(first, count)
+        try:
             self._pager.gate.while_stopped(lambda: self._open(first, count, size))
+        finally:
+            slots.release(claim)
         self._populate(first, count)
         self._changed(first, count)
 
-    def revoke(self, first: int, count: int) -> None:
+    def _shut_out(self, first: int, count: int) -> None:
         """Take the pages' slots away."""
-        with self._slots.claimed(first, count):
+        claim = self._slots.claim(first, count)
+        try:
             self._slots.take_out(first, count)
+        finally:
+            self._slots.release(claim)
         self._changed(first, count)

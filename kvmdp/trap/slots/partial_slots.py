@@ -22,13 +22,23 @@ from kvmdp.interruption import Interruptible, Uninterrupted
 from kvmdp.page import REGION, Outcome
 from kvmdp.paging.jobs import Job
 from kvmdp.paging.ports import ForMemslots
+from kvmdp.size import format_size
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Kind
 
 SLOT_BYTES = 26 << 10  # kernel memory of a memslot, the most that was measured
 DEFAULT_SLOT_MEMORY = 256 << 20
+LEAST_SLOT_MEMORY = 2 * REGION * SLOT_BYTES  # room for a few regions in pieces
 # What several threads may cut up before the one that keeps house has merged something: regions, each to its pages.
 _MARGIN = 4 * REGION
+
+
+def check_slot_memory(memory: int) -> None:
+    """Raise ValueError if `memory` bytes are too little for the memslots of regions in pieces."""
+    if memory < LEAST_SLOT_MEMORY:
+        raise ValueError(
+            f"{format_size(memory)} of kernel memory for memslots: give at least {format_size(LEAST_SLOT_MEMORY)}"
+        )
 
 
 class PartialRegions(Job):

@@ -14,7 +14,7 @@ Memslots are changed only while no vCPU is in KVM_RUN, whatever the change:
   and a LOCK-prefixed one would lose another vCPU's update.
 - Into closed: the slot is live between its binding and the close, as above.
 
-Changes come from several threads. What spans the ioctls of one is a claim on its blocks (`RamSlots.claimed`), not a
+Changes come from several threads. What spans the ioctls of one is a claim on its blocks (`RamSlots.claim`), not a
 mutex: the mutex guards the map and the list of claims, for a few statements. Who holds a claim takes no second one and
 waits for nothing but the kernel and the vCPUs' way out of KVM_RUN, where nobody waits for a claim.
 
@@ -25,10 +25,9 @@ Units: RAM pages, unless a name says bytes.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from kvmdp.abi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD
@@ -39,7 +38,7 @@ from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
-from kvmdp.page import PAGE_SIZE, REGION
+from kvmdp.page import HUGE_PAGE, PAGE_SIZE, REGION
 from kvmdp.secluded import SecludedThread
 from kvmdp.size import format_size
 from kvmdp.trap.slots.slot_map import Block, Kind, Piece, SlotMap, SlotsExhaustedError
@@ -47,6 +46,7 @@ from kvmdp.waiting import Condition
 
 MAX_GRANULE_SLOTS = 16384
 MAX_GRANULE = 1 << 30
+_MOST_REGIONS = 512
 
 _FIRST_RAM_SLOT = 8  # below: the machine's own (boot slot)
 _GUEST_MEMFD_FLAGS = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
@@ -67,6 +67,19 @@ def least_granule(layout: GuestLayout, page_size: int = PAGE_SIZE) -> int:
     while -(-layout.memory_bytes // granule) > MAX_GRANULE_SLOTS:
         granule *= 2
     return granule
+
+
+def region_size(layout: GuestLayout) -> int:
+    """Return how many bytes a closed memslot covers where pages trap in another way once their region was touched.
+
+    2 MiB, or the least power of two that makes at most 512 of them. The first touch of a region costs several times
+    what another does, for its memslot is replaced. With few regions that is a small share of all faults; the price is
+    page tables, 2 KiB a MiB, for what a touched region has beside.
+    """
+    size = HUGE_PAGE
+    while -(-layout.memory_bytes // size) > _MOST_REGIONS:
+        size *= 2
+    return size
 
 
 def check_granule(granule: int, layout: GuestLayout) -> None:
@@ -108,6 +121,7 @@ class RamSlots:
         self.spare = len(ids) - MAX_GRANULE_SLOTS
         self._map = SlotMap(ids, [region.offset // PAGE_SIZE for region in layout.regions])
         self._claims: list[tuple[int, int]] = []
+        self._waiting = 0  # threads that wait for the end of a claim
         # What the memslot of a closed block names as its memory. KVM itself reads and writes there (its
         # emulator, its paravirtual MSRs), and must fail, not find unfilled memory.
         self._nothing = Mapping.reserved(layout.memory_bytes)
@@ -157,21 +171,34 @@ class RamSlots:
 
     # Claims
 
-    @contextlib.contextmanager
-    def claimed(self, first: int, count: int) -> Iterator[None]:
-        """Be the only one to change the blocks that hold these pages, and what lies between them."""
+    # No context manager: a fault of the traps by memslot makes one claim, and a generator costs it 16 frames of Python.
+    # No interruption comes between `claim` and the `try` behind it: the pager puts them off while a trap is at work.
+
+    def claim(self, first: int, count: int) -> tuple[int, int]:
+        """Be the only one to change the blocks that hold these pages, and what lies between them, until `release`.
+
+        Returns what is to be released. Waits for claims on the same blocks.
+        """
         with self._mutex:
             while True:
                 claim = low, high = self._map.extent(first, count)
-                if not any(start < high and low < end for start, end in self._claims):
-                    break
-                self._changed.wait()
-            self._claims.append(claim)
-        try:
-            yield
-        finally:
-            with self._mutex:
-                self._claims.remove(claim)
+                for start, end in self._claims:
+                    if start < high and low < end:
+                        break
+                else:
+                    self._claims.append(claim)
+                    return claim
+                self._waiting += 1
+                try:
+                    self._changed.wait()
+                finally:
+                    self._waiting -= 1
+
+    def release(self, claim: tuple[int, int]) -> None:
+        """Undo one `claim`."""
+        with self._mutex:
+            self._claims.remove(claim)
+            if self._waiting:
                 self._changed.notify_all()
 
     # One block at a time
@@ -308,9 +335,10 @@ class RamSlots:
                 if not group:
                     break
                 low, page = group[0].first, group[-1].end
-                with self.claimed(low, page - low):
+                claim = self.claim(low, page - low)
+                try:
                     if self.overlapping(low, page - low) != group:
-                        continue  # changed before they were claimed; whoever did that sees to the rest
+                        continue  # changed before they were claimed; the thread that did it sees to the rest
                     with quiesced():
                         for block in group:
                             self.delete(block)
@@ -318,6 +346,8 @@ class RamSlots:
                             self.open(low, page - low)
                         else:
                             self.close_pieces([Piece(low, page - low, kind)])
+                finally:
+                    self.release(claim)
                 merged = True
 
     def merge_upward(self, first: int, count: int, quiesced: Quiesced) -> None:

@@ -29,6 +29,7 @@ from kvmdp.page import PAGE_SIZE, REGION
 from kvmdp.paging.ports import ForReaders
 from kvmdp.trap.collapse import Regions, can_collapse
 from kvmdp.trap.inspect import Picture
+from kvmdp.trap.kind import TrapKind
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.slots.slot_map import Kind
 from kvmdp.trap.uffd.descriptor import Uffd, supported_features
@@ -36,13 +37,14 @@ from kvmdp.trap.uffd.registered_view import UffdView
 from kvmdp.trap.uffd.staging import Staging
 
 
-class UffdTrap(UffdView):
+class UffdTrap(UffdView, TrapKind):
     """The guest view, registered; RAM has one plain memslot a region.
 
     With `minor`, which shared memory alone can have, pages are filled in the memory file and then mapped; without it
     in a staging area. `features` are what the trap needs beyond those of its memory.
     """
 
+    registers = True
     latencies: Sequence[array[int]] = ()
 
     def __init__(

@@ -22,7 +22,8 @@ from kvmdp.errors import PagingError
 from kvmdp.memory.backing import Backing
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.ports import ForReaders
-from kvmdp.trap.inspect import Picture
+from kvmdp.trap.inspect import InspectedTrap, Picture
+from kvmdp.trap.kind import Materials
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.uffd.descriptor import supported_features
 from kvmdp.trap.uffd.guest_view import UffdTrap
@@ -36,6 +37,12 @@ class MarkerTrap(UffdTrap):
     """Absent pages are under markers."""
 
     name = "marker"
+    repeats = True
+
+    @classmethod
+    def make(cls, made_of: Materials) -> InspectedTrap:
+        """Make one, not yet armed."""
+        return cls(made_of.slots, made_of.backing)
 
     def __init__(self, slots: RamSlots, backing: Backing) -> None:
         # Write protection not for its faults: with it, markers survive a collapse into a huge page.

@@ -1,7 +1,7 @@
 """A view of RAM registered with userfaultfd, and the threads that read its faults.
 
 `UffdView` is what the guest view of the traps `marker` and `userfaultfd` (`kvmdp.trap.uffd.guest_view`) and the device
-view of the hybrid traps (`kvmdp.trap.uffd.device_view`) have in common.
+view (`kvmdp.trap.uffd.device_view`) have in common.
 
 A page can go from the memory file while it is present, or between its fill and UFFDIO_CONTINUE: a peer in another
 process may punch holes (fallocate), which no seal that leaves RAM writable forbids. It reads as zeros then, and the

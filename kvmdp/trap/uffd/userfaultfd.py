@@ -22,8 +22,6 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
 
 from kvmdp.abi import userfaultfd as abi
 from kvmdp.abi.mman import MADV_REMOVE
@@ -31,46 +29,18 @@ from kvmdp.errors import PagingError
 from kvmdp.memory.backing import Backing
 from kvmdp.page import PAGE_SIZE, Origin, Outcome, PageFault
 from kvmdp.paging.claim import Waiter
+from kvmdp.trap.inspect import InspectedTrap
+from kvmdp.trap.kind import Materials
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.uffd.descriptor import supported_features
 from kvmdp.trap.uffd.guest_view import UffdTrap
+from kvmdp.trap.uffd.options import UffdOptions
 
 _UNKNOWN = -1  # userfaultfd does not say which vCPU it was
 NO_POISON = (
     "the trap userfaultfd cannot make a poisoned page a machine check here: this kernel's userfaultfd lacks poison "
     "markers (UFFDIO_POISON, Linux 6.6): use a newer kernel, or another trap"
 )
-
-UffdMode = Literal["missing", "minor"]
-
-
-@dataclass(frozen=True, slots=True)
-class UffdOptions:
-    """How many descriptors share RAM out evenly (`shards`), and how many reader threads each has.
-
-    `mode`: "missing" registers for missing faults alone and fills with UFFDIO_COPY, "minor" registers for both kinds
-    and maps with UFFDIO_CONTINUE; None takes minor where memory is shared. Private memory has no minor faults.
-    """
-
-    readers: int = 1
-    shards: int = 1
-    mode: UffdMode | None = None
-
-
-def parse_mode(text: str) -> UffdMode:
-    """Return the mode that `text` names, in either case. Raises ValueError."""
-    for mode in get_args(UffdMode):
-        if text.lower() == mode:
-            return cast(UffdMode, mode)
-    raise ValueError(f"there is no userfaultfd mode {text!r}: choose from {', '.join(get_args(UffdMode))}")
-
-
-def check_mode(mode: UffdMode | None, backing: Backing | type[Backing]) -> None:
-    """Raise ValueError if such RAM cannot be registered in this mode."""
-    if mode == "minor" and not backing.shared:
-        raise ValueError(
-            f"{backing.name} memory has no minor faults: use the mode missing, or the backing memfd"
-        )
 
 
 class UserfaultfdTrap(UffdTrap):
@@ -80,9 +50,16 @@ class UserfaultfdTrap(UffdTrap):
     """
 
     name = "userfaultfd"
+    exits = False
+    catches_shadow_walks = True  # KVM's own walk sleeps, as any access
+    takes_uffd_options = True
+
+    @classmethod
+    def make(cls, made_of: Materials) -> InspectedTrap:
+        """Make one, not yet armed. Raises UnsupportedError without the privilege that it needs."""
+        return cls(made_of.slots, made_of.backing, made_of.uffd)
 
     def __init__(self, slots: RamSlots, backing: Backing, options: UffdOptions) -> None:
-        check_mode(options.mode, backing)
         super().__init__(
             slots,
             backing,

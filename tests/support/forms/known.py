@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from kvmdp.lab.probe import exit_traps
 from kvmdp.machine.hostinfo import cpu_model, emulates_ring_0, uses_nested_paging
-from kvmdp.trap.registry import EXIT_TRAPS
 
 from .form import Form
 
@@ -86,5 +86,5 @@ def known() -> dict[tuple[str, int, str], str]:
     names = [f"mov m,{register}" for register in ("ds", "ss", "cs")]
     names += [f"{push}{place}" for push in ("pushfq", "pushfw", "push fs") for place in ("", " across")]
     hidden = {("mmio", 3, name): _HIDDEN for name in names}
-    stepped = {(trap, 0, name): _STEPPED for trap in EXIT_TRAPS for name in _STEPPED_NAMES}
+    stepped = {(trap, 0, name): _STEPPED for trap in exit_traps() for name in _STEPPED_NAMES}
     return hidden | stepped

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 from kvmdp.bench.contender import MISSING, OFF, PRESENT, SHARDED
 from kvmdp.machine.workloads import WORKLOADS
-from kvmdp.trap.registry import ALL_TRAPS, TRAPS
+from kvmdp.trap.registry import TRAPS
 from random_options import files
 from random_options.machine_options import HUGE, PAGE_OPTIONS
 from random_options.options import NO_NUMBER, NO_SIZE, Option, choices_of, flag
 from random_options.work_options import NO_OUTPUT, document, output
 
 _CONTENDERS = (
-    *ALL_TRAPS,
+    *TRAPS,
     PRESENT,
     SHARDED,
     MISSING,
@@ -20,7 +20,7 @@ _CONTENDERS = (
     "userfaultfd-r2",
     "marker:vcpus=2",
     "mmio:fault-around=16",
-    "hybrid-mmio:device=10",
+    "mmio:device-view,device=10",
     "memory-fault:granule=64K,order=random",
 )
 _NO_CONTENDERS = ("nothing", "marker marker", "marker:x=1", "marker:vcpus=two", "mmio:device=-1", "off-none")

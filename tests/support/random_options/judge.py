@@ -125,8 +125,10 @@ def _run_document(command, status, document):
         yield "it failed without an error"
     if document["vcpus"] != int(command.given.get("--vcpus", 1)):
         yield f"it had {document['vcpus']} vCPUs"
-    if document["trap"] != command.given.get("--trap", "auto") != "auto":
-        yield f"it had the trap {document['trap']}"
+    if (asked := command.given.get("--trap", "auto")) != "auto":
+        found = document["trap"] + ":device-view" * document["device_view"]
+        if found != asked:
+            yield f"it had the trap {found}"
 
 
 def _is_complete(document):

@@ -2,8 +2,8 @@
 
 from kvmdp.memory.backings import BACKINGS
 from kvmdp.size import parse_size
-from kvmdp.trap.registry import ALL_TRAPS, HYBRID_TRAPS, SLOT_TRAPS, check_backing, exit_trap_of
-from kvmdp.trap.uffd.userfaultfd import check_mode
+from kvmdp.trap.fits import Together, check
+from kvmdp.trap.registry import DEVICE_VIEW, TRAPS
 from random_options import files
 from random_options.options import NO_NUMBER, NO_SIZE, Option, choices_of, flag, has, is_one_of
 
@@ -18,9 +18,16 @@ def has_peers(draw):
     return "--handler" in draw.given or "--device-socket" in draw.given
 
 
+_SPECS = (*TRAPS, *(f"{name}:{DEVICE_VIEW}" for name, kind in TRAPS.items() if kind.by_memslot))
+
+
 def trap_of(draw):
-    """Return the trap that is asked for."""
+    """Return what is asked for as --trap."""
     return draw.given.get("--trap", "auto")
+
+
+def _name_of(trap):
+    return trap.partition(":")[0]
 
 
 def _backing(draw):
@@ -31,12 +38,13 @@ def _backing(draw):
 
 def goes(trap, backing):
     """Whether a trap works on a backing, so that a host may have both."""
-    return trap == "auto" or _is_allowed(check_backing, trap, BACKINGS[backing])
+    kind = TRAPS.get(_name_of(trap))
+    return _is_allowed(Together(BACKINGS[backing], kind, device_view=trap.endswith(DEVICE_VIEW)))
 
 
-def _is_allowed(check, *arguments):
+def _is_allowed(together):
     try:
-        check(*arguments)
+        check(together)
     except ValueError:
         return False
     return True
@@ -121,7 +129,9 @@ def _limit(draw):
 
 
 MACHINE_OPTIONS = {
-    "--trap": Option(lambda draw: draw.of("auto", *ALL_TRAPS), ("none", "MARKER", "hybrid-marker", ""), 0.9),
+    "--trap": Option(
+        lambda draw: draw.of("auto", *_SPECS), ("none", "MARKER", "hybrid-mmio", "mmio:", ""), 0.9
+    ),
     "--vcpus": Option(
         lambda draw: draw.of("1", "2", "3", "4", "16" if draw.often(0.1) else "2"),
         (*NO_NUMBER, "0", "-1", "17"),
@@ -165,16 +175,17 @@ MEMORY_OPTIONS = {
 
 
 def _by_slot(draw):
-    return trap_of(draw) in SLOT_TRAPS
+    name = _name_of(trap_of(draw))
+    return name in TRAPS and TRAPS[name].by_memslot
 
 
 def _reads(draw):
-    return trap_of(draw) in ("userfaultfd", *HYBRID_TRAPS)
+    return trap_of(draw) == "userfaultfd" or trap_of(draw).endswith(DEVICE_VIEW)
 
 
 def _mode(draw):
     backing = BACKINGS[draw.given.get("--backing", "memfd")]
-    modes = [mode for mode in ("missing", "minor") if _is_allowed(check_mode, mode, backing)]
+    modes = [mode for mode in ("missing", "minor") if _is_allowed(Together(backing, mode=mode))]
     mode = "minor" if has_peers(draw) else draw.rng.choice(modes)
     return draw.of(mode, mode.title(), mode.upper())
 
@@ -185,12 +196,6 @@ TRAP_OPTIONS = {
         (*NO_SIZE, "0", "1K", "12K", "5000"),
         0.4,
         _by_slot,
-    ),
-    "--split": Option(
-        lambda draw: draw.of(*choices_of("run", "--split")),
-        ("page", ""),
-        0.3,
-        lambda draw: exit_trap_of(trap_of(draw)) == "memory-fault",
     ),
     "--slot-memory": Option(lambda draw: draw.of("26M", "64M", "1G"), (*NO_SIZE, "0", "1M"), 0.3, _by_slot),
     "--readers": Option(

@@ -1,4 +1,4 @@
-"""The hybrid traps: vCPUs exit, devices sleep on a view of their own, and both are at the same pages."""
+"""The device view: vCPUs exit, devices sleep on a view of their own, and both are at the same pages."""
 
 import os
 import threading
@@ -10,9 +10,11 @@ from harness import (
     MEMORY,
     SEED,
     TIMEOUT,
+    WITH_DEVICE_VIEW,
     all_of_ram,
     make_machine,
     meanwhile,
+    options_of,
     plan,
     prove,
     without_kernel_faults,
@@ -20,19 +22,17 @@ from harness import (
 
 from kvmdp.errors import PagingError
 from kvmdp.machine.machine import Machine
-from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.workloads.arithmetic import place_in_page
 from kvmdp.memory.layout import HIGH_RAM_BASE, LOW_RAM_END
 from kvmdp.page import PAGE_SIZE, Origin
 from kvmdp.paging.jobs import Observer
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
-from kvmdp.trap.uffd.userfaultfd import UffdOptions
+from kvmdp.trap.uffd.options import UffdOptions
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 
-HYBRIDS = ("hybrid-memory-fault", "hybrid-mmio")
-every = pytest.mark.parametrize("trap", HYBRIDS)
+every = pytest.mark.parametrize("trap", WITH_DEVICE_VIEW)
 
 
 def wait_until(condition):
@@ -94,7 +94,7 @@ def test_what_a_device_writes_is_there_for_everybody_and_the_rest_of_the_page_is
 def test_the_hole_of_the_pc_is_no_ram_and_what_lies_above_it_is():
     memory = LOW_RAM_END + MEMORY
     source = SyntheticSource(memory, SEED)
-    with make_machine("hybrid-mmio", memory_bytes=memory, source=source) as machine:
+    with make_machine("mmio:device-view", memory_bytes=memory, source=source) as machine:
         device = machine.device_view
         page = LOW_RAM_END // PAGE_SIZE
         assert device.read(HIGH_RAM_BASE, PAGE_SIZE) == content(source, page)
@@ -108,16 +108,23 @@ def test_the_hole_of_the_pc_is_no_ram_and_what_lies_above_it_is():
 
 
 @pytest.mark.parametrize("trap", ["marker", "memory-fault", "mmio", "userfaultfd"])
-def test_other_traps_have_no_device_view(trap):
+def test_there_is_none_that_was_not_asked_for(trap):
     with make_machine(trap) as machine:
         assert machine.device_view is None
 
 
+@pytest.mark.parametrize("trap", ["marker", "layered", "userfaultfd"])
+def test_a_trap_by_page_table_is_refused_with_the_reason(trap):
+    options = options_of(f"{trap}:device-view", memory_bytes=MEMORY)
+    with pytest.raises(ValueError, match=f"the trap {trap} has no device view, for it works by page tables"):
+        Machine(options, SyntheticSource(MEMORY))
+
+
 @every
 def test_anonymous_memory_is_refused_with_the_reason(trap):
-    sentence = f"the trap {trap} maps RAM once more for devices, which cannot be done with anonymous memory"
-    with pytest.raises(ValueError, match=sentence):
-        Machine(MachineOptions(MEMORY, trap, "anonymous"), SyntheticSource(MEMORY))
+    options = options_of(trap, "anonymous", memory_bytes=MEMORY)
+    with pytest.raises(ValueError, match=r"a device view maps RAM once more, .+ with anonymous memory"):
+        Machine(options, SyntheticSource(MEMORY))
 
 
 # Devices and vCPUs at the same pages
