@@ -139,7 +139,7 @@ def test_a_limit_of_cpu_time_is_a_sentence(tmp_path, leaks):
     ram = tmp_path / "ram"
     prelude = "import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 60))"
     options = ("--memory", "4G", "--trap", "mmio", "--backing", "file", "--backing-file", ram)
-    done = kvmdp("run", *options, *leaks, prelude=prelude)
+    done = kvmdp("run", *options, *leaks, prelude=prelude, fresh=True)
     assert done.status == 1
     assert done.error == "this process may use 1 s of CPU time (ulimit -t), and needs more: raise the limit"
     assert f"{ram} has the guest's RAM" in done.err
@@ -415,7 +415,7 @@ def test_the_next_run_copes_with_what_a_killed_one_has_left(tmp_path, socket_pat
 
 @pytest.mark.parametrize("tenths", range(4))
 def test_there_is_no_traceback_when_modules_are_loaded(tenths):
-    with Running("bench", "--help", prelude=LOADING) as command:
+    with Running("bench", "--help", prelude=LOADING, fresh=True) as command:
         command.wait_for_progress("loading")
         time.sleep(tenths / 10)
         command.process.send_signal(signal.SIGHUP)
