@@ -45,9 +45,9 @@ def test_a_triple_fault(program, trap):
 @pytest.mark.parametrize("ring", [3, 0])
 @pytest.mark.parametrize("trap", TRAPS)
 def test_a_guest_that_loops_for_ever(program, trap, ring):
-    arguments = ("--memory", "2M", "--trap", trap, "--ring", ring, "--vcpus", 2, "--timeout", 1)
+    arguments = ("--memory", "2M", "--trap", trap, "--ring", ring, "--vcpus", 2, "--timeout", 0.5)
     assert failed("--guest", program(LOOP), *arguments) == (
-        f"the guest was not done within 1 seconds (vCPU 0 at RIP {PROGRAM:#x}, vCPU 1 at RIP {PROGRAM:#x}): "
+        f"the guest was not done within 0.5 seconds (vCPU 0 at RIP {PROGRAM:#x}, vCPU 1 at RIP {PROGRAM:#x}): "
         "give it more with --timeout"
     )
 
