@@ -8,6 +8,7 @@ import time
 
 import pytest
 from command import Running, kvmdp
+from commands import OFTEN
 from programs import (
     HALT,
     IN_FROM_NOWHERE,
@@ -107,7 +108,7 @@ def test_a_halt(program):
 def test_an_image_truncated_while_the_guest_runs(image, program, trap):
     path = image(16 << 20)
     arguments = ("run", "--image", path, "--guest", program(SLOW_WALK), "--trap", trap, "--json", "-")
-    with Running(*arguments) as command:
+    with Running(*arguments, prelude=OFTEN) as command:
         command.wait_for_progress()
         os.truncate(path, 0)
         done = command.finish()
@@ -131,7 +132,9 @@ def test_an_interruption_in_mid_run(program, trap, number, tmp_path):
     target = tmp_path / "result.json"
     target.write_text("older")
     arguments = ("--memory", "64M", "--guest", program(SLOW_WALK), "--trap", trap, "--vcpus", 2)
-    with Running("run", *arguments, "--json", target, "--trace", tmp_path / "trace") as command:
+    with Running(
+        "run", *arguments, "--json", target, "--trace", tmp_path / "trace", prelude=OFTEN
+    ) as command:
         command.wait_for_progress()
         sent = time.monotonic()
         command.process.send_signal(number)
@@ -154,7 +157,7 @@ def preadv(*arguments):
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 os.preadv = preadv
 """
-    with Running("run", "--image", image(4 << 20), prelude=prelude) as command:
+    with Running("run", "--image", image(4 << 20), prelude=prelude + OFTEN) as command:
         command.wait_for_progress()
         command.process.send_signal(signal.SIGINT)
         done = command.finish()
