@@ -6,6 +6,7 @@ which a thread dies of an exception fails too: pytest warns of it, and `filterwa
 pyproject.toml makes warnings errors.
 """
 
+import contextlib
 import fcntl
 import gc
 import os
@@ -112,6 +113,13 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         if left := after.keys() - descriptors.keys():
             names = ", ".join(f"{number} ({after[number]})" for number in sorted(left))
             pytest.fail(f"the test left descriptors open: {names}", pytrace=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forking() -> Iterator[None]:
+    """Start the server that forks commands (tests/support/forked.py), if there are tests which start some."""
+    with sys.modules["forked"].server() if "forked" in sys.modules else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -14,6 +14,6 @@ class MachineMemory(GuestMemory):
         if outcome is Outcome.CANCELLED and self._pager.error is None:
             raise CancelledError(
                 f"the page at gpa {self._layout.gpa_of_page(page):#x} is absent and the run is over: call "
-                "Machine.pager.resume to have pages come again, or Machine.restart to run the guest again"
+                "Machine.pager.reopen to have pages come again, or Machine.restart to run the guest again"
             )
         super()._check(outcome, page)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command import Running, kvmdp
+from commands import OFTEN
 from programs import SLOW_WALK
 
 pytestmark = pytest.mark.kvm
@@ -173,7 +174,7 @@ def settles(name, expected):
 def test_huge_pages_are_given_back_however_the_run_ends(end, program):
     before = {name: number(name) for name in ("nr_overcommit_hugepages", "surplus_hugepages", "nr_hugepages")}
     arguments = ("--memory", "16M", "--trap", "mmio", "--reserve-hugepages", "--guest", program(SLOW_WALK))
-    with Running("run", "--backing", "hugetlb-2m", *arguments) as running:
+    with Running("run", "--backing", "hugetlb-2m", *arguments, prelude=OFTEN) as running:
         running.wait_for_progress()
         assert number("surplus_hugepages") >= 8 or number("nr_hugepages") >= 8
         running.process.send_signal(end)

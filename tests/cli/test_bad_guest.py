@@ -8,6 +8,7 @@ import time
 
 import pytest
 from command import Running, kvmdp
+from commands import OFTEN
 from programs import (
     HALT,
     IN_FROM_NOWHERE,
@@ -45,9 +46,9 @@ def test_a_triple_fault(program, trap):
 @pytest.mark.parametrize("ring", [3, 0])
 @pytest.mark.parametrize("trap", TRAPS)
 def test_a_guest_that_loops_for_ever(program, trap, ring):
-    arguments = ("--memory", "2M", "--trap", trap, "--ring", ring, "--vcpus", 2, "--timeout", 1)
+    arguments = ("--memory", "2M", "--trap", trap, "--ring", ring, "--vcpus", 2, "--timeout", 0.5)
     assert failed("--guest", program(LOOP), *arguments) == (
-        f"the guest was not done within 1 seconds (vCPU 0 at RIP {PROGRAM:#x}, vCPU 1 at RIP {PROGRAM:#x}): "
+        f"the guest was not done within 0.5 seconds (vCPU 0 at RIP {PROGRAM:#x}, vCPU 1 at RIP {PROGRAM:#x}): "
         "give it more with --timeout"
     )
 
@@ -107,7 +108,7 @@ def test_a_halt(program):
 def test_an_image_truncated_while_the_guest_runs(image, program, trap):
     path = image(16 << 20)
     arguments = ("run", "--image", path, "--guest", program(SLOW_WALK), "--trap", trap, "--json", "-")
-    with Running(*arguments) as command:
+    with Running(*arguments, prelude=OFTEN) as command:
         command.wait_for_progress()
         os.truncate(path, 0)
         done = command.finish()
@@ -131,7 +132,9 @@ def test_an_interruption_in_mid_run(program, trap, number, tmp_path):
     target = tmp_path / "result.json"
     target.write_text("older")
     arguments = ("--memory", "64M", "--guest", program(SLOW_WALK), "--trap", trap, "--vcpus", 2)
-    with Running("run", *arguments, "--json", target, "--trace", tmp_path / "trace") as command:
+    with Running(
+        "run", *arguments, "--json", target, "--trace", tmp_path / "trace", prelude=OFTEN
+    ) as command:
         command.wait_for_progress()
         sent = time.monotonic()
         command.process.send_signal(number)
@@ -154,7 +157,7 @@ def preadv(*arguments):
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 os.preadv = preadv
 """
-    with Running("run", "--image", image(4 << 20), prelude=prelude) as command:
+    with Running("run", "--image", image(4 << 20), prelude=prelude + OFTEN) as command:
         command.wait_for_progress()
         command.process.send_signal(signal.SIGINT)
         done = command.finish()

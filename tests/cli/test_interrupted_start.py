@@ -22,7 +22,7 @@ MODULES = ("kvmdp.cli.main", "argparse", "kvmdp.kvm", "numpy", "kvmdp.cli.bench"
 @pytest.mark.parametrize("module", MODULES)
 def test_an_interruption_while_a_module_is_loaded(module, number):
     prelude = SIGNAL_AT_IMPORT.format(module=module, number=number)
-    with Running("bench", "--help", prelude=prelude) as command:
+    with Running("bench", "--help", prelude=prelude, fresh=True) as command:
         done = command.finish()
     assert (done.status, done.error, done.out) == (130, "interrupted", "")
 
@@ -37,7 +37,7 @@ print("ready\\n", end="", file=sys.stderr)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("tenths", range(1, 8))
 def test_an_interruption_while_a_supervised_run_starts(tenths, number):
-    with Running("run", "--memory", "1G", "--detect-leaks", prelude=READY) as command:
+    with Running("run", "--memory", "1G", "--detect-leaks", prelude=READY, fresh=True) as command:
         command.wait_for_progress("ready")
         time.sleep(tenths / 10)
         command.process.send_signal(number)
@@ -59,7 +59,7 @@ def test_a_background_jobs_run_goes_on_ignoring_sigint(leaks):
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2])
 def test_an_interruption_soon_after_the_entry(delay):
-    with Running("run", "--memory", "256M", prelude=READY) as command:
+    with Running("run", "--memory", "256M", prelude=READY, fresh=True) as command:
         command.wait_for_progress("ready")
         time.sleep(delay)
         command.process.send_signal(signal.SIGINT)

@@ -123,9 +123,7 @@ def test_what_is_left_or_changed_is_found(tmp_path):
 
 def test_a_command_that_goes_on_for_ever_is_ended_and_its_stacks_are_shown(tmp_path):
     (tmp_path / "work").mkdir()
-    with Fork() as fork:
-        fork.start(["handler", "--listen", "sock", "--synthetic", "2M"], tmp_path, "0", 1)
-        end = fork.finish()
+    end = Fork(["handler", "--listen", "sock", "--synthetic", "2M"], tmp_path, "0", 1).finish()
     assert (end.status, end.hung) == (-9, True)
     assert "kvmdp/peers/handler/server.py" in (tmp_path / "0.stacks").read_text()
 

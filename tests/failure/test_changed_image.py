@@ -5,12 +5,13 @@ import re
 
 import pytest
 from command import Running, kvmdp
+from commands import OFTEN
 
 from kvmdp.source.image import ImageSource
 
 SIZE = 2 << 20
 # Long enough to change the file in, and with each page fetched once.
-SLOW = ("--latency", "3ms", "--trap", "mmio")
+SLOW = ("--latency", "1ms", "--trap", "mmio")
 
 pytestmark = pytest.mark.kvm
 
@@ -24,7 +25,7 @@ def image(tmp_path):
 
 def run_while(image, change, *arguments):
     """Run on an image that `change(image)` changes once some of its pages have been fetched."""
-    with Running("run", "--image", image, *SLOW, *arguments) as command:
+    with Running("run", "--image", image, *SLOW, *arguments, prelude=OFTEN) as command:
         command.wait_for_progress()
         change(image)
         return command.finish()
@@ -102,9 +103,9 @@ def test_there_is_no_change_without_an_image():
 
 def test_the_copy_that_a_handler_is_compared_with_is_watched(image, tmp_path):
     socket = tmp_path / "socket"
-    with Running("handler", "--listen", socket, "--image", image, "--latency", "3ms") as handler:
+    with Running("handler", "--listen", socket, "--image", image, "--latency", "1ms") as handler:
         handler.wait_for_progress("serving")
-        with Running("run", "--handler", socket, "--image", image) as command:
+        with Running("run", "--handler", socket, "--image", image, prelude=OFTEN) as command:
             command.wait_for_progress()
             write_first_page(image)
             done = command.finish()

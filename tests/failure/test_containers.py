@@ -136,7 +136,8 @@ def test_a_table_of_coverage_skips_it():
     ids=["plain", "leaks", "evicting", "disk"],
 )
 def test_what_default_profiles_refuse_is_not_needed(options, number):
-    done = kvmdp(*SMALL, *options, prelude=refusing(*REFUSED_BY_DEFAULT, "sched_setaffinity", number=number))
+    prelude = refusing(*REFUSED_BY_DEFAULT, "sched_setaffinity", number=number)
+    done = kvmdp(*SMALL, *options, prelude=prelude, fresh=True)
     assert done.status == 0, done.err
     assert "exact" in done.out
 

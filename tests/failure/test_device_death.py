@@ -3,9 +3,9 @@
 import random
 import signal
 import subprocess
-import sys
 import time
 
+import forked
 import pytest
 
 from kvmdp.machine.hostinfo import cpu_model
@@ -19,14 +19,14 @@ SOON = 60
 MEMORY = "32M"
 
 
-def start(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, "-c", START, *map(str, arguments)],
+def start(*arguments):
+    return forked.start(
+        START,
+        *arguments,
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from command import Running, kvmdp
-from commands import RUN, SLOW
+from commands import OFTEN, RUN, SLOW
 from effort import by_effort
 
 HAMMERINGS = by_effort(1, 3, 50)
@@ -49,7 +49,7 @@ def interrupted(command, number=signal.SIGHUP):
 @needs_kvm
 @pytest.mark.parametrize("leaks", [(), ("--detect-leaks",)], ids=["plain", "supervised"])
 def test_a_run_ends_at_sighup(leaks):
-    with Running(*LONG, *leaks) as command:
+    with Running(*LONG, *leaks, prelude=OFTEN) as command:
         command.wait_for_progress()
         assert interrupted(command).error == "interrupted"
 
@@ -123,7 +123,7 @@ def test_what_has_a_name_is_gone_or_announced_after_a_deadly_signal(tmp_path, wh
         "ram": ("--backing", "file", "--backing-file", tmp_path / "ram"),
         "socket": ("--workload", "disk", "--device-socket", tmp_path / "socket"),
     }
-    with Running(*LONG, *leaks, *named[what]) as command:
+    with Running(*LONG, *leaks, *named[what], prelude=OFTEN) as command:
         command.wait_for_progress()
         assert (tmp_path / what).exists()
         command.process.send_signal(getattr(signal, number))
@@ -139,7 +139,7 @@ def test_a_limit_of_cpu_time_is_a_sentence(tmp_path, leaks):
     ram = tmp_path / "ram"
     prelude = "import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 60))"
     options = ("--memory", "4G", "--trap", "mmio", "--backing", "file", "--backing-file", ram)
-    done = kvmdp("run", *options, *leaks, prelude=prelude)
+    done = kvmdp("run", *options, *leaks, prelude=prelude, fresh=True)
     assert done.status == 1
     assert done.error == "this process may use 1 s of CPU time (ulimit -t), and needs more: raise the limit"
     assert f"{ram} has the guest's RAM" in done.err
@@ -246,7 +246,7 @@ Path.chmod = chmod
 @needs_kvm
 def test_a_second_signal_ends_a_run_that_does_not_come_to_its_end():
     prelude = f"""
-{HASTY}
+{HASTY}{OFTEN}
 import time
 from kvmdp.machine.machine import Machine
 def stop(machine):
@@ -312,7 +312,7 @@ def test_the_file_that_ram_is_in_is_announced(tmp_path, end, leaks):
     path = tmp_path / "ram"
     file = ("--backing", "file", "--backing-file", path)
     arguments = {"normal": RUN, "error": (*SLOW, "--timeout", "0.2")}.get(end, LONG)
-    with Running(*arguments, *file, *leaks) as command:
+    with Running(*arguments, *file, *leaks, prelude=OFTEN) as command:
         if end.startswith("SIG"):
             command.wait_for_progress()
             command.process.send_signal(getattr(signal, end))
@@ -325,7 +325,7 @@ def test_the_file_that_ram_is_in_is_announced(tmp_path, end, leaks):
 @needs_kvm
 def test_the_file_that_ram_is_in_is_announced_at_a_hasty_end(tmp_path):
     path = tmp_path / "ram"
-    with Running(*LONG, "--backing", "file", "--backing-file", path, prelude=HASTY) as command:
+    with Running(*LONG, "--backing", "file", "--backing-file", path, prelude=HASTY + OFTEN) as command:
         command.wait_for_progress()
         with storm(command, signal.SIGTERM):
             done = command.finish()
@@ -396,7 +396,7 @@ def test_the_next_run_copes_with_what_a_killed_one_has_left(tmp_path, socket_pat
         ("--workload", "disk", "--device-socket", socket_path),
         ("--backing", "file", "--backing-file", ram),
     ):
-        with Running(*LONG, *names) as command:
+        with Running(*LONG, *names, prelude=OFTEN) as command:
             command.wait_for_progress("waiting for a device" if "--device-socket" in names else "present")
             command.process.kill()
             command.process.wait()
@@ -415,7 +415,7 @@ def test_the_next_run_copes_with_what_a_killed_one_has_left(tmp_path, socket_pat
 
 @pytest.mark.parametrize("tenths", range(4))
 def test_there_is_no_traceback_when_modules_are_loaded(tenths):
-    with Running("bench", "--help", prelude=LOADING) as command:
+    with Running("bench", "--help", prelude=LOADING, fresh=True) as command:
         command.wait_for_progress("loading")
         time.sleep(tenths / 10)
         command.process.send_signal(signal.SIGHUP)

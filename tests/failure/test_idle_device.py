@@ -4,11 +4,11 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from command import Running
 from device_process import SOON, bench
@@ -93,9 +93,9 @@ def disk(tmp_path):
 def device(path, disk, *, code=None, prelude=""):
     """A device process: `kvmdp device` after `prelude`, or `code` with the hand-over in hand."""
     program = f"{prelude}\n{START}" if code is None else RAW.format(code=textwrap.indent(code, "    "))
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, "device", *(("--connect",) if code is None else ()), path]
-        + (["--file", str(disk)] if code is None else []),
+    process = forked.start(
+        program,
+        *(("device", "--connect", path, "--file", disk) if code is None else ("device", path)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

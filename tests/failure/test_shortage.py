@@ -129,7 +129,7 @@ def test_a_probe_of_huge_pages_that_are_refused_proves_nothing(huge_pages):
 )
 def test_few_threads(command, most):
     user = limits.user_of_ones_own()
-    done = kvmdp(*command, prelude=helped(f"limits.limit_threads({most}, {user})"))
+    done = kvmdp(*command, prelude=helped(f"limits.limit_threads({most}, {user})"), fresh=True)
     check_exact_or_named(
         done,
         rf"user {user} may have {most} processes and threads \(ulimit -u\), and needs more: raise the limit",
@@ -143,7 +143,7 @@ def test_few_threads(command, most):
 def test_a_control_group_with_few_threads(command, most):
     with control_groups.control_group("pids") as group:
         file = control_groups.write_limit(group, most, "pids.max")
-        done = kvmdp(*command, prelude=helped(f"control_groups.join({str(group)!r})"))
+        done = kvmdp(*command, prelude=helped(f"control_groups.join({str(group)!r})"), fresh=True)
     check_named(
         done, rf"this control group may have {most} processes and threads \({file}\), and needs more: raise"
     )
@@ -170,14 +170,14 @@ experiment._compare = compare_without_memory
 @pytest.mark.parametrize(("name", "most"), [(name, most) for name in MEMORY for most in MEMORY[name][1]])
 @COMMANDS
 def test_little_memory(command, name, most):
-    done = kvmdp(*command, prelude=limited(name, most << 20))
+    done = kvmdp(*command, prelude=limited(name, most << 20), fresh=True)
     check_exact_or_named(
         done, rf"this process may have {most}M {MEMORY[name][0]}, and needs .*: raise the limit"
     )
 
 
 def test_no_memory_for_the_comparison():
-    done = kvmdp("run", "--memory", "8M", "--trap", "mmio", prelude=NO_COMPARISON)
+    done = kvmdp("run", "--memory", "8M", "--trap", "mmio", prelude=NO_COMPARISON, fresh=True)
     check_named(
         done,
         r"out of memory: this process may have \S+ of data \(ulimit -d\), and needs more: raise the limit",
@@ -186,7 +186,7 @@ def test_no_memory_for_the_comparison():
 
 def test_no_memory_for_a_machine_that_a_comparison_of_traps_needs():
     arguments = ("bench", "-b", "256M", "--rounds", 1, "--warm-up", 0, "mmio")
-    done = kvmdp(*arguments, prelude=limited("RLIMIT_AS", 256 << 20))
+    done = kvmdp(*arguments, prelude=limited("RLIMIT_AS", 256 << 20), fresh=True)
     assert done.status == 1
     assert re.search(r"FAILED mmio: .*this process may have 256M of address space \(ulimit -v\)", done.err), (
         done.err
@@ -199,7 +199,7 @@ def test_no_memory_for_a_machine_that_a_comparison_of_traps_needs():
 @pytest.mark.parametrize("most", [4, 8, 12])
 @COMMANDS
 def test_few_descriptors(command, most):
-    done = kvmdp(*command, prelude=limited("RLIMIT_NOFILE", most))
+    done = kvmdp(*command, prelude=limited("RLIMIT_NOFILE", most), fresh=True)
     check_exact_or_named(
         done, rf"this process may have {most} descriptors open at once \(ulimit -n\).*raise the limit"
     )
@@ -208,7 +208,7 @@ def test_few_descriptors(command, most):
 
 @pytest.mark.parametrize("trap", ["memory-fault", "userfaultfd", "layered"])
 def test_no_descriptors_for_a_trap(trap):
-    done = kvmdp(*SMALL, "--trap", trap, prelude=limited("RLIMIT_NOFILE", 8))
+    done = kvmdp(*SMALL, "--trap", trap, prelude=limited("RLIMIT_NOFILE", 8), fresh=True)
     check_named(done, r"this process may have 8 descriptors open at once \(ulimit -n\)")
 
 

@@ -5,14 +5,28 @@ import os
 
 import numpy as np
 import pytest
-from harness import MEMORY, TIMEOUT, host_pv, make_machine, plan, program_machine, without_msr_interception
+from harness import (
+    MEMORY,
+    SEED,
+    TIMEOUT,
+    host_pv,
+    make_machine,
+    plan,
+    program_machine,
+    require_trap,
+    without_msr_interception,
+)
 
 from kvmdp.lab.detector import LeakDetector
+from kvmdp.lab.experiment import run_workload
 from kvmdp.lab.leaks import LeakKind, absent_msr_pages, runs_with_data, spurious_page_fault
 from kvmdp.machine.guest_abi import PROGRAM_BASE, ParameterBlock, PvFlag
+from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError
+from kvmdp.machine.workloads import WORKLOADS
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.paging.claim import State
+from kvmdp.source.synthetic import SyntheticSource
 
 TRAPS = ("memory-fault", "marker", "mmio", "userfaultfd")
 SLOT_TRAPS = ("memory-fault", "mmio")
@@ -29,6 +43,20 @@ def watch(machine):
 def only(detector):
     assert len(detector.leaks) == 1, detector.leaks
     return detector.leaks[0]
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_nothing_is_found_where_nothing_is_wrong(name, trap):
+    require_trap(trap)
+    detector, workload = LeakDetector(), plan(name, vcpus=2, pages=16)
+    options = MachineOptions(MEMORY, trap, vcpus=2)
+    result = run_workload(
+        options, workload, SyntheticSource(MEMORY, SEED), timeout=TIMEOUT, detector=detector
+    )
+    assert result.ok
+    assert detector.leaks == []
 
 
 @pytest.mark.kvm

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.kvm
 # A CPU that QEMU emulates takes minutes for what a real one does in seconds.
 EMULATED = cpu_model().startswith("QEMU TCG")
 ROUNDS = by_effort(1, 3 if EMULATED else 5, 20)
-PAGES = 256 if EMULATED else 8192
+PAGES = 256 if EMULATED else by_effort(2048, 4096, 8192)
 
 
 def source_for(workload):

@@ -78,7 +78,7 @@ def anonymous_memory():
     return total
 
 
-def check_nothing_left(make_and_end, repeats=6):
+def check_nothing_left(make_and_end, repeats=3):
     """Do it twice, for what is made once a process; then again: nothing more may be there.
 
     Stacks of threads stay with the allocator for the next thread, but RAM left behind would be RAM each time.
@@ -161,7 +161,7 @@ def test_a_guest_that_never_ends_leaves_nothing(trap, backing):
         ):
             machine.run(0.1)
 
-    check_nothing_left(end, repeats=3)
+    check_nothing_left(end)
 
 
 @EVERY
@@ -173,7 +173,7 @@ def test_ctrl_c_leaves_nothing(trap, backing):
         ):
             machine.run(TIMEOUT, on_tick=lambda: signal.raise_signal(signal.SIGINT))
 
-    check_nothing_left(end, repeats=3)
+    check_nothing_left(end)
 
 
 @pytest.mark.parametrize("trap", TRAPS)

@@ -30,7 +30,7 @@ hosts.open_to_all(*{readable})
 hosts.replace_dev(kvm={kvm})
 hosts.become_nobody()
 """
-    return kvmdp(*arguments, prelude=prelude)
+    return kvmdp(*arguments, prelude=prelude, fresh=True)
 
 
 @functools.cache

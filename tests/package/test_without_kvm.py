@@ -53,16 +53,16 @@ def test_every_module_imports():
 
 
 def test_probe_explains():
-    done = kvmdp("probe", "--json", "-", prelude=HIDE_DEVICES)
+    done = kvmdp("probe", "--json", "-", prelude=HIDE_DEVICES, fresh=True)
     assert (done.status, done.err) == (4, "")
     (lack,) = done.document["missing"]
     assert lack["what"] == "/dev/kvm"
     assert REMEDY in lack["remedy"]
-    assert REMEDY in kvmdp("probe", prelude=HIDE_DEVICES).out
+    assert REMEDY in kvmdp("probe", prelude=HIDE_DEVICES, fresh=True).out
 
 
 def test_run_explains():
-    done = kvmdp("run", prelude=HIDE_DEVICES)
+    done = kvmdp("run", prelude=HIDE_DEVICES, fresh=True)
     assert done.status == 4
     assert REMEDY in done.error
 

@@ -83,7 +83,7 @@ def pause_and_resume(pager):
         assert pager.resolve(PageFault(5)) is Outcome.FAILED
     finally:
         pager.source.before = lambda first, count: None
-        pager.reopen()
+        pager.resume()
 
 
 THREE_PAGES = np.array([0b1011, *[0] * (PAGES // 64 - 1)], np.uint64)
@@ -200,7 +200,7 @@ def check(name, steps, stride=1):
         with pager_of(needs_quiesce=True) as pager:
             before(pager)
             interrupted(lambda: operate(pager))
-            pager.reopen()
+            pager.resume()
             check_nothing_is_left(pager)
             check_all_goes_on(pager)
 

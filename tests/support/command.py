@@ -8,11 +8,11 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 TIMEOUT = 60  # seconds: a command that hangs fails its test, it does not hang the suite
@@ -50,22 +50,32 @@ class Finished:
 class Running:
     """A command that has been started; a context manager that never leaves it running.
 
-    `prelude` is Python to be run before it, `wrapper` the command line of a program that is to start it.
+    `prelude` is Python to be run before it, `wrapper` the command line of a program that is to start it. Modules have
+    been loaded (tests/support/forked.py), unless it is to be `fresh` or has a wrapper.
     """
 
-    def __init__(self, *arguments, prelude="", wrapper=(), stdout=subprocess.PIPE, stderr=subprocess.PIPE):
+    def __init__(
+        self,
+        *arguments,
+        prelude="",
+        wrapper=(),
+        fresh=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ):
         self._folder = tempfile.TemporaryDirectory()
         environment = {name: value for name, value in os.environ.items() if name not in _UNSET}
         environment |= {"TMPDIR": self._folder.name, "TERM": "xterm"}
-        start = f"{prelude}\n{_START}"
-        self.process = subprocess.Popen(
-            [*wrapper, sys.executable, "-c", start, *map(str, arguments)],
+        self.process = forked.start(
+            f"{prelude}\n{_START}",
+            *arguments,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
             env=environment,
             cwd=Path(__file__).resolve().parents[2],
-            start_new_session=True,
+            fresh=fresh,
+            wrapper=wrapper,
         )
         self._seen = ""
 

@@ -13,6 +13,11 @@ MEASURING = {
     "compare": (("compare", *_COMPARISON, "present", "mmio"), "x uffd"),
     "coverage": (("compare", "--coverage"), "not missed: "),
 }
+# To be run before `run`, so that lines of progress come ten times a second. A supervised run's process has it not.
+OFTEN = """
+from kvmdp.cli import progress
+progress._LINE_SECONDS = 0.1
+"""
 # To be run before `probe` and `compare --coverage`, whose tables would take long.
 FEW_CELLS = """
 from kvmdp.cli import probe

@@ -3,10 +3,10 @@
 import contextlib
 import json
 import subprocess
-import sys
 import tempfile
 import threading
 
+import forked
 from fakes import PAGES, FakeSource, FakeTrap
 
 from kvmdp.memory.backing import MemfdBacking
@@ -51,8 +51,9 @@ class Child:
     """A device process that connects to `path`."""
 
     def __init__(self, path, code, *, raw=False):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _PRELUDE + (_RAW if raw else _MEMORY) + code, path],
+        self.process = forked.start(
+            _PRELUDE + (_RAW if raw else _MEMORY) + code,
+            path,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -5,10 +5,11 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
+
+import forked
 
 from kvmdp.peers.wire import handover, offer
 from kvmdp.peers.wire.endpoint import Listener
@@ -26,8 +27,9 @@ class HandlerProcess:
 
     def __init__(self, path, *options, prelude=""):
         arguments = ("handler", "--listen", path, *(options or ("--synthetic", f"{MEMORY},{SEED}")))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", f"{prelude}\n{_START}", *map(str, arguments)],
+        self.process = forked.start(
+            f"{prelude}\n{_START}",
+            *arguments,
             stderr=subprocess.PIPE,
             cwd=Path(__file__).resolve().parents[2],
         )

@@ -5,9 +5,9 @@ import fcntl
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 from handlers import MEMORY, SEED
 
 from kvmdp.memory.backing import MemfdBacking
@@ -109,8 +109,11 @@ class MachineProcess:
 
     def __init__(self, path, code):
         here = Path(__file__).resolve()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _PRELUDE + code, str(path), str(here.parent), str(here.parents[2])],
+        self.process = forked.start(
+            _PRELUDE + code,
+            path,
+            here.parent,
+            here.parents[2],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -5,6 +5,7 @@ runs: whether one may enter a page is read from the memslots and the page table 
 """
 
 import contextlib
+import threading
 
 import pytest
 from fakes import FakeTrap
@@ -17,6 +18,7 @@ from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.memory.mapping import Mapping
 from kvmdp.page import PAGE_SIZE, REGION, Outcome
+from kvmdp.paging.jobs import Jobs
 from kvmdp.trap.create import create_trap
 from kvmdp.trap.fits import Together, check
 from kvmdp.trap.registry import TRAPS, parse_trap
@@ -33,17 +35,12 @@ FAKE = "fake"
 class Presence:
     """What a trap is armed with: the bitmap is the test's, and no page is ever claimed."""
 
-    is_limited = False
-
     def __init__(self, bitmap):
         self.bitmap = bitmap
         self.gate = VcpuGate()
-        self.housekeeping = []
+        self.jobs = Jobs(threading.RLock(), lambda: True)
         self.errors = []
         self.abort = self.errors.append
-
-    def room(self, _since):
-        return True
 
     def hold(self, page):
         return self.bitmap.test(page)
@@ -51,10 +48,10 @@ class Presence:
     def release(self, page):
         pass
 
-    def discarded(self, first, count):
+    def note_discarded(self, first, count):
         raise AssertionError(f"{count} pages from {first} on were not discarded")
 
-    def resolve_or_park(self, fault, _waiter):
+    def resolve_or_park(self, fault, _waiter, _count=1):
         return Outcome.PRESENT if self.bitmap.test(fault.page) else None
 
 

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 
 from kvmdp.page import PAGE_SIZE
-from kvmdp.paging.ports import ForMemslots
+from kvmdp.paging.ports import ForMemslots, ForTraps
 from kvmdp.trap.collapse import can_collapse, put_together
 from kvmdp.trap.inspect import InspectedTrap, Picture
 from kvmdp.trap.kind import Materials, TrapKind

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import forked
+
 from random_options.play import play
 from random_options.scene import draw_scene, make_files
 
@@ -26,10 +28,11 @@ def _main():
             print(scene)
         return 0
     found = False
-    for played in play(names):
-        found = found or bool(played.findings)
-        if len(names) == 1 or played.findings:
-            print(played, flush=True)
+    with forked.server():
+        for played in play(names):
+            found = found or bool(played.findings)
+            if len(names) == 1 or played.findings:
+                print(played, flush=True)
     return int(found)
 
 

@@ -1,30 +1,29 @@
-"""Commands run as a user runs them, each in a process of its own, without the time that loading takes.
+"""Commands run as a user runs them, each in a process and a session of its own, with a deadline.
 
-A server has loaded all commands and runs none itself: it forks. What it forks goes through `kvmdp.cli.entry.entry`, in
-a session, a folder and with standard streams of its own, and ends as Python ends. The server waits for it, and after a
-deadline has its stacks written and ends it.
-
-Protocol: a line of JSON on the server's stdin is a request. Two lines on its stdout are the answer: that the command
-has been started, and how it ended.
+What has not ended by then has its stacks written, and is ended.
 
 Units: seconds.
 """
 
 import contextlib
 import dataclasses
-import faulthandler
-import json
 import os
-import select
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[3]
-_SERVER = "from random_options.forks import serve; serve()"
-_STACKS_SIGNAL = signal.SIGQUIT  # ends a process that has nobody to write its stacks
+import forked
+
+_STACKS_SIGNAL = signal.SIGQUIT  # ends a process that has nothing to write its stacks
+_START = """
+import faulthandler, os, signal
+# Python does not see faulthandler's handler: without one that it knows, the command would take the signal over.
+signal.signal({number}, signal.SIG_IGN)
+stacks = os.open({stacks!r}, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+faulthandler.register({number}, stacks, all_threads=True)
+from kvmdp.cli.entry import entry
+entry()
+"""
 _GRACE = 2.0
 _DRAWN_OUT = 5.0  # for what is left of a session to end, after its first process
 
@@ -39,122 +38,46 @@ class End:
 
 
 class Fork:
-    """A server, and the one command that it runs at a time; a context manager."""
+    """`kvmdp ARGUMENTS` in the folder work of a folder; `name`.out and `name`.err there have its output.
 
-    def __init__(self):
-        path = os.pathsep.join([str(_ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,  # what has been read but not asked for would hide the end from `has_ended`
-            cwd=_ROOT,
-            env=os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)},
-            start_new_session=True,
-        )
-        self._pid = None
+    It makes its temporary files in the folder tmp beside work.
+    """
 
-    def start(self, arguments, folder, name, deadline):
-        """Start `kvmdp ARGUMENTS` in the folder work of a folder; `name`.out and `name`.err there have its output.
-
-        It makes its temporary files in the folder tmp beside work.
-        """
-        request = {"arguments": arguments, "folder": str(folder), "name": name, "deadline": deadline}
-        self._server.stdin.write(json.dumps(request).encode() + b"\n")
-        self._pid = self._answer()["pid"]
+    def __init__(self, arguments, folder, name, deadline):
+        self._until = time.monotonic() + deadline
+        code = _START.format(stacks=str(folder / f"{name}.stacks"), number=int(_STACKS_SIGNAL))
+        with (folder / f"{name}.out").open("wb") as out, (folder / f"{name}.err").open("wb") as err:
+            self._process = forked.start(
+                code,
+                *arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=os.environ | {"TMPDIR": str(folder / "tmp")},
+                cwd=folder / "work",
+            )
 
     def interrupt(self):
-        """Send SIGTERM to the command; it may have ended by itself, but has not been waited for."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGTERM)
+        """Send SIGTERM to the command, unless it has ended by itself."""
+        self._process.terminate()
 
     def has_ended(self):
         """Whether the command has ended."""
-        return bool(select.select([self._server.stdout], [], [], 0)[0])
+        return self._process.poll() is not None
 
     def finish(self):
         """Wait for the command and return its End."""
-        return End(**self._answer())
-
-    def _answer(self):
-        line = self._server.stdout.readline()
-        assert line, "the server has died"
-        return json.loads(line)
-
-    def close(self):
-        """End the server."""
-        self._server.stdin.close()
-        self._server.wait()
-        self._server.stdout.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_error):
-        self.close()
-
-
-# In the server
-
-
-def serve():
-    """Serve until stdin ends; in a child, run the command."""
-    from kvmdp.cli.main import build_parser
-
-    build_parser()  # which loads every command
-    import json.encoder  # and here what commands load when they need it
-    import tempfile  # noqa: F401
-
-    import kvmdp.bench.trace  # noqa: F401
-
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
-    for line in requests:
-        request = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            requests.close()
-            os.close(answers)
-            _become(request)
-            from kvmdp.cli.entry import entry
-
-            entry()
-        _tell(answers, {"pid": pid})
-        _tell(answers, dataclasses.asdict(_watch(pid, request["deadline"])))
-
-
-def _tell(answers, words):
-    os.write(answers, json.dumps(words).encode() + b"\n")
-
-
-def _become(request):
-    """Make this process what a shell would have started."""
-    os.setsid()
-    folder, name = Path(request["folder"]), request["name"]
-    os.chdir(folder / "work")
-    for number, path in enumerate((os.devnull, folder / f"{name}.out", folder / f"{name}.err")):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    stacks = os.open(folder / f"{name}.stacks", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    # Python does not see faulthandler's handler: without one that it knows, the command would take the signal over.
-    signal.signal(_STACKS_SIGNAL, signal.SIG_IGN)
-    faulthandler.register(_STACKS_SIGNAL, stacks, all_threads=True)
-    os.environ["TMPDIR"] = str(folder / "tmp")
-    sys.argv = ["kvmdp", *request["arguments"]]
-
-
-def _watch(pid, deadline):
-    watch = os.pidfd_open(pid)
-    try:
-        hung = not select.select([watch], [], [], deadline)[0]
-        if hung:
-            os.kill(pid, _STACKS_SIGNAL)
-            select.select([watch], [], [], _GRACE)
-            os.killpg(pid, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    finally:
-        os.close(watch)
-    return End(status, hung, _clear(pid))
+        try:
+            self._process.wait(max(self._until - time.monotonic(), 0))
+            hung = False
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(_STACKS_SIGNAL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            hung = True
+        return End(self._process.wait(), hung, _clear(self._process.pid))
 
 
 def _clear(session):

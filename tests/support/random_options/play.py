@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import queue
 import tempfile
 import threading
 import time
@@ -17,7 +16,6 @@ from random_options.scene import Scene, draw_scene, make_files
 DEADLINE = (
     120  # seconds: for a command that has a tenth of a second's work, on a machine that has much else to do
 )
-_MOST_BESIDE = 3
 _LOOK_SECONDS = 0.005
 
 _huge_pages = threading.Lock()
@@ -37,55 +35,47 @@ class Played:
         return f"{self.scene.name} (again: {again})\n{found}{chr(10).join(map(str, self.ended))}"
 
 
-class Stage:
-    """Plays one scene at a time; a context manager."""
+def play(names):
+    """Play scenes, as many at a time as there are CPUs; yields each when it has been played."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(_play_one, names)
 
-    def __init__(self):
-        self._stack = contextlib.ExitStack()
-        self._forks = []
 
-    def play(self, scene, folder):
-        """Play a scene in an empty folder."""
-        work = folder / "work"
-        work.mkdir()
-        (folder / "tmp").mkdir()
-        make_files(scene, work)
-        inputs = {each.name: what(each) for each in work.iterdir()}
-        played = Played(scene)
-        beside = []
-        for number, command in enumerate(scene.commands):
-            fork = self._fork(len(beside))
-            fork.start(command.arguments, folder, str(number), DEADLINE)
-            beside.append((fork, number, command))
-            if command.until is None:
-                self._finish(beside, played, folder)
-            else:
-                _wait_for(work / command.until, fork)
-        while beside:
-            self._finish(beside, played, folder)
-        played.findings = findings(played.ended, folder, inputs)
+def _play_one(name):
+    scene = draw_scene(name)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not name.startswith("hugepages"):
+            return _play_in(folder, scene)
+        stack.enter_context(_huge_pages)
+        before = huge_pages()
+        played = _play_in(folder, scene)
+        after = huge_pages()
+        if after != before:
+            played.findings.append(f"huge pages were {before} and are {after}")
         return played
 
-    def _fork(self, number):
-        if number == len(self._forks):
-            self._forks.append(self._stack.enter_context(Fork()))
-        return self._forks[number]
 
-    def _finish(self, beside, played, folder):
-        fork, number, command = beside.pop()
-        if command.served:
-            fork.interrupt()
-        end = fork.finish()
-        said = [
-            (folder / f"{number}.{kind}").read_text(errors="replace") for kind in ("out", "err", "stacks")
-        ]
-        played.ended.append(Ended(command, end, *said))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._stack.close()
+def _play_in(folder, scene):
+    """Play a scene in an empty folder."""
+    work = folder / "work"
+    work.mkdir()
+    (folder / "tmp").mkdir()
+    make_files(scene, work)
+    inputs = {each.name: what(each) for each in work.iterdir()}
+    played = Played(scene)
+    beside = []
+    for number, command in enumerate(scene.commands):
+        fork = Fork(command.arguments, folder, str(number), DEADLINE)
+        beside.append((fork, number, command))
+        if command.until is None:
+            _finish(beside, played, folder)
+        else:
+            _wait_for(work / command.until, fork)
+    while beside:
+        _finish(beside, played, folder)
+    played.findings = findings(played.ended, folder, inputs)
+    return played
 
 
 def _wait_for(path, fork):
@@ -93,35 +83,10 @@ def _wait_for(path, fork):
         time.sleep(_LOOK_SECONDS)
 
 
-def play(names):
-    """Play scenes, as many at a time as there are CPUs; yields each when it has been played."""
-    with contextlib.ExitStack() as stack:
-        stages = queue.SimpleQueue()
-        workers = len(os.sched_getaffinity(0))
-        for _ in range(workers):
-            stages.put(stack.enter_context(Stage()))
-
-        def one(name):
-            stage = stages.get()
-            try:
-                return _play_one(stage, name)
-            finally:
-                stages.put(stage)
-
-        with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(one, names)
-
-
-def _play_one(stage, name):
-    scene = draw_scene(name)
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if not name.startswith("hugepages"):
-            return stage.play(scene, folder)
-        stack.enter_context(_huge_pages)
-        before = huge_pages()
-        played = stage.play(scene, folder)
-        after = huge_pages()
-        if after != before:
-            played.findings.append(f"huge pages were {before} and are {after}")
-        return played
+def _finish(beside, played, folder):
+    fork, number, command = beside.pop()
+    if command.served:
+        fork.interrupt()
+    end = fork.finish()
+    said = [(folder / f"{number}.{kind}").read_text(errors="replace") for kind in ("out", "err", "stacks")]
+    played.ended.append(Ended(command, end, *said))
