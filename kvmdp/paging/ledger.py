@@ -73,9 +73,8 @@ class Ledger:
         self.claims: list[Claim] = []  # as many as threads that resolve: a list beats any tree
         self.cancelled = False
         self.pause: Claim | None = None  # no claim: it has no pages, and is not listed
-        self.resident = _in_ram(
-            self.states
-        )  # pages whose bytes are in RAM, but for those that are being filled
+        # Pages whose bytes are in RAM, but for those that are being filled.
+        self.resident = _in_ram(self.states)
         # Grows after pages have left PRESENT and before their bytes are touched (`kvmdp.paging.access` reads it).
         self.departures = 0
         self._bounds = tuple(bounds)

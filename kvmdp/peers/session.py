@@ -99,13 +99,9 @@ class DeviceSession:
         # The reader's own.
         self._faults_taken = self._releases_taken = self._completed = 0
         name = f"device-{peer.pid}"
+        threads = min(credits, pager.contents.source.concurrency)
         self._requests = FaultRequests(
-            pager,
-            counters,
-            self._answer,
-            self._pager_broke,
-            f"{name}-faults",
-            max(min(credits, pager.contents.source.concurrency), 1),
+            pager, counters, self._answer, self._pager_broke, f"{name}-faults", threads
         )
         self._thread = JoinableThread(
             self._main, name, lambda error: pager.abort(broken(f"the thread {name} broke", error))
