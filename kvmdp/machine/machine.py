@@ -125,6 +125,7 @@ class Machine(Closing):
             stack.callback(trap.close)
             self.gate = VcpuGate()
             self.pager = Pager(self.layout, trap, self.source, policy, self.gate)
+            self.pager.holds = options.holds
             stack.callback(self.pager.close)
             self._memory = MachineMemory(self.layout, self.backing, self.pager)
             self.device_view: DeviceView | None = trap.device_view

@@ -26,6 +26,7 @@ class MachineOptions:
     trap userfaultfd and the device view. `pin` has a host CPU for each vCPU, or none.
     `page_tables` is where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present
     before the guest is entered if the trap does not catch page walks on this host.
+    `holds` is whether accesses to pages that the source cannot deliver wait for `Pager.resume`; else they end the run.
     `resident_limit` is how many bytes of RAM may be in memory at once. `slot_memory` is for the traps that work by
     memslot: bytes of kernel memory for the memslots of regions in pieces.
     With `demand_paging` False the guest never has it: RAM is filled before it runs. That is something to compare with,
@@ -45,6 +46,7 @@ class MachineOptions:
     page_tables: PageTablePlace = "boot"
     device_view: bool = False
     demand_paging: bool = True
+    holds: bool = False
     resident_limit: int | None = None
     slot_memory: int = DEFAULT_SLOT_MEMORY
     thp: bool = False

@@ -11,13 +11,17 @@ from typing import TypeAlias
 from kvmdp.page import PAGE_SIZE, PageFault
 from kvmdp.paging.claim import Claim, State
 from kvmdp.paging.ports import Trap
-from kvmdp.source.base import PageSource, WritableSource, fetch
+from kvmdp.source.base import PageSource, WritableSource, fetch, ram_source
 from kvmdp.source.request import FetchCancel, FetchRequest
 
 Landed: TypeAlias = Callable[[Claim, int], None]
 
 _SOURCE_BYTE = int(State.SOURCE)
 _ONE_AT_SOURCE = bytes((State.SOURCE,))
+
+
+def _ignore(_claim: Claim, _page: int) -> None:
+    """Take no note of pieces: the claim stays whole."""
 
 
 class Contents:
@@ -37,6 +41,7 @@ class Contents:
         self._fill_view = trap.fill_view
         self._populate = trap.populate
         self._may_retry = may_retry
+        self._fills_ram = ram_source(source) is not None
 
     def fill(self, claim: Claim, fault: PageFault, landed: Landed) -> None:
         """Put the bytes of a claim's pages where the trap wants them. Raises SourceError, ShortageError.
@@ -100,13 +105,18 @@ class Contents:
         """Save pages that the guest is shut out of. Raises OSError, ShortageError, SourceError."""
         sink.store(first * PAGE_SIZE, self._fill_view[first * PAGE_SIZE : (first + count) * PAGE_SIZE])
 
-    def copy(self, state: int, first: int, destination: memoryview) -> None:
-        """Copy the bytes of a run of pages that are all in `state` to `destination`, as long as the run.
+    def copy(self, claim: Claim, destination: memoryview) -> None:
+        """Copy the bytes of a claim's pages, which were all in one state, to `destination`, as long as they.
 
-        For a state that says where they are: SOURCE, SINK, ZERO, BACKED or PRESENT. Raises SourceError.
+        For a state that says where they are: SOURCE, SINK, ZERO, BACKED or PRESENT. A source that another process fills
+        RAM from delivers nowhere else: its pages are BACKED afterwards. Raises SourceError, ShortageError.
         """
-        offset, length = first * PAGE_SIZE, len(destination)
-        if state == _SOURCE_BYTE or state == State.SINK:
+        state, offset, length = claim.before[0], claim.first * PAGE_SIZE, len(destination)
+        if state == _SOURCE_BYTE and self._fills_ram:
+            self.fill(claim, PageFault(claim.first), _ignore)
+            destination[:] = self._fill_view[offset : offset + length]
+            claim.after = bytes((State.BACKED,)) * claim.count
+        elif state == _SOURCE_BYTE or state == State.SINK:
             source = self.source if state == _SOURCE_BYTE else self.sink
             assert source is not None
             fetch(source, FetchRequest(offset, None, self.cancel), destination, self._may_retry)

@@ -365,8 +365,8 @@ class Pager:
 
         Pages at the source or in the sink are fetched to `into` and not admitted. Claims that are in the way are waited
         for, as faults wait for this. vCPUs may run: a store to a page that they may enter is in the copy or is not.
-        Works after `cancel` too, but for sources that wait for another process. Raises ValueError outside RAM,
-        PoisonedError for a range with a poisoned page, SourceError.
+        A source that another process fills RAM from has its pages fetched into RAM (BACKED). Works after `cancel` too,
+        but for such sources. Raises ValueError outside RAM, PoisonedError for a range with a poisoned page, SourceError.
         """
         page, end = self.layout.check_pages(first, count)
         while page < end:
@@ -378,9 +378,7 @@ class Pager:
                         self.ledger.queue(obstacle, wait)
                 if obstacle is None:
                     start, stop = claim.first - first, claim.first + claim.count - first
-                    self.contents.copy(
-                        claim.before[0], claim.first, into[start * PAGE_SIZE : stop * PAGE_SIZE]
-                    )
+                    self.contents.copy(claim, into[start * PAGE_SIZE : stop * PAGE_SIZE])
                     page = claim.first + claim.count
             if isinstance(obstacle, Claim):
                 self.admission.sleep(wait, None)
