@@ -365,8 +365,8 @@ class Pager:
 
         Pages at the source or in the sink are fetched to `into` and not admitted. Claims that are in the way are waited
         for, as faults wait for this. vCPUs may run: a store to a page that they may enter is in the copy or is not.
-        A source that another process fills RAM from has its pages fetched into RAM (BACKED). Works after `cancel` too,
-        but for such sources. Raises ValueError outside RAM, PoisonedError for a range with a poisoned page, SourceError.
+        Pages of a source that another process fills RAM from are BACKED afterwards. Works after `cancel` too, but for
+        such. Raises ValueError outside RAM, PoisonedError for a range with a poisoned page, SourceError.
         """
         page, end = self.layout.check_pages(first, count)
         while page < end:
