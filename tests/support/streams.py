@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parents[1]
 FIRST_STREAM = ("abi", "bench", "cli", "failure", "interop", "kvm", "memory", "package", "tools")
 # What a minute is enough for: a little of everything that a fault meets.
 QUICK = (
-    ("kvm", "memory", "source", "peers", "cli/test_run_command.py"),
+    ("kvm", "memory", "source", "peers", "cli/test_run_command.py", "cli/test_fresh_start.py"),
     ("abi", "paging", "vcpu", "trap", "lab/test_matrix.py"),
 )
 
