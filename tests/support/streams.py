@@ -1,7 +1,7 @@
 """Runs the whole suite in two streams at once, on a host that has two CPUs: tools/test without arguments.
 
 The streams share out the rooms of tests/, so that they take about as long as each other. What both must not do at the
-same time is kept apart by locks (`exclusive` in tests/conftest.py). A stream's output comes line by line.
+same time is kept apart by locks (`pools_to_itself` in tests/conftest.py). A stream's output comes line by line.
 """
 
 import itertools
