@@ -35,12 +35,14 @@ def test_no_addition_is_lost_while_pages_are_evicted(trap, backing, tmp_path):
     content = read_pages(image, np.arange(MEMORY // PAGE_SIZE))
     path = tmp_path / "image"
     end = time.monotonic() + SECONDS
-    guests = 0
-    while guests == 0 or time.monotonic() < end:
+    guests = evicted = 0
+    # On a busy host a guest may be done before another thread has had its turn.
+    while (not evicted and guests < 20) or time.monotonic() < end:
         path.write_bytes(content.tobytes())
         with contextlib.closing(WritableImageSource(path)) as source:
-            assert pages_evicted_meanwhile(trap, backing, source, image, guests) > 0
+            evicted += pages_evicted_meanwhile(trap, backing, source, image, guests)
         guests += 1
+    assert evicted > 0
 
 
 def pages_evicted_meanwhile(trap, backing, source, image, seed):

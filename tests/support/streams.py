@@ -1,7 +1,7 @@
 """Runs the whole suite in two streams at once, on a host that has two CPUs: tools/test without arguments.
 
 The streams share out the rooms of tests/, so that they take about as long as each other. What both must not do at the
-same time is kept apart by locks (`exclusive` in tests/conftest.py). A stream's output comes line by line.
+same time is kept apart by locks (`pools_to_itself` in tests/conftest.py). A stream's output comes line by line.
 """
 
 import itertools
@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parents[1]
 FIRST_STREAM = ("abi", "bench", "cli", "failure", "interop", "kvm", "memory", "package", "tools")
 # What a minute is enough for: a little of everything that a fault meets.
 QUICK = (
-    ("kvm", "memory", "source", "peers", "cli/test_run_command.py"),
+    ("kvm", "memory", "source", "peers", "cli/test_run_command.py", "cli/test_fresh_start.py"),
     ("abi", "paging", "vcpu", "trap", "lab/test_matrix.py"),
 )
 
