@@ -32,6 +32,11 @@ class siginfo_t(ctypes.Structure):
         ("_pad", ctypes.c_uint8 * (SI_MAX_SIZE - 26)),
     ]
 
+    @property
+    def si_pid(self) -> int:
+        """Which process sent the signal, of one that a process sent (`_kill`): it lies where `si_addr` does."""
+        return int(self.si_addr & 0xFFFF_FFFF)
+
 
 class timespec(ctypes.Structure):
     """`struct timespec` of the 64-bit ABI."""

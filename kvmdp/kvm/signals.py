@@ -8,7 +8,9 @@ handler ever runs; it must then be taken, or every later KVM_RUN returns at once
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
+import threading
 
 from kvmdp.abi.libc import libc_held
 from kvmdp.abi.signal import siginfo_t, sigset_mask, timespec
@@ -37,6 +39,7 @@ class VcpuSignals:
         self._set = words
         self._arguments = (ctypes.byref(words), ctypes.byref(self._info), ctypes.byref(timespec(0, 0)))
         self._take = libc_held.sigtimedwait
+        self._pid = os.getpid()  # the C library hides from a waiter that a signal was sent to one thread
 
     def restore(self) -> None:
         """Give the thread back the mask it had, with nothing of ours pending."""
@@ -46,8 +49,9 @@ class VcpuSignals:
     def take(self) -> tuple[int, int] | None:
         """Take all that is pending and return the SIGBUS's (hva, code), or None if there was none.
 
-        A kick says nothing by itself: whoever kicks has set a flag that the thread looks at.  A
-        second SIGBUS cannot be pending: the vCPU raises one and stops.
+        A kick says nothing by itself: the thread that kicks has set a flag that this one looks at.  A
+        second SIGBUS cannot be pending: the vCPU raises one and stops.  A kick's signal that another process
+        has sent is no kick: the main thread gets it.
         """
         found = None
         while True:
@@ -56,3 +60,7 @@ class VcpuSignals:
                 return found
             if number == _SIGBUS:
                 found = self._info.si_addr, self._info.si_code
+            elif self._info.si_pid != self._pid:
+                main = threading.main_thread().ident
+                assert main is not None
+                signal.pthread_kill(main, number)

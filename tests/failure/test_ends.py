@@ -15,8 +15,7 @@ from commands import OFTEN, RUN, SLOW
 from effort import by_effort
 
 HAMMERINGS = by_effort(1, 3, 50)
-# No fetch ends when a line of progress comes, after 0.1 s or 1 s, and a signal is sent.
-LONG = (*RUN, "--latency", "190ms")
+LONG = (*RUN, "--latency", "100ms")
 IGNORING = "import signal; signal.signal(signal.{}, signal.SIG_IGN)"
 # A further signal is another one from the first moment on.
 HASTY = """

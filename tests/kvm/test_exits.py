@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -30,6 +31,7 @@ from kvmdp.kvm import (
     MsrWrite,
     Shutdown,
 )
+from kvmdp.kvm.signals import KICK_SIGNAL, VcpuSignals
 from kvmdp.memory.mapping import Mapping
 from kvmdp.thread import run_in_thread
 
@@ -188,6 +190,26 @@ def test_a_thread_that_has_run_a_vcpu_has_its_signals_back():
 
         run_in_thread(run_and_turn_to_other_things, "vcpu")
     assert masks[0] == masks[1]
+
+
+def test_a_signal_for_the_process_that_a_vcpu_takes_for_a_kick_reaches_the_process():
+    caught = []
+    handler = signal.signal(KICK_SIGNAL, lambda *_: caught.append(True))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+    try:
+
+        def take():
+            signals = VcpuSignals()
+            subprocess.run(["kill", f"-{int(KICK_SIGNAL)}", str(os.getpid())], check=True)
+            signals.take()
+            signals.restore()
+
+        run_in_thread(take, "vcpu")
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        assert caught == [True]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(KICK_SIGNAL, handler)
 
 
 def test_memory_that_the_host_has_no_page_for_is_an_exit_without_an_address():

@@ -138,7 +138,7 @@ def test_instruction_is_exact_on_absent_memory(name, trap, backing, ring):
 @pytest.mark.parametrize("trap", TRAPS)
 @pytest.mark.parametrize("name", SPINNING)
 def test_the_watchdog_finds_an_instruction_on_which_kvm_spins(monkeypatch, name, trap):
-    monkeypatch.setattr("kvmdp.machine.machine._STALL_SECONDS", 0.5)
+    monkeypatch.setattr("kvmdp.machine.stall_watch._STALL_SECONDS", 0.5)
     # With page tables in hardware the CPU makes the access itself; but for memory without a slot KVM emulates it.
     spins = trap == "mmio" or not uses_nested_paging()
     assert check(name, trap, "memfd", 3) == (len(ALL[name][1]) if spins else 0)

@@ -156,10 +156,10 @@ def test_a_guest_that_never_ends_leaves_nothing(trap, backing):
             make_program(trap, LOOP_FOREVER, backing, vcpus=2) as machine,
             pytest.raises(
                 GuestTimeoutError,
-                match=r"not done within 0.1 seconds \(vCPU 0 at RIP 0xd0100000, vCPU 1 at RIP 0xd0100000\)",
+                match=r"not done within 0.5 seconds \(vCPU 0 at RIP 0xd0100000, vCPU 1 at RIP 0xd0100000\)",
             ),
         ):
-            machine.run(0.1)
+            machine.run(0.5)
 
     check_nothing_left(end)
 

@@ -445,7 +445,7 @@ def check_devices(here, children, heard, *, cancelled):
         total = sum(
             int.from_bytes(page_of(here.pager, page)[at : at + 8], "little")
             - int.from_bytes(content(page)[:8], "little")
-            for page in {first for first, _ in here.source.fills}
+            for page in {page for first, count in here.source.fills for page in range(first, first + count)}
             for at in words
         )
         assert total == added > 0
