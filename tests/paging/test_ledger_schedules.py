@@ -295,6 +295,160 @@ class ForgetsWhatCameFromTheSink(Ledger):
         return woken
 
 
+class SplitForgetsWhoWaits(Ledger):
+    def split(self, claim, count):
+        piece = super().split(claim, count)
+        piece.waiters = []
+        return piece
+
+
+class SplitLeavesWhoWaitsWithTheRest(Ledger):
+    def split(self, claim, count):
+        piece = super().split(claim, count)
+        piece.waiters, claim.waiters = [], piece.waiters
+        return piece
+
+
+class SplitLeavesWhoWaitsWithoutAClaim(Ledger):
+    def split(self, claim, count):
+        piece = super().split(claim, count)
+        for waiter in piece.waiters:
+            waiter.claim = claim
+        return piece
+
+
+class SplitLosesADiscardOfThePiece(Ledger):
+    def split(self, claim, count):
+        piece = super().split(claim, count)
+        piece.discarded = ()
+        return piece
+
+
+class SplitLosesADiscardOfTheRest(Ledger):
+    def split(self, claim, count):
+        piece = super().split(claim, count)
+        claim.discarded = ()
+        return piece
+
+
+class SplitForgetsWhatTheRestWas(Ledger):
+    def split(self, claim, count):
+        piece = super().split(claim, count)
+        claim.before = bytes([State.SOURCE]) * claim.count
+        return piece
+
+
+class SplitDoesNotListThePiece(Ledger):
+    def split(self, claim, count):
+        piece = super().split(claim, count)
+        self.claims.remove(piece)
+        return piece
+
+
+class ALookForgetsWhatItFound(Ledger):
+    def begin_look(self, page, end, claim):
+        found = super().begin_look(page, end, claim)
+        if claim.before[:1] == bytes([State.ZERO]):
+            claim.before = bytes([State.SOURCE]) * claim.count
+        return found
+
+
+class ALookEndsPresentPagesAsBacked(Ledger):
+    def end(self, claim, states, reason):
+        if states == bytes([State.PRESENT]) * claim.count and self.states[claim.first] == State.ADMITTING:
+            states = bytes([State.BACKED]) * claim.count
+        return super().end(claim, states, reason)
+
+
+class ALookShutsTheGuestOut(Ledger):
+    def begin_look(self, page, end, claim):
+        found = super().begin_look(page, end, claim)
+        if claim.count:
+            self.states[page : page + claim.count] = bytes([State.INFLIGHT]) * claim.count
+        return found
+
+
+class ALookGoesOnOverPagesInAnotherState(Ledger):
+    def begin_look(self, page, end, claim):
+        found = super().begin_look(page, end, claim)
+        next_page = page + claim.count
+        if claim.count and next_page < end and self.states[next_page] == State.ZERO:
+            claim.count += 1
+            claim.before += bytes([State.ZERO])
+            self.states[next_page] = self.states[page]
+        return found
+
+
+class ALookSeesPoison(Ledger):
+    def begin_look(self, page, end, claim):
+        found = super().begin_look(page, end, claim)
+        return None if found is Outcome.POISONED else found
+
+
+class APauseLetsWhatIsAtTheSourceBeClaimed(Ledger):
+    def obstacle(self, page):
+        found = super().obstacle(page)
+        is_held = found is not None and found is self.pause
+        return None if is_held and self.states[page] == State.SOURCE else found
+
+
+class APauseHoldsWhatIsInRam(Ledger):
+    def obstacle(self, page):
+        found = super().obstacle(page)
+        return self.pause if found is None else found
+
+
+class APauseLetsNeighboursBeClaimed(Ledger):
+    def claim(self, page, first, count):
+        pause, self.pause = self.pause, None
+        try:
+            return super().claim(page, first, count)
+        finally:
+            self.pause = pause
+
+
+class ASecondPauseForgetsWhoIsHeld(Ledger):
+    def pause_fetches(self):
+        self.pause = None
+        super().pause_fetches()
+
+
+class AResumeWakesNobody(Ledger):
+    def resume_fetches(self):
+        super().resume_fetches()
+        return []
+
+
+class AResumeSaysThatItFailed(Ledger):
+    def resume_fetches(self):
+        woken = super().resume_fetches()
+        for waiter in woken:
+            waiter.reason = Wake.FAILED
+        return woken
+
+
+class AResumeGoesOnHolding(Ledger):
+    def resume_fetches(self):
+        pause = self.pause
+        woken = super().resume_fetches()
+        self.pause = pause
+        return woken
+
+
+class CancelForgetsWhoIsHeld(Ledger):
+    def cancel(self):
+        pause, self.pause = self.pause, None
+        woken = super().cancel()
+        self.pause = pause
+        return woken
+
+
+class APauseHoldsAfterCancel(Ledger):
+    def obstacle(self, page):
+        found = super().obstacle(page)
+        return self.pause if found is Outcome.CANCELLED and self.pause is not None else found
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -330,6 +484,27 @@ class ForgetsWhatCameFromTheSink(Ledger):
         ForgetsADiscardOfWhatIsClaimed,
         LeavesADiscardedPagePresent,
         ForgetsWhatCameFromTheSink,
+        SplitForgetsWhoWaits,
+        SplitLeavesWhoWaitsWithTheRest,
+        SplitLeavesWhoWaitsWithoutAClaim,
+        SplitLosesADiscardOfThePiece,
+        SplitLosesADiscardOfTheRest,
+        SplitForgetsWhatTheRestWas,
+        SplitDoesNotListThePiece,
+        ALookForgetsWhatItFound,
+        ALookEndsPresentPagesAsBacked,
+        ALookShutsTheGuestOut,
+        ALookGoesOnOverPagesInAnotherState,
+        ALookSeesPoison,
+        APauseLetsWhatIsAtTheSourceBeClaimed,
+        APauseHoldsWhatIsInRam,
+        APauseLetsNeighboursBeClaimed,
+        ASecondPauseForgetsWhoIsHeld,
+        AResumeWakesNobody,
+        AResumeSaysThatItFailed,
+        AResumeGoesOnHolding,
+        CancelForgetsWhoIsHeld,
+        APauseHoldsAfterCancel,
     ],
     ids=lambda broken: broken.__name__,
 )

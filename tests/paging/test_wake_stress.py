@@ -9,14 +9,13 @@ import functools
 import json
 import queue
 import random
-import sys
 import threading
 import time
 
 import pytest
 from device_process import bench
 from effort import by_effort
-from fakes import PAGES, content, fill, in_threads, page_of, pager_of, source_error
+from fakes import PAGES, content, fill, in_threads, page_of, pager_of, source_error, switching_often
 
 from kvmdp.errors import BusyError
 from kvmdp.page import Access, Outcome, PageFault
@@ -31,12 +30,9 @@ HOT = 6  # pages that everybody wants
 
 
 @pytest.fixture(autouse=True)
-def switching_often():
-    """Have Python change threads as often as it can, and not every few milliseconds only."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
+def in_the_thick_of_it():
+    with switching_often():
+        yield
 
 
 class Parked(Waiter):

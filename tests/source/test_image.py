@@ -57,6 +57,41 @@ def test_pages_arrive_as_they_are_in_the_file(tmp_path, open_image):
     assert fill(source, 5 * PAGE, 3 * PAGE) == content[5 * PAGE : 8 * PAGE]
 
 
+@pytest.mark.parametrize("cut", [0, 100, PAGE - 1])
+@pytest.mark.parametrize("pages", [1, 63, 64, 65, 200])
+def test_a_long_run_lands_piece_by_piece(tmp_path, open_image, pages, cut):
+    content = os.urandom(pages * PAGE - cut)
+    (tmp_path / "image").write_bytes(content)
+    content += bytes(cut)
+    destination, told = bytearray(b"\xee" * (pages * PAGE)), []
+
+    def landed(length):
+        assert destination[:length] == content[:length]
+        told.append(length // PAGE)
+
+    source = open_image(tmp_path / "image")
+    source.fetch(FetchRequest(0, on_landed=landed), memoryview(destination))
+    assert destination == content
+    assert told == sorted(set(told))
+    assert told[:-1] == list(range(64, pages, 64))[: len(told[:-1])]
+    assert pages <= 64 or told[0] == 64
+    assert all(each <= pages for each in told)
+
+
+def test_a_file_that_ends_early_has_landed_as_far_as_it_goes(tmp_path, open_image):
+    content = os.urandom(150 * PAGE)
+    (tmp_path / "image").write_bytes(content)
+    source = open_image(tmp_path / "image")
+    os.truncate(tmp_path / "image", 100 * PAGE + 50)
+    destination, told = bytearray(150 * PAGE), []
+    request = FetchRequest(0, on_landed=told.append)
+    with pytest.raises(SourceError, match="it changed while running"):
+        source.fetch(request, memoryview(destination))
+    assert told == [64 * PAGE]
+    assert destination[: 64 * PAGE] == content[: 64 * PAGE]
+    assert request.rest().offset == 64 * PAGE
+
+
 def test_holes_are_not_data(tmp_path, open_image):
     path = make_image(tmp_path / "image", [16, 17, 64], size=128 * PAGE)
     source = open_image(path)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from fakes import FakeSource
 
+import kvmdp.source.image
+import kvmdp.source.network
 from kvmdp.page import PAGE_SIZE
 from kvmdp.source.base import read_pages
 from kvmdp.source.image import ImageSource
@@ -93,6 +95,28 @@ def test_a_run_is_its_pages_and_each_byte_is_written(source):
     for offset, length in source.extents():
         first, count = offset // PAGE_SIZE, length // PAGE_SIZE
         assert filled(source, offset, length) == b"".join(pages[first + each] for each in range(count))
+
+
+@pytest.mark.parametrize("piece", [1, 3, 8])
+def test_what_it_says_has_landed_is_final(source, piece, monkeypatch):
+    monkeypatch.setattr(kvmdp.source.image, "_PIECE", piece * PAGE_SIZE)
+    monkeypatch.setattr(kvmdp.source.network, "_PIECE", piece * PAGE_SIZE)
+    if isinstance(source, FakeSource):
+        source.pieces = piece
+    pages = page_by_page(source)
+    for offset, length in source.extents():
+        first, destination, told = offset // PAGE_SIZE, bytearray(b"\xa5" * length), [0]
+        wanted = b"".join(pages[first + each] for each in range(length // PAGE_SIZE))
+
+        def landed(done, destination=destination, told=told, wanted=wanted):
+            assert done % PAGE_SIZE == 0
+            assert told[-1] < done <= len(destination)
+            assert destination[told[-1] : done] == wanted[told[-1] : done]
+            destination[told[-1] : done] = b"\xee" * (done - told[-1])  # the guest goes on with it
+            told.append(done)
+
+        source.fetch(FetchRequest(offset, on_landed=landed), memoryview(destination))
+        assert destination == b"\xee" * told[-1] + wanted[told[-1] :]
 
 
 def test_the_same_page_has_the_same_bytes_each_time(source):

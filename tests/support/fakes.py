@@ -1,6 +1,8 @@
 """A pager without a kernel: a trap that only remembers, and a source whose failures are the test's."""
 
 import contextlib
+import errno
+import sys
 import threading
 
 from kvmdp.memory.layout import GuestLayout
@@ -49,10 +51,34 @@ class FakeSource:
             if self.pieces and done and done % self.pieces == 0:
                 request.landed(done * PAGE_SIZE)
                 self.between(page)
-            destination[done * PAGE_SIZE : (done + 1) * PAGE_SIZE] = content(page)
+            destination[done * PAGE_SIZE : (done + 1) * PAGE_SIZE] = self.page(page)
+
+    def page(self, page):
+        return content(page)
 
     def close(self):
         pass
+
+
+class FakeSink(FakeSource):
+    """A source that takes pages, and gives them back as a FakeSource does; `full` is from which page on it refuses."""
+
+    name = "the fake sink"
+    full = None
+
+    def __init__(self, pages):
+        super().__init__(pages)
+        self.stored = {}
+
+    def page(self, page):
+        return self.stored[page]
+
+    def store(self, offset, content):
+        for done in range(0, content.nbytes, PAGE_SIZE):
+            page = (offset + done) // PAGE_SIZE
+            if self.full is not None and page >= self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.stored[page] = bytes(content[done : done + PAGE_SIZE])
 
 
 def source_error(first, count=1, *, transient=False):
@@ -138,13 +164,16 @@ class FakeTrap:
 
 
 @contextlib.contextmanager
-def pager_of(pages=PAGES, *, granule=PAGE_SIZE, fault_around=1, extents=None, needs_quiesce=False):
+def pager_of(
+    pages=PAGES, *, granule=PAGE_SIZE, fault_around=1, extents=None, needs_quiesce=False, states=None
+):
     """Make an enabled pager; its trap is `pager.trap`, its source `pager.source`."""
     source = FakeSource(pages, extents)
     with Mapping.anonymous(pages * PAGE_SIZE) as memory:
         trap = FakeTrap(pages, granule, memory)
         trap.needs_quiesce = needs_quiesce
-        pager = Pager(GuestLayout(pages * PAGE_SIZE), trap, source, FaultAround(fault_around), VcpuGate())
+        layout = GuestLayout(pages * PAGE_SIZE)
+        pager = Pager(layout, trap, source, FaultAround(fault_around), VcpuGate(), states)
         pager.source = source
         pager.enable()
         try:
@@ -161,6 +190,17 @@ def fill(pager, claim):
 def page_of(pager, page):
     """The bytes of a page as they lie in RAM."""
     return bytes(pager.trap.fill_view[page * PAGE_SIZE : (page + 1) * PAGE_SIZE])
+
+
+@contextlib.contextmanager
+def switching_often():
+    """Have Python change threads as often as it can, and not every few milliseconds only."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def in_threads(*bodies):
