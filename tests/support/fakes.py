@@ -138,13 +138,16 @@ class FakeTrap:
 
 
 @contextlib.contextmanager
-def pager_of(pages=PAGES, *, granule=PAGE_SIZE, fault_around=1, extents=None, needs_quiesce=False):
+def pager_of(
+    pages=PAGES, *, granule=PAGE_SIZE, fault_around=1, extents=None, needs_quiesce=False, policy=None
+):
     """Make an enabled pager; its trap is `pager.trap`, its source `pager.source`."""
     source = FakeSource(pages, extents)
     with Mapping.anonymous(pages * PAGE_SIZE) as memory:
         trap = FakeTrap(pages, granule, memory)
         trap.needs_quiesce = needs_quiesce
-        pager = Pager(GuestLayout(pages * PAGE_SIZE), trap, source, FaultAround(fault_around), VcpuGate())
+        policy = policy or FaultAround(fault_around)
+        pager = Pager(GuestLayout(pages * PAGE_SIZE), trap, source, policy, VcpuGate())
         pager.source = source
         pager.enable()
         try:
