@@ -325,7 +325,7 @@ def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOpti
         )
     asked = None if options.granule is None else parse_size(options.granule)
     granule = granule_of(trap, layout, backing, asked, options.fault_around)
-    unit = granule or backing.page_size  # what the trap flips as one, in bytes
+    unit = trap.unit(layout, backing, granule)
     if options.poison and options.guest is None:
         workload = make_workload(options.workload, work)
         check_poison(workload.poisoned, workload.touched, unit // PAGE_SIZE)
