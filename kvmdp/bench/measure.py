@@ -25,7 +25,7 @@ from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.hostinfo import page_table_memory, proportional_memory, vmalloc_used
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
-from kvmdp.machine.workloads import Workload, WorkloadOptions, make_workload
+from kvmdp.machine.workloads import WORKLOADS, Workload, WorkloadOptions, make_workload
 from kvmdp.memory.backings import backing_class, check_backing_options
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE, Outcome
@@ -201,6 +201,7 @@ def machine_options(contender: Contender) -> MachineOptions:
         vcpus=work.vcpus,
         granule=granule,
         fault_around=work.fault_around,
+        program=WORKLOADS[work.workload].program,
         uffd=contender.uffd_options,
         pin=work.pin,
         device_view=work.device_view,

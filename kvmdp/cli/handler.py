@@ -13,9 +13,8 @@ from kvmdp.cli.paths import check_distinct, reads, writes
 from kvmdp.cli.sources import over_network
 from kvmdp.peers.handler.server import PageServer
 from kvmdp.peers.wire.endpoint import EndpointError
-from kvmdp.size import format_size, parse_size
-from kvmdp.source.base import PageSource
-from kvmdp.source.synthetic import SyntheticSource
+from kvmdp.size import format_size
+from kvmdp.source.registry import open_synthetic
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,7 +55,9 @@ def run(options: argparse.Namespace) -> NoReturn:
     with contextlib.ExitStack() as stack:
         try:
             image = _image(options, stack)
-            source = over_network(options, _synthetic(options) if image is None else image.source)
+            source = over_network(
+                options, open_synthetic(options.synthetic) if image is None else image.source
+            )
             listener = stack.enter_context(listening(options.listen))
         except (ValueError, EndpointError) as error:
             raise UsageError(str(error)) from None
@@ -86,11 +87,3 @@ def _say_change(image: Image) -> None:
     change = image.change()
     if change is not None:
         say(change)
-
-
-def _synthetic(options: argparse.Namespace) -> PageSource:
-    """Return the synthetic memory that is to be served. Raises ValueError."""
-    size, _, seed = options.synthetic.partition(",")
-    if seed and not seed.isdecimal():
-        raise ValueError(f"--synthetic {options.synthetic}: the seed is a number, such as in 64M,1")
-    return SyntheticSource(parse_size(size), int(seed or 0))

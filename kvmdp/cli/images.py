@@ -14,6 +14,7 @@ from kvmdp.page import PAGE_SIZE
 from kvmdp.size import format_size
 from kvmdp.source.base import PageSource, read_pages
 from kvmdp.source.image import ImageError, ImageSource
+from kvmdp.source.registry import open_source
 from kvmdp.source.without_hole import WithoutHole
 
 _KINDS = ("packed", "physical")
@@ -36,17 +37,21 @@ class ImageLayout:
 class Image:
     """An image that has been opened: `file`, and the `source` that is RAM as it lies in that.
 
-    `low_ram_end` is the gpa at which the hole begins of the machine that the image is of.
+    `file` is no file where the image is named by a scheme (`kvmdp.source.registry`). `low_ram_end` is the gpa at which
+    the hole begins of the machine that the image is of.
     """
 
-    file: ImageSource
+    file: PageSource
     source: PageSource
     layout: ImageLayout
     low_ram_end: int
 
     def change(self) -> str | None:
-        """Return in a sentence that the file has changed since it was opened, and how; None if it has not."""
-        how = self.file.change()
+        """Return in a sentence that the file has changed since it was opened, and how; None if it has not.
+
+        What is no file is taken not to change.
+        """
+        how = self.file.change() if isinstance(self.file, ImageSource) else None
         return None if how is None else f"image {self.file.name!r} changed while running: {how}"
 
 
@@ -83,30 +88,39 @@ def parse_layout(text: str | None) -> ImageLayout:
         raise ValueError(f"--image-layout {text}: {error}") from None
 
 
-def open_image(path: str, layout: ImageLayout, image_format: str | None, memory: int | None) -> Image:
-    """Open an image for a machine with `memory` bytes of RAM, None for as much as the image has.
+def open_image(spec: str, layout: ImageLayout, image_format: str | None, memory: int | None) -> Image:
+    """Open an image, named by its path or by a scheme, for a machine with `memory` bytes of RAM.
 
-    Raises ImageError or ValueError, one sentence, for what cannot be an image laid out like that.
+    `memory` None is as much as the image has. Raises ImageError or ValueError, one sentence, for what cannot be an
+    image laid out like that, and what the opener of the scheme raises.
     """
-    file = ImageSource(path)
+    file = open_source(spec)
     try:
-        if image_format is None and file.format is not None:
-            raise ImageError(
-                f"image {path!r} is {file.format.title}, not raw memory: {file.format.remedy(path)}; or have its bytes "
-                "taken as they are with --image-format raw"
-            )
+        if isinstance(file, ImageSource):
+            _check_format(file, image_format)
+        elif image_format is not None:
+            raise ValueError(f"--image-format is for files, and {spec} is none: leave it out")
         source, low_ram_end = _lay_out(file, layout, memory)
     except BaseException:
         file.close()
         raise
-    if file.tail_bytes:
+    if isinstance(file, ImageSource) and file.tail_bytes:
         say(
             f"the image's last page has {file.tail_bytes} of {PAGE_SIZE} bytes: the rest of it reads as zeros"
         )
     return Image(file, source, layout, low_ram_end)
 
 
-def _lay_out(file: ImageSource, layout: ImageLayout, memory: int | None) -> tuple[PageSource, int]:
+def _check_format(file: ImageSource, image_format: str | None) -> None:
+    """Raise ImageError for a file that seems to be no raw memory, unless the user says that it is."""
+    if image_format is None and file.format is not None:
+        raise ImageError(
+            f"image {file.name!r} is {file.format.title}, not raw memory: {file.format.remedy(file.name)}; or have its "
+            "bytes taken as they are with --image-format raw"
+        )
+
+
+def _lay_out(file: PageSource, layout: ImageLayout, memory: int | None) -> tuple[PageSource, int]:
     """Return RAM as it lies in the file, and the gpa at which its hole begins. Raises ValueError."""
     if layout.kind == "packed":
         if not layout.given and _has_firmware(file):
@@ -129,13 +143,13 @@ def _lay_out(file: ImageSource, layout: ImageLayout, memory: int | None) -> tupl
     return WithoutHole(file, memory, file.size), low_ram_end
 
 
-def _hole_of_physical(file: ImageSource, hole: Hole, memory: int | None) -> int:
+def _hole_of_physical(file: PageSource, hole: Hole, memory: int | None) -> int:
     if memory is None:
         memory = hole.memory_behind(file.size) if file.size > HIGH_RAM_BASE else file.size
     return hole.begins_at(memory)
 
 
-def _has_firmware(file: ImageSource) -> bool:
+def _has_firmware(file: PageSource) -> bool:
     """Whether a PC's CPU would find code where it begins: a far jump to the firmware's segment."""
     if file.size < HIGH_RAM_BASE:
         return False

@@ -26,6 +26,7 @@ from kvmdp.paging.policy import FaultAround
 from kvmdp.peers.handler.source import DEFAULT_TIMEOUT
 from kvmdp.size import format_size, parse_size
 from kvmdp.source.base import PageSource
+from kvmdp.source.registry import SCHEMES
 from kvmdp.trap.fits import Together, check, granule_of, named
 from kvmdp.trap.kind import TrapKind
 from kvmdp.trap.registry import DEVICE_VIEW, TRAPS, parse_trap, trap_class
@@ -57,7 +58,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_page_options(group: argparse._ArgumentGroup) -> None:
     option = group.add_argument
-    option("--image", metavar="FILE", help="raw memory image to fetch pages from (default: synthetic pages)")
+    option(
+        "--image",
+        metavar="FILE",
+        help=f"raw memory image to fetch pages from, or a source by its scheme: {', '.join(SCHEMES)} (default: "
+        "synthetic pages)",
+    )
     add_image_options(group)
     option("--handler", metavar="PATH", help="socket of a kvmdp handler to fetch pages from (default: none)")
     option(
@@ -319,7 +325,7 @@ def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOpti
         )
     asked = None if options.granule is None else parse_size(options.granule)
     granule = granule_of(trap, layout, backing, asked, options.fault_around)
-    unit = granule or backing.page_size  # what the trap flips as one, in bytes
+    unit = trap.unit(layout, backing, granule)
     if options.poison and options.guest is None:
         workload = make_workload(options.workload, work)
         check_poison(workload.poisoned, workload.touched, unit // PAGE_SIZE)

@@ -125,8 +125,8 @@ def run_workload(
     `detector`, if given, looks for leaks meanwhile and has them afterwards. `machine_class` is for an experiment
     that changes what a machine does.
     Raises what `Machine`, `Machine.run` and `poison_pages` raise, and ValueError if the task is planned for RAM with
-    another hole, would use pages that hold page tables (`usable_memory` says how much memory to plan it for), or is a
-    program and the machine has none.
+    another hole, would use pages that hold page tables (`usable_memory` says how much memory to plan it for), is a
+    program and the machine has none, or brings its own and the machine has another.
     """
 
     def patched(unpatched: PageSource) -> PageSource:
@@ -134,6 +134,7 @@ def run_workload(
 
     if reference is None and ram_source(source) is None:
         reference = source
+    options = _with_program(options, task)
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(entered(machine_class, options, patched(source)))
         _check_plan(machine, task)
@@ -152,6 +153,15 @@ def run_workload(
             expected_image = PatchedSource(expected_image, machine.page_tables.patches)
         expected, checked, wrong = _compare(machine, task, expected_image)
         return replace(measured, expected_checksum=expected, pages_checked=checked, wrong_pages=wrong)
+
+
+def _with_program(options: MachineOptions, task: Task) -> MachineOptions:
+    """Return the options with the program that the task brings, if it does. Raises ValueError if they have another."""
+    if not task.program or task.program == options.program:
+        return options
+    if options.program:
+        raise ValueError(f"the workload {task.name} brings its own program: leave MachineOptions.program out")
+    return replace(options, program=task.program)
 
 
 def _check_plan(machine: Machine, task: Task) -> None:

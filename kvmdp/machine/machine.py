@@ -38,7 +38,6 @@ from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE, Origin, Outcome
 from kvmdp.paging.access import GuestMemory
 from kvmdp.paging.pager import Pager
-from kvmdp.paging.policy import FaultAround
 from kvmdp.peers.peers import DeviceServer
 from kvmdp.source.base import PageSource, fetch, ram_source
 from kvmdp.source.patched import PatchedSource
@@ -89,7 +88,7 @@ class Machine(Closing):
             self.page_tables = PageTables(self.layout, paged=options.page_tables != "boot")
             patches = self.page_tables.patches
             self.source = PatchedSource(source, patches) if patches else source
-            policy = FaultAround(options.fault_around)
+            policy = options.fault_policy()
             # Unmapped after the VM has gone: KVM would have to take it out of the guest first.
             memory = stack.enter_context(contextlib.ExitStack())
             kvm = stack.enter_context(Kvm())
@@ -202,7 +201,7 @@ class Machine(Closing):
             return None
         pages = self.options.resident_limit // PAGE_SIZE
         unit = self.pager.ledger.unit
-        check_limit(pages, self.options.vcpus, self.options.fault_around, unit, self.page_tables.pages)
+        check_limit(pages, self.options.vcpus, self.options.most_at_once, unit, self.page_tables.pages)
         limit = ResidentLimit(self.pager, pages)
         stack.callback(limit.close)
         return limit

@@ -8,6 +8,7 @@ from typing import Literal
 from kvmdp.machine.hostinfo import uses_nested_paging
 from kvmdp.memory.backings import backing_class
 from kvmdp.memory.layout import LOW_RAM_END
+from kvmdp.paging.policy import MAX_FAULT_AROUND, FaultAround, FaultPolicy
 from kvmdp.trap import fits
 from kvmdp.trap.registry import trap_class
 from kvmdp.trap.slots.partial_slots import DEFAULT_SLOT_MEMORY
@@ -24,6 +25,8 @@ class MachineOptions:
     threads of this process have a view of RAM on which they sleep until a page is there; `granule` in bytes or None for
     the trap's choice; `fault_around` in pages; `program`, a flat binary for the guest's program area. `uffd` is for the
     trap userfaultfd and the device view. `pin` has a host CPU for each vCPU, or none.
+    `policy` says which pages a fault fetches, in place of `fault_around`; it is asked by every machine that is made
+    with these options.
     `page_tables` is where the guest's lie: in the "boot" slot, or "paged", in RAM's last pages, which are made present
     before the guest is entered if the trap does not catch page walks on this host.
     `holds` is whether accesses to pages that the source cannot deliver wait for `Pager.resume`; else they end the run.
@@ -53,6 +56,22 @@ class MachineOptions:
     backing_file: str | None = None
     reserve_hugepages: bool = False
     low_ram_end: int = LOW_RAM_END
+    policy: FaultPolicy | None = None
+
+    def fault_policy(self) -> FaultPolicy:
+        """Return what says which pages a fault fetches. Raises ValueError if that is said twice, or wrongly."""
+        if self.policy is None:
+            return FaultAround(self.fault_around)
+        if self.fault_around != 1:
+            raise ValueError(
+                f"a policy and a fault-around of {self.fault_around} pages, which is a policy too: leave one out"
+            )
+        return self.policy
+
+    @property
+    def most_at_once(self) -> int:
+        """How many pages one fault fetches at most."""
+        return self.fault_around if self.policy is None else MAX_FAULT_AROUND
 
 
 def check_together(options: MachineOptions, *, handler: bool) -> None:

@@ -32,7 +32,7 @@ from kvmdp.paging.contents import Contents
 from kvmdp.paging.jobs import Jobs
 from kvmdp.paging.ledger import Ledger
 from kvmdp.paging.pins import Pin
-from kvmdp.paging.policy import FaultPolicy
+from kvmdp.paging.policy import FaultPolicy, PolicyError, checked
 from kvmdp.paging.ports import Trap
 from kvmdp.shortage import ShortageError
 from kvmdp.source.base import PageSource, SourceError
@@ -64,7 +64,7 @@ class Admission:
         self.holds = False
         self._layout = layout
         self._trap = trap
-        self._policy = policy
+        self._window = checked(policy)
 
     def resolve(
         self, fault: PageFault, timeout: float | None = None, cancellation: Cancellation | None = None
@@ -145,23 +145,27 @@ class Admission:
         a vCPU's fault with a `waiter` a page that is being healed is POISONED still.
         """
         ledger = self.ledger
-        with self.mutex:
-            step = ledger.obstacle(fault.page)
-            if step is None:
-                if self.error is not None:
-                    return Outcome.FAILED
-                ledger.counters.claims += 1
-                first, count = self._policy.window(fault) if wanted == 1 else (fault.page, wanted)
-                return ledger.claim(fault.page, first, count, claim)
-            if isinstance(step, Outcome):
-                return step
-            # A vCPU that sleeps in userfaultfd is told what the page is until it is healed, for it may have to get on
-            # with it first: while KVM finishes an access to this page, the heal waits for that.
-            if waiter is not None and fault.origin is Origin.VCPU and ledger.is_heal(step):
-                return Outcome.POISONED
-            waiter = waiter or Wait()
-            ledger.queue(step, waiter)
-            return waiter
+        try:
+            with self.mutex:
+                step = ledger.obstacle(fault.page)
+                if step is None:
+                    if self.error is not None:
+                        return Outcome.FAILED
+                    first, count = self._window(fault) if wanted == 1 else (fault.page, wanted)
+                    ledger.counters.claims += 1
+                    return ledger.claim(fault.page, first, count, claim)
+                if isinstance(step, Outcome):
+                    return step
+                # A vCPU that sleeps in userfaultfd is told what the page is until it is healed, for it may have to get
+                # on with it first: while KVM finishes an access to this page, the heal waits for that.
+                if waiter is not None and fault.origin is Origin.VCPU and ledger.is_heal(step):
+                    return Outcome.POISONED
+                waiter = waiter or Wait()
+                ledger.queue(step, waiter)
+                return waiter
+        except PolicyError as error:
+            self.abort(error)
+            return Outcome.FAILED
 
     def withdraw(self, waiter: Waiter, reason: Wake = Wake.CANCELLED) -> bool:
         """Call a wait off: the waiter is notified, now, with `reason`; False if it had been woken."""

@@ -1,14 +1,21 @@
 """Which pages are fetched on a fault besides the one that was touched.
 
-A policy proposes; the pager cuts the proposal to pages that are absent and lie in one stretch of
-guest-physical space. `MachineOptions.policy` takes any object with the one method below. Units: RAM pages.
+A policy proposes; the pager cuts the proposal to pages that are absent and lie in one stretch of guest-physical space.
+It refuses a proposal without the touched page, or of more than 512 pages: such a policy is broken, and so is one that
+raises. Then faults fail with a sentence, and nothing has been claimed.
+
+`MachineOptions.policy` takes any object with the one method below. Units: RAM pages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import index
 from typing import Protocol
 
+from kvmdp.errors import PagingError
 from kvmdp.page import PageFault
+from kvmdp.shortage import in_words
 
 MAX_FAULT_AROUND = 512
 
@@ -17,13 +24,17 @@ class FaultPolicy(Protocol):
     """Proposes the run of pages to fetch for a fault."""
 
     def window(self, fault: PageFault) -> tuple[int, int]:
-        """Return (first, count), a run of at most 512 pages that holds `fault.page`.
+        """Return (first, count), a run of at most 512 pages that holds `fault.page`; it may reach beyond RAM.
 
         `fault` says which page, who touched it (`origin`, and `number` for which vCPU or device, -1 where the kernel
-        does not tell) and how (`access`). Called under the pager's mutex, once for each fault that fetches: it must
-        neither wait nor call the pager.
+        does not tell) and how (`access`). Called by many threads, one at a time, under the pager's mutex, once for each
+        fault that fetches: it needs no lock of its own, and must neither wait nor call the pager.
         """
         ...
+
+
+class PolicyError(PagingError):
+    """The policy is broken: it raised, or has proposed what it must not. Faults on absent pages fail from then on."""
 
 
 class FaultAround:
@@ -43,3 +54,27 @@ class FaultAround:
     def window(self, fault: PageFault) -> tuple[int, int]:
         """Return the aligned block that holds the page."""
         return fault.page & self._mask, self.pages
+
+
+def checked(policy: FaultPolicy) -> Callable[[PageFault], tuple[int, int]]:
+    """Return the policy's `window`, which raises PolicyError for whatever it does that a policy must not.
+
+    That of `FaultAround` is returned as it is: it is on the way of every fault, and is always right.
+    """
+    if type(policy) is FaultAround:
+        return policy.window
+    name = type(policy).__name__
+
+    def window(fault: PageFault) -> tuple[int, int]:
+        try:
+            first, count = map(index, policy.window(fault))
+        except Exception as error:
+            raise PolicyError(f"the policy {name} broke at page {fault.page}: {in_words(error)}") from error
+        if not first <= fault.page < first + count <= first + MAX_FAULT_AROUND:
+            raise PolicyError(
+                f"the policy {name} proposes {count} pages from {first} on for a fault on page {fault.page}: have it "
+                f"propose 1 to {MAX_FAULT_AROUND} pages that hold it"
+            )
+        return first, count
+
+    return window

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvmdp.kvm import Vm
 from kvmdp.memory.backing import Backing
+from kvmdp.memory.layout import GuestLayout
 from kvmdp.trap.inspect import InspectedTrap
 from kvmdp.trap.slots.ram_slots import RamSlots
 from kvmdp.trap.uffd.device_view import DeviceFaults, DeviceView
@@ -69,6 +70,15 @@ class TrapKind(ABC):
 
     # Of the object: guest RAM for threads of this process, if it was made with that.
     device_view: DeviceView | None = None
+
+    @classmethod
+    def unit(cls, layout: GuestLayout, backing: Backing | type[Backing], granule: int | None) -> int:
+        """Return how many bytes become present or absent as one, on such RAM.
+
+        `granule` is bytes, None for a trap that is not `by_memslot`. Asked before there is a trap, for what depends on
+        it (limits, pages to poison).
+        """
+        return granule or backing.page_size
 
     @classmethod
     @abstractmethod

@@ -36,6 +36,18 @@ def test_a_program_needs_a_machine_that_has_one():
         run_workload(MachineOptions(MEMORY, "mmio"), task, SOURCE)
 
 
+def test_a_workload_that_brings_its_program_runs_it_and_no_other():
+    class Loading(Program):
+        program = LOAD
+
+    task = Loading(WorkloadOptions(memory_bytes=MEMORY))
+    for options in (MachineOptions(MEMORY, "mmio"), MachineOptions(MEMORY, "mmio", program=LOAD)):
+        result = run_workload(options, task, SOURCE, timeout=TIMEOUT)
+        assert result.guest_checksum == SOURCE.pages(np.array([3]))[0, 0]
+    with pytest.raises(ValueError, match=r"brings its own program: leave MachineOptions\.program out$"):
+        run_workload(MachineOptions(MEMORY, "mmio", program=b"\xc3"), task, SOURCE)
+
+
 def test_what_a_run_found_can_be_printed():
     result = run_workload(MachineOptions(MEMORY, "mmio"), plan("checksum", pages=3), SOURCE, timeout=TIMEOUT)
     assert " object at 0x" not in str(result)

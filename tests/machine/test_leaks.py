@@ -14,6 +14,7 @@ from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.vcpu_thread import GuestError, GuestTimeoutError
 from kvmdp.paging.pager import Pager
+from kvmdp.paging.policy import FaultAround
 from kvmdp.source.base import SourceError
 from kvmdp.source.synthetic import SyntheticSource
 from kvmdp.trap.slots.mmio import MmioTrap
@@ -227,6 +228,10 @@ def test_a_machine_that_never_ran_leaves_nothing(trap, backing):
         ({"trap": "marker", "granule": 65536}, "a granule is for memory-fault and mmio"),
         ({"trap": "smoke"}, "there is no trap 'smoke': choose from"),
         ({"trap": "mmio", "fault_around": 3}, "fault-around of 3 pages: give a power of two from 1 to 512"),
+        (
+            {"trap": "mmio", "fault_around": 8, "policy": FaultAround(8)},
+            "a policy and a fault-around of 8 pages, which is a policy too: leave one out",
+        ),
         ({"trap": "mmio", "memory_bytes": 1 << 20}, "1M of guest memory is too little: the least is 2M"),
         ({"trap": "mmio", "memory_bytes": 2 << 40}, "2T of guest memory is too much: the most is 256G"),
     ],

@@ -8,7 +8,14 @@ from plain_guest import PlainGuest, random_ram
 
 from kvmdp.kvm import InternalError
 from kvmdp.machine.guest_abi import Report, VectorFlag
-from kvmdp.machine.workloads import WORKLOADS, Program, WorkloadOptions, combined_checksum, make_workload
+from kvmdp.machine.workloads import (
+    WORKLOADS,
+    Program,
+    WorkloadOptions,
+    combined_checksum,
+    make_workload,
+    register,
+)
 from kvmdp.machine.workloads.base import Share
 from kvmdp.memory.layout import LOW_RAM_END
 from kvmdp.page import PAGE_SIZE
@@ -227,6 +234,21 @@ def test_seed_makes_the_work():
 def test_what_cannot_be_done_is_said(name, options, message):
     with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")):
         plan(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"name": "fill", "program": b"\xc3"}, "there is a workload fill already: give yours another name"),
+        ({"name": "program", "program": b"\xc3"}, "there is a workload program already"),
+        ({"name": "own", "number": 0}, "the workload own has no code: give its class a `program`"),
+    ],
+)
+def test_a_workload_from_outside_needs_a_name_and_code_of_its_own(attributes, message):
+    names = list(WORKLOADS)
+    with pytest.raises(ValueError, match=message):
+        register(type("Own", (WORKLOADS["fill"],), {"number": 0, **attributes}))
+    assert list(WORKLOADS) == names
 
 
 def test_program_is_told_of_all_ram():

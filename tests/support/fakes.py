@@ -165,15 +165,22 @@ class FakeTrap:
 
 @contextlib.contextmanager
 def pager_of(
-    pages=PAGES, *, granule=PAGE_SIZE, fault_around=1, extents=None, needs_quiesce=False, states=None
+    pages=PAGES,
+    *,
+    granule=PAGE_SIZE,
+    fault_around=1,
+    extents=None,
+    needs_quiesce=False,
+    states=None,
+    policy=None,
 ):
     """Make an enabled pager; its trap is `pager.trap`, its source `pager.source`."""
     source = FakeSource(pages, extents)
     with Mapping.anonymous(pages * PAGE_SIZE) as memory:
         trap = FakeTrap(pages, granule, memory)
         trap.needs_quiesce = needs_quiesce
-        layout = GuestLayout(pages * PAGE_SIZE)
-        pager = Pager(layout, trap, source, FaultAround(fault_around), VcpuGate(), states)
+        policy = policy or FaultAround(fault_around)
+        pager = Pager(GuestLayout(pages * PAGE_SIZE), trap, source, policy, VcpuGate(), states)
         pager.source = source
         pager.enable()
         try:

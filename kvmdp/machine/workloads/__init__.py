@@ -1,7 +1,8 @@
 """The workloads of the guest: what each vCPU is told to do, and what must come of it.
 
 One module a workload, the counterpart of the assembly file of that name in guest/workloads. A new one is a module
-here and its place in the registry below, an assembly file there and its line in guest/workloads.S.
+here and its place in the registry below, an assembly file there and its line in guest/workloads.S. One from outside is
+a class that brings its code as `program`, and one `register`.
 """
 
 from __future__ import annotations
@@ -30,12 +31,26 @@ __all__ = [
     "WorkloadOptions",
     "combined_checksum",
     "make_workload",
+    "register",
 ]
 
-WORKLOADS: dict[str, type[Workload]] = {
-    kind.name: kind
-    for kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector, String, Clock, Disk, Poison)
-}
+WORKLOADS: dict[str, type[Workload]] = {}
+
+
+def register(workload: type[Workload]) -> None:
+    """Add a workload, which is known by its `name` from then on.
+
+    Raises ValueError if there is one of that name, or if it has neither a number of the guest's nor a program.
+    """
+    if workload.name in (*WORKLOADS, Program.name):
+        raise ValueError(f"there is a workload {workload.name} already: give yours another name")
+    if workload.number == Program.number and not workload.program:
+        raise ValueError(f"the workload {workload.name} has no code: give its class a `program`")
+    WORKLOADS[workload.name] = workload
+
+
+for _kind in (Checksum, Touch, Fill, Atomic, Copy, Execute, Vector, String, Clock, Disk, Poison):
+    register(_kind)
 
 
 def make_workload(name: str, options: WorkloadOptions) -> Workload:

@@ -111,7 +111,8 @@ class Share:
 class Task:
     """What the vCPUs of one machine are told to do.
 
-    Of the class: `name`; `number`, its place in the table of guest/workloads.S.
+    Of the class: `name`; `number`, its place in the table of guest/workloads.S; `program`, a flat binary for the
+    program area (guest/README.md), if its code is not in that table: then `number` is 0.
     Attributes: `options`; `blocks`, the parameter block of each vCPU; `patches`, (offset in RAM, bytes) to be applied
     to the source; `touched`, the distinct RAM pages that the guest will access, ascending, None if that is not known;
     `disk_bytes`, how large a disk it needs, 0 for none; `poisoned`, the distinct RAM pages to poison before it begins.
@@ -119,7 +120,8 @@ class Task:
     """
 
     name: str
-    number: int
+    number: int = 0
+    program: bytes = b""
 
     def __init__(self, options: WorkloadOptions, shares: Sequence[Share]) -> None:
         self.options = options
