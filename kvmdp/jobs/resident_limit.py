@@ -2,15 +2,16 @@
 
 Second chance, by a clock with two hands that go round RAM. Pages that the first one passes are *aged*: shut off softly
 (BACKED), their bytes kept, so that the next access traps and brings them back without a fetch. That access is the
-reference bit. The second hand follows where a quarter of the limit is aged: what it finds shut off, by the first or by
-anybody else, is evicted; what somebody has come for is present again and passed over.
+reference bit. The second hand follows where a quarter of the limit is aged. It evicts what it finds shut off, by the
+first hand or by another thread; a page that was accessed meanwhile is present again, and the hand passes it over.
 
-Whoever has brought a page in over the limit takes others out again before it goes on. So the limit is exceeded by no
-more than what is being brought in at that moment, as long as there are pages to be had. It may be a vCPU in the middle
-of its work, or hold a view of pages itself: it waits for nobody who is at a page, and gives up after a while. Then the
-limit is exceeded for the time being, and a thread, which has the patience, goes on; it does not keep others from pages
-while it waits. A userfaultfd reader takes nothing out: that can mean to wait until a reader has taken note. Nor does
-who serves another process. The thread does it for those, and they hold a fault back until there is room, for a while.
+A thread that has brought a page in over the limit takes others out again before it goes on. So the limit is exceeded by
+no more than what is being brought in at that moment, as long as pages can be taken out. The thread may be a vCPU's, in
+the middle of its work, or hold a view of pages itself. So it waits for no other thread that is at a page, and gives up
+after a while. Then the limit is exceeded for the time being, and the job's own thread, which has the patience, goes on;
+it does not keep others from pages while it waits. A userfaultfd reader takes nothing out: that can mean to wait until a
+reader has taken note. Nor does a thread that serves another process. The job's thread does it for those, and they hold
+a fault back until there is room, for a while.
 
 Units: RAM pages, seconds.
 """
@@ -21,7 +22,6 @@ import threading
 import time
 
 from kvmdp.errors import BusyError, SwitchedOffError
-from kvmdp.memory.backing import Backing
 from kvmdp.page import PAGE_SIZE
 from kvmdp.paging.broken import broken
 from kvmdp.paging.claim import State
@@ -34,14 +34,12 @@ from kvmdp.thread import JoinableThread
 _BACKED = int(State.BACKED)
 _BATCH = 32  # aged or evicted at once: bounds how long vCPUs are kept out of KVM_RUN
 _AGED_SHARE = 4  # a quarter of the limit is aged and waits
-_ROOM_SHARE = (
-    16  # the thread makes room for a sixteenth of the limit, so that who leaves it to that waits less often
-)
-# What a thread on its way from a fault tries before it goes on: batches in all, and those that somebody was at.
+_ROOM_SHARE = 16  # the job's thread makes room for a sixteenth of the limit: faults are held back less often
+# What a thread on its way from a fault tries before it goes on: batches in all, and those that another thread was at.
 _MOST_STEPS, _MOST_BUSY = 256, 8
 _PATIENCE_SECONDS = 0.2  # of the thread, for a device in another process
-_PAUSE_SECONDS = 0.01  # of the thread, when somebody was at what it wanted, or nothing can be had
-# How long a fault is held back, and how long while somebody waits for the vCPUs to come out of KVM_RUN: before Linux
+_PAUSE_SECONDS = 0.01  # of the thread, when another was at what it wanted, or nothing can be taken out
+# How long a fault is held back, and how long while a thread waits for the vCPUs to come out of KVM_RUN: before Linux
 # 6.2 one that sleeps there on a page is not interrupted, and has to be given it.
 _HOLD_NS, _HOLD_CLOSED_NS = 100_000_000, 2_000_000
 # What one instruction can need at once: its own bytes and two operands, each across the border of two pages.
@@ -49,15 +47,6 @@ _PAGES_OF_AN_INSTRUCTION = 6
 # What is retained for a vCPU because KVM writes there by itself (`kvmdp.machine.pv_msrs`): kvmclock, which may lie
 # across a border, steal time, which cannot, and what replaces one of them before that is let go.
 _PAGES_OF_KVM = 2 + 1 + 2
-
-
-def check_frees(backing: Backing | type[Backing]) -> None:
-    """Raise ValueError if evicting pages of such RAM frees nothing."""
-    if not backing.frees:
-        raise ValueError(
-            f"{backing.name} memory is held to the end, and evicting pages frees none of it: leave --resident-limit "
-            "out, or use the backing memfd"
-        )
 
 
 def check_limit(limit: int, vcpus: int, fault_around: int, unit: int, retained: int) -> None:
@@ -77,10 +66,10 @@ def check_limit(limit: int, vcpus: int, fault_around: int, unit: int, retained: 
 
 
 class ResidentLimit(Job):
-    """Keeps at most `limit` pages of the pager's in memory, from now until `close`, as far as they can be had.
+    """Keeps at most `limit` pages of the pager's in memory, from now until `close`, as far as they can be taken out.
 
-    `peak` is the most that was resident after a fault. A page that somebody has a view of cannot be had: whoever keeps
-    views of all but a few of `limit` pages leaves the others to take out each other's pages again and again.
+    `peak` is the most that was resident after a fault. A page of which there is a view cannot be taken out: a caller
+    that keeps views of all but a few of `limit` pages leaves the others to take out each other's pages again and again.
     """
 
     def __init__(self, pager: Pager, limit: int) -> None:
@@ -101,21 +90,22 @@ class ResidentLimit(Job):
             lambda error: pager.abort(broken("the resident limit cannot be kept", error)),
         )
         self._thread.start()
-        # Who needs more pages at once would lose the first to the limit before it had the last.
+        # An access that needs more pages at once would lose the first to the limit before it had the last.
         self.most_at_once = max(limit // 2, 1)
         pager.jobs.add(self)
 
     def close(self) -> None:
-        """Let everybody go on without a limit; a second call does nothing."""
+        """Let all threads go on without a limit; a second call does nothing."""
         self._closing.set()
         self._exceeded.set()
         self._pager.jobs.remove(self)
+        self._pager.jobs.ask_again()
         self._thread.join()
 
     def settle(self, timeout: float) -> bool:
         """Wait until the thread takes nothing away, once the pager is cancelled; False after `timeout` seconds.
 
-        A cancelled pager lets nobody begin, so what the thread begins after this changes nothing.
+        A cancelled pager lets no claim begin, so what the thread begins after this changes nothing.
         """
         return self._idle.wait(timeout)
 
@@ -128,8 +118,10 @@ class ResidentLimit(Job):
     # On the way from a fault
 
     def after_fault(self) -> None:
-        """Take out what can be had at once; leave the rest to the thread. Raises PagingError if the sink is full."""
+        """Take out what can go at once; leave the rest to the thread. Raises PagingError if the sink is full."""
         if not self._is_exceeded():
+            if self._pager.jobs.told:
+                self._pager.jobs.ask_again()  # pages may have gone that a caller has taken away
             return
         steps = busy = 0
         while self._pager.ledger.resident > self.limit and not self._closing.is_set():
@@ -149,20 +141,26 @@ class ResidentLimit(Job):
         if self._is_exceeded():
             self._exceeded.set()
 
-    def may_admit(self, since: int) -> bool:
-        """Return whether a fault of time `since` may bring pages in without taking others out itself.
+    def seconds_held(self, since: int) -> float:
+        """Return for how long a fault of time `since`, which takes no pages out itself, is held back at the most.
 
-        Half of the room that the thread makes is for those, so that the limit holds although nothing follows them.
+        Half of the room that the thread makes is for such faults, so that the limit holds although nothing follows
+        them. A thread that was held back asks again when pages have gone, the thread has tried, the gate closes, or
+        the pager is cancelled or fails.
         """
         pager = self._pager
         resident = pager.ledger.resident
         if resident > self.limit - self._room // 2:
             self._remind()
-        if resident <= self.limit or pager.ledger.cancelled or self._closing.is_set():
-            return True
+        if resident <= self.limit or self._is_over():
+            return 0
         self._exceeded.set()
-        held = time.perf_counter_ns() - since
-        return held > (_HOLD_CLOSED_NS if pager.gate.is_closed else _HOLD_NS)
+        until = since + (_HOLD_CLOSED_NS if pager.gate.is_closed else _HOLD_NS)
+        return max(until - time.perf_counter_ns(), 0) / 1e9
+
+    def _is_over(self) -> bool:
+        pager = self._pager
+        return pager.ledger.cancelled or pager.error is not None or self._closing.is_set()
 
     # The thread
 
@@ -174,9 +172,10 @@ class ResidentLimit(Job):
             try:
                 self._keep_to_it()
             except SwitchedOffError:
-                continue  # all of RAM is to be present; who brings a page in once it is on again says so
+                continue  # all of RAM is to be present; the first to bring a page in once it is on again says so
             finally:
                 self._idle.set()
+                self._pager.jobs.ask_again()
 
     def _keep_to_it(self) -> None:
         """Take pages out until there is some room, or nothing can be taken. Raises PagingError if the sink is full."""
@@ -192,15 +191,17 @@ class ResidentLimit(Job):
                 idle += 1
                 self._closing.wait(_PAUSE_SECONDS)
         if self._is_exceeded():
-            self._closing.wait(_PAUSE_SECONDS)  # for who holds a fault back asks all the time
+            self._closing.wait(
+                _PAUSE_SECONDS
+            )  # a thread that holds a fault back asks for more as soon as this ends
 
     # Taking out
 
     def _step(self, patience: float) -> bool:
         """Age a few pages, or evict some that have been aged; False if that changed nothing.
 
-        Raises BusyError if somebody is at one of them: at once, or after `patience` seconds if that can be a device in
-        another process.
+        Raises BusyError if another thread is at one of them: at once, or after `patience` seconds if that can be a
+        device in another process.
         """
         pager = self._pager
         timeout = 0 if pager.peers is None else patience
@@ -213,9 +214,12 @@ class ResidentLimit(Job):
                 run = self._next_shut_off()
         if run is None:
             return False
-        if evict:
-            return pager.evict_shut_off(*run, timeout=timeout) > 0
-        return pager.mark_nonpresent(*run, timeout=timeout) > 0
+        if not evict:
+            return pager.mark_nonpresent(*run, timeout=timeout) > 0
+        evicted = pager.evict_shut_off(*run, timeout=timeout)
+        if evicted and pager.jobs.told:
+            pager.jobs.ask_again()
+        return evicted > 0
 
     def _next_present(self) -> tuple[int, int] | None:
         """Return the next run of present pages at the hand, and move the hand behind it."""

@@ -214,8 +214,9 @@ class Admission:
         notify(held)
 
     def _break(self, error: PagingError) -> list[Waiter]:
-        """Do what `abort` does, under the mutex; returns whom to notify."""
+        """Do what `abort` does, under the mutex; returns the waiters to notify without it."""
         self.error = self.error or error
+        self.jobs.ask_again()  # no job holds a fault back any more: each is to fail
         return self.ledger.resume_fetches()
 
     # Carrying out a claim

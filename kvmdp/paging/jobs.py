@@ -3,6 +3,15 @@
 A job may change what the trap has set up (merge memslots, put pages together), and nothing in the ledger says so. So
 the threads that do a job's work after a fault are counted, and a thread that switches demand paging off waits until
 there is none (`Pager.disable`).
+
+Readers and servers of other processes do no work after a fault. They ask the jobs before it, and hold it back where one
+says so. Such a thread lists itself (`Jobs.tell`), asks again, and sleeps until it is told to ask once more
+(`Jobs.ask_again`), or the time is over that the job has named.
+
+Why it misses no word. `ask_again` follows a change that may let a fault go on: pages have gone, the gate closes, a job
+ends. It looks at the list under the mutex under which a thread lists itself. If the thread was listed by then, it is
+told. If not, the change comes before the listing, and so before the thread asks again: it finds the change. The list
+may be looked at without that mutex after a change under the pager's mutex, for a thread lists itself under both.
 """
 
 from __future__ import annotations
@@ -39,13 +48,14 @@ class Job:
         pages. Not called while demand paging is switched off.
         """
 
-    def may_admit(self, since: int) -> bool:
-        """Return whether a fault of time `since` (time.perf_counter_ns) may bring pages in now; must not wait.
+    def seconds_held(self, since: int) -> float:
+        """Return for how long, from now, a fault of time `since` (time.perf_counter_ns) is held back at the most.
 
-        Readers and servers of other processes ask before each fault, for they do no work after it. A job that refuses
-        sees to it that it agrees before long, whatever becomes of its own work.
+        0: it may bring pages in now. Must not wait. Readers and servers of other processes ask before each fault, for
+        they do no work after it. They ask again when that time is over, whatever becomes of the job's own work, or
+        when the job calls `Jobs.ask_again`, because the answer may be another now.
         """
-        return True
+        return 0
 
     def close(self) -> None:
         """End the job; a second call does nothing."""
@@ -67,8 +77,9 @@ class Jobs:
 
     `mutex` is the pager's and guards who works. `may_begin` is asked under it whether a thread may begin now.
 
-    `on_admitted`, `on_after_fault` and `on_may_admit` are the hooks to call, in the order in which jobs were added: to
-    look at them is all that a fault pays where there is none.
+    `on_admitted`, `on_after_fault` and `on_seconds_held` are the hooks to call, in the order in which jobs were added:
+    to look at them is all that a fault pays where there is none. `told` are the threads that hold faults back, as what
+    tells each of them to ask again.
     """
 
     def __init__(self, mutex: threading.RLock, may_begin: Callable[[], bool]) -> None:
@@ -78,6 +89,10 @@ class Jobs:
         self._workers: list[object] = []  # one of each thread that is in `work`
         self._idle = Condition(mutex)
         self._this_thread = threading.local()
+        self._telling = (
+            threading.Lock()
+        )  # the last of all mutexes; guards `told`, and is held while they are told
+        self.told: tuple[Callable[[], None], ...] = ()
         self._sort_out()
 
     def add(self, job: Job) -> None:
@@ -100,14 +115,39 @@ class Jobs:
         self.on_after_fault = [
             job.after_fault for job in jobs if type(job).after_fault is not Job.after_fault
         ]
-        self.on_may_admit = [job.may_admit for job in jobs if type(job).may_admit is not Job.may_admit]
+        self.on_seconds_held = [
+            job.seconds_held for job in jobs if type(job).seconds_held is not Job.seconds_held
+        ]
         self.most_at_once = min(
             (job.most_at_once for job in jobs if job.most_at_once is not None), default=None
         )
 
     def may_admit(self, since: int) -> bool:
         """Return whether all jobs let a fault of time `since` (time.perf_counter_ns) bring pages in; does not wait."""
-        return all(may_admit(since) for may_admit in self.on_may_admit)
+        return not self.on_seconds_held or not self.seconds_held(since)
+
+    def seconds_held(self, since: int) -> float:
+        """Return for how many seconds from now a job holds a fault of time `since` back at the most; 0 if none does."""
+        return max((seconds_held(since) for seconds_held in self.on_seconds_held), default=0)
+
+    def tell(self, ask: Callable[[], None]) -> None:
+        """List a thread that holds faults back, which asks after this and then sleeps; `ask` wakes it.
+
+        `ask` must not block, nor take a mutex. It is called more often than there is news.
+        """
+        with self._mutex, self._telling:
+            self.told = (*self.told, ask)
+
+    def tell_no_more(self, ask: Callable[[], None]) -> None:
+        """Undo `tell`; no call of `ask` is under way when this returns. Does nothing if it is not listed."""
+        with self._mutex, self._telling:
+            self.told = tuple(each for each in self.told if each is not ask)
+
+    def ask_again(self) -> None:
+        """Have the threads that hold faults back ask whether they may go on. Takes no other mutex."""
+        with self._telling:
+            for ask in self.told:
+                ask()
 
     def work(self) -> None:
         """Do what is to be done after a fault; nothing where this thread is at it already, or may not begin."""

@@ -92,6 +92,7 @@ class Pager:
         self.vcpu_accesses = AccessGate(self.ledger, self.mutex, admission.unpinned)
         self._switcher: object = None  # the thread that has the claim on `enabled`: to arm or disarm the trap
         self._switched = Condition(self.mutex)
+        gate.tell(self.jobs.ask_again)
         # Bound once: a method here that only handed on would be one more frame on the way of each fault.
         self.resolve, self.resolve_or_park = admission.resolve, admission.resolve_or_park
         self.begin, self.commit, self.fail = admission.begin, admission.commit, admission.fail
@@ -330,6 +331,7 @@ class Pager:
         with self.mutex:
             woken = self.ledger.cancel()
             self.admission.unpinned.notify_all()
+        self.jobs.ask_again()  # no fault is held back any more
         notify(woken)
         self.contents.cancel.set()
         if self.enabled:

@@ -35,6 +35,13 @@ class Quiescer(Protocol):
         """Keep every vCPU out of KVM_RUN for the time of the block."""
         ...
 
+    def tell(self, closing: Callable[[], None]) -> None:
+        """Call `closing` whenever the vCPUs are about to be kept out and one is in KVM_RUN, after `is_closed` says so.
+
+        `closing` must not block.
+        """
+        ...
+
     def while_stopped(self, work: Callable[[], None]) -> None:
         """Call `work` while every vCPU is out of KVM_RUN, in a stop that threads share.
 
@@ -81,7 +88,7 @@ class ForReaders(Presence, Protocol):
 
     @property
     def jobs(self) -> Jobs:
-        """What runs beside the guest; its `may_admit` is asked before a fault."""
+        """What runs beside the guest; a reader asks its `may_admit` before a fault."""
         ...
 
     def note_discarded(self, first: int, count: int) -> None:

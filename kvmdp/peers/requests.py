@@ -23,9 +23,9 @@ from kvmdp.paging.claim import Waiter
 from kvmdp.paging.pager import Pager
 from kvmdp.shortage import ShortageError
 from kvmdp.thread import JoinableThread
+from kvmdp.waiting import Latch
 
 _MOST_AT_ONCE = 512  # pages in one claim: 2 MiB
-_HELD_SECONDS = 0.001  # from one look whether there is room for a page to the next
 
 
 class PeerCounters:
@@ -43,11 +43,15 @@ class PeerCounters:
         with self._mutex:
             setattr(self, name, getattr(self, name) + number)
 
+    def __repr__(self) -> str:
+        names = ("requests", "replies", "invalidates", "acks")
+        return f"PeerCounters({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
+
 
 class _Request:
     """One FAULT for the pages [page, end), and how far it is. Changed by the one thread that has it in hand."""
 
-    __slots__ = ("access", "asked", "end", "number", "outcome", "page", "released", "token", "waiter")
+    __slots__ = ("access", "asked", "end", "held", "number", "outcome", "page", "released", "token", "waiter")
 
     def __init__(self, token: int, first: int, count: int, access: Access, number: int) -> None:
         self.token = token
@@ -59,6 +63,7 @@ class _Request:
         self.outcome = Outcome.PRESENT
         self.released = False  # under the mutex
         self.waiter: Waiter | None = None  # of the last parking; under the mutex
+        self.held: Latch | None = None  # what wakes the thread that holds it back; under the mutex
 
 
 class FaultRequests:
@@ -147,7 +152,9 @@ class FaultRequests:
             if request is None:
                 return
             request.released = True
-            waiter = request.waiter
+            waiter, held = request.waiter, request.held
+        if held is not None:
+            held.set()
         if waiter is not None:
             self._pager.withdraw(waiter)
 
@@ -201,8 +208,8 @@ class FaultRequests:
         absent = self._pager.bitmap.next_absent_run
         while (run := absent(request.page, request.end)) is not None:
             request.page = run[0]
-            while not (self._may_begin(request) or self._released(request)):
-                time.sleep(_HELD_SECONDS)
+            if not self._may_begin(request):
+                self._await_room(request)
             waiter = Waiter(lambda: self._todo.put(request))
             with self._mutex:
                 request.waiter = waiter
@@ -226,6 +233,27 @@ class FaultRequests:
                 request.outcome = outcome
                 request.asked = time.perf_counter_ns()
         return request.outcome
+
+    def _await_room(self, request: _Request) -> None:
+        """Hold a request back until its page may come, is there already, or is asked for no more.
+
+        Each turn looks after the thread is listed and its latch is in place, so a word that comes after the look sets
+        that latch. A page that another thread brings in meanwhile is no such word: the job's thread, which is at work
+        while a fault is held back, gives one soon.
+        """
+        jobs = self._pager.jobs
+        while True:
+            held = Latch()
+            ask = held.set
+            with self._mutex:
+                request.held = held
+            jobs.tell(ask)
+            try:
+                if self._may_begin(request) or self._released(request):
+                    return
+                held.wait(jobs.seconds_held(request.asked))
+            finally:
+                jobs.tell_no_more(ask)
 
     def _may_begin(self, request: _Request) -> bool:
         return self._pager.bitmap.test(request.page) or self._pager.jobs.may_admit(request.asked)

@@ -16,7 +16,8 @@ What a thread may wait for while it holds what (left before right):
 - The gate closed -> the turn at the thread that makes closed memslots (`kvmdp.secluded`) -> the map of memslots.
 
 Mutexes, held for a few statements each, one inside the other: the gate's -> a vCPU's kick lock; `ResidentLimit`'s ->
-the pager's; `DeviceServer`'s turn -> its own -> a session's -> the counters'.
+the pager's; `DeviceServer`'s turn -> its own -> a session's -> the counters'; the gate's or the pager's -> the list of
+threads that hold faults back (`kvmdp.paging.jobs`).
 """
 
 from __future__ import annotations
@@ -84,6 +85,15 @@ class VcpuGate:
         )
         self.stops = 0
         self.longest_stop = 0.0
+        self._told: list[Callable[[], None]] = []
+
+    def tell(self, closing: Callable[[], None]) -> None:
+        """Call `closing`, with the gate's mutex held, whenever a thread waits for a vCPU that is inside.
+
+        By then `is_closed` says so. `closing` must not block.
+        """
+        with self._mutex:
+            self._told.append(closing)
 
     def enter(self, vcpu: Vcpu, *, only_complete: bool = False) -> bool:
         """Wait until the gate is open, and pass. Returns False if the machine is stopping.
@@ -239,6 +249,9 @@ class VcpuGate:
         with self._mutex:
             if grace:
                 self._give_grace()
+            if self._inside:
+                for closing in self._told:
+                    closing()
             while self._inside:
                 if time.monotonic() > deadline:
                     stuck = ", ".join(str(vcpu.index) for vcpu in self._inside)

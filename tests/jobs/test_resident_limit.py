@@ -223,9 +223,9 @@ def test_who_comes_to_a_present_page_is_not_kept_waiting_for_room():
         asked = []
 
         class Asked(Job):
-            def may_admit(self, since):
+            def seconds_held(self, since):
                 asked.append(since)
-                return True
+                return 0
 
         pager.jobs.add(Asked())
         device = machine.device_view

@@ -144,3 +144,16 @@ def test_entering_forgets_an_old_kick_and_completing_keeps_the_guest_out():
     assert vcpu.immediate_exit
     gate.leave(vcpu)
     assert not gate.is_inside(vcpu)
+
+
+def test_who_wants_to_know_is_told_of_each_stop_that_waits_for_a_vcpu():
+    gate, vcpu, told = VcpuGate(), FakeVcpu(), []
+    gate.tell(lambda: told.append(gate.is_closed))
+    with gate.quiesced():
+        pass
+    assert told == []
+    threads = running(gate, vcpu)
+    with gate.quiesced():
+        pass
+    join(threads)
+    assert told == [True]

@@ -12,6 +12,7 @@ Units: RAM pages, unless a name says bytes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import queue
@@ -33,7 +34,7 @@ from kvmdp.thread import JoinableThread
 from kvmdp.trap.uffd.descriptor import Uffd
 
 _BATCH = 32  # events taken with one read
-_HELD_SECONDS = 0.001  # from one look whether there is room for a page to the next
+_BROKEN_SECONDS = 0.001  # from an error of a reader to its next turn
 
 
 class UffdView(ABC):
@@ -64,7 +65,9 @@ class UffdView(ABC):
         self._unit_bytes = page_size
         self._shard = -(-self._pages // (shards * self._unit)) * self._unit  # pages a descriptor has
         self._readers_each = readers
-        self._readers: list[tuple[JoinableThread, select.epoll]] = []
+        self._readers: list[
+            tuple[JoinableThread, select.epoll, int]
+        ] = []  # with the eventfd that is its bell
         # Readers that are between an event and the next wait, by thread identifier.
         self._at_work: set[int] = set()
         # One for each `settle` that waits: it gets a word for each reader that ends its work. Not a condition: an
@@ -93,13 +96,16 @@ class UffdView(ABC):
             for number in range(self._readers_each):
                 with named_call("epoll_create1"):
                     poll = select.epoll(flags=select.EPOLL_CLOEXEC)
-                work = functools.partial(self._read, uffd, poll)
+                with named_call("eventfd"):
+                    bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                work = functools.partial(self._read, uffd, poll, bell)
                 name = f"uffd-reader-{shard}.{number}"
                 reader = JoinableThread(work, name, self._reader_broke)
-                self._readers.append((reader, poll))
+                self._readers.append((reader, poll, bell))
                 # Of several readers of one descriptor the kernel wakes one.
                 poll.register(uffd.fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
                 poll.register(self._wakeup, select.EPOLLIN)
+                poll.register(bell, select.EPOLLIN)
                 reader.start()
 
     def disarm(self) -> None:
@@ -167,15 +173,22 @@ class UffdView(ABC):
         assert self._pager is not None
         self._pager.abort(broken("a userfaultfd reader broke", error))
 
-    def _read(self, uffd: Uffd, poll: select.epoll) -> None:
+    def _read(self, uffd: Uffd, poll: select.epoll, bell: int) -> None:
         """Serve until stopped, whatever a source, an observer or the trap raises on the way: that ends the run.
 
         A reader lives on because others depend on it. A thread that discards pages sleeps in the kernel until the event
         has been read, with a claim on them, and meanwhile the kernel tells every call that maps or marks to try again.
+
+        While a job holds a fault back, events are read all the same: a thread that makes room may wait until its
+        discard has been read. Then the reader is listed with the jobs, which ring `bell` (`kvmdp.paging.jobs` argues
+        that no word is lost). It empties the bell before it asks, so a word that comes after that ends its next wait;
+        and once more when it is listed no longer, or a late word would end all its waits.
         """
         messages = (abi.uffd_msg * _BATCH)()
         assert self._pager is not None
         pager, serve, reader = self._pager, self._reader(), threading.get_ident()
+        jobs, ring = self._pager.jobs, functools.partial(os.eventfd_write, bell, 1)
+        is_listed = False
         is_present = pager.bitmap.test  # such a fault brings nothing in
         faults: deque[tuple[int, int]] = deque()  # address, when it was read
 
@@ -190,25 +203,41 @@ class UffdView(ABC):
                 elif message.event == abi.UFFD_EVENT_REMOVE:
                     self._removed(message.arg.remove.start, message.arg.remove.end)
 
+        def serve_all() -> None:
+            """Serve the faults in the order in which they came, up to one that a job holds back."""
+            while faults and (is_present(self._page_of(faults[0][0])) or jobs.may_admit(faults[0][1])):
+                serve(*faults.popleft())
+
         self._this_thread.take = take
-        # Events are read in any case: a thread that makes room may wait until its discard has been read.
-        while not any(fd == self._wakeup for fd, _ in poll.poll(_HELD_SECONDS if faults else None)):
+        left: float | None = None  # seconds until it asks again at the latest
+        while not any(fd == self._wakeup for fd, _ in poll.poll(left)):
             self._at_work.add(reader)
             try:
+                if is_listed:
+                    _silence(bell)
                 take()
-                while faults and (
-                    is_present(self._page_of(faults[0][0])) or pager.jobs.may_admit(faults[0][1])
-                ):
-                    serve(*faults.popleft())
+                serve_all()
+                if faults and not is_listed:
+                    jobs.tell(ring)
+                    is_listed = True
+                    serve_all()
+                if is_listed and not faults:
+                    jobs.tell_no_more(ring)
+                    is_listed = False
+                    _silence(bell)
+                left = jobs.seconds_held(faults[0][1]) if faults else None
             except BaseException as error:
                 self._reader_broke(error)
-                time.sleep(_HELD_SECONDS)  # what cannot even be read would be tried without a pause
+                time.sleep(_BROKEN_SECONDS)  # what cannot even be read would be tried without a pause
+                left = 0 if faults else None
             finally:
                 self._at_work.discard(reader)
                 # After that: a `settle` that has seen the reader at work is in the list by now.
                 if self._settling:
                     for words in tuple(self._settling):
                         words.put(None)
+        if is_listed:
+            jobs.tell_no_more(ring)
 
     def _make_way(self) -> None:
         """Let a discard go on that the kernel wants finished before it maps anything (EAGAIN).
@@ -244,9 +273,10 @@ class UffdView(ABC):
         if self._wakeup < 0:
             return
         os.eventfd_write(self._wakeup, 1)
-        for reader, poll in self._readers:
+        for reader, poll, bell in self._readers:
             reader.join()
             poll.close()
+            os.close(bell)
         self._readers.clear()
         os.close(self._wakeup)
         self._wakeup = -1
@@ -259,3 +289,9 @@ class UffdView(ABC):
         """Stop the readers and close the descriptors; the mapping belongs to whoever made it."""
         self._stop_readers()
         self._close_descriptors()
+
+
+def _silence(bell: int) -> None:
+    """Take the words out of an eventfd, if it has any."""
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(bell)
