@@ -180,9 +180,8 @@ class Admission:
     def _pause(self, claim: Claim, error: SourceError | ShortageError) -> None:
         """End a claim whose pages cannot be fetched, and pause."""
         page = error.offset // PAGE_SIZE if isinstance(error, SourceError) else claim.first
-        reason = broken(
-            f"paused: the page at gpa {self._layout.gpa_of_page(page):#x} cannot be fetched", error
-        )
+        gpa = self._layout.gpa_of_page(page)
+        reason = broken(f"paused: the page at gpa {gpa:#x} cannot be fetched", error)
         with self.mutex:
             self.paused = self.paused or reason
             if self.holds and self.error is None:

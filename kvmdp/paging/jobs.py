@@ -89,9 +89,8 @@ class Jobs:
         self._workers: list[object] = []  # one of each thread that is in `work`
         self._idle = Condition(mutex)
         self._this_thread = threading.local()
-        self._telling = (
-            threading.Lock()
-        )  # the last of all mutexes; guards `told`, and is held while they are told
+        # The last of all mutexes: guards `told`, and is held while they are told.
+        self._telling = threading.Lock()
         self.told: tuple[Callable[[], None], ...] = ()
         self._sort_out()
 
