@@ -304,12 +304,14 @@ def test_pages_that_do_not_come_in_time_are_released_and_their_credits_come_back
             records = asked(notifier, 4)
             machine.admit({1: records.pop(1)})
         assert type(ends[0]) is BusyError
-        assert "the page at gpa 0x3000 was not made present within 0.05 seconds" in str(ends[0])
+        assert "000 was not made present within 0.05 seconds" in str(ends[0])
         notifier.settimeout(SOON)
-        released = [unpack(notifier.recv(RECORD_SIZE), EPOCH) for _ in range(3)]
-        assert [record.kind for record in released] == [Kind.RELEASE] * 3
-        assert {record.token for record in released} == {record.token for record in records.values()}
-        memory._timeout = 0.2
+        late = {record.token for record in records.values()}
+        while late:  # the first may have been late too, in a thread that has had no turn
+            record = unpack(notifier.recv(RECORD_SIZE), EPOCH)
+            assert record.kind is Kind.RELEASE
+            late.discard(record.token)
+        memory._timeout = 0.5
         with reading(memory, [(20, 1), (22, 1)]) as ends:  # one credit is left
             assert sorted(asked(notifier, 1)) == [20]
         assert type(ends[0]) is BusyError
@@ -318,7 +320,8 @@ def test_pages_that_do_not_come_in_time_are_released_and_their_credits_come_back
         memory._timeout = None
         with reading(memory, [(30, 1), (32, 1), (34, 1)]) as ends:
             assert unpack(notifier.recv(RECORD_SIZE), EPOCH).kind is Kind.RELEASE  # of page 20
-            machine.admit(asked(notifier, 3))
+            for _ in range(3):  # as soon as one credit is back it asks
+                machine.admit(asked(notifier, 1))
         assert ends == [content(30) + content(32) + content(34)]
 
 
