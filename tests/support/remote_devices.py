@@ -18,8 +18,15 @@ EPOCH = 3
 
 
 @contextlib.contextmanager
-def device(credits, *, sent_before=(), regions=None, machine=None):
+def device(credits, **options):
     """Yield a RemoteMemory, page 0 of which is present, and the machine's end of its notifier."""
+    with device_and_ram(credits, **options) as (memory, machine, _bitmap, _ram):
+        yield memory, machine
+
+
+@contextlib.contextmanager
+def device_and_ram(credits, *, sent_before=(), regions=None, machine=None, timeout=None):
+    """Yield a RemoteMemory, the machine's end of its notifier, the machine's bitmap and its view of RAM."""
     size = PAGES * PAGE_SIZE
     ours, theirs, _ = notifier_pair(credits)
     with ours, MemfdBacking(size) as backing, contextlib.closing(PresentBitmap(PAGES)) as bitmap:
@@ -28,8 +35,8 @@ def device(credits, *, sent_before=(), regions=None, machine=None):
             ours.send(record.pack(EPOCH))
         given = Handover(EPOCH, Role.DEVICE, credits, PAGES, regions or ((0, size, 0),))
         passed = Descriptors(os.dup(backing.fd), os.dup(bitmap.fd), theirs.detach())
-        with RemoteMemory(given, passed, machine=machine) as memory:
-            yield memory, ours
+        with RemoteMemory(given, passed, machine=machine, timeout=timeout) as memory:
+            yield memory, ours, bitmap, backing.vmm.view
 
 
 def readers(memory, pages):
