@@ -192,7 +192,7 @@ class Admission:
 
     def is_held(self) -> bool:
         """Whether a fault whose fetch has failed is to wait for the end of a pause."""
-        return self.holds and self.error is None and not self.ledger.cancelled
+        return self.holds and self.error is None
 
     def resume(self) -> None:
         """End a pause: the pages that it concerned are fetched again. Does nothing if there is none.
@@ -223,7 +223,8 @@ class Admission:
     def carry_out(self, claim: Claim, fault: PageFault) -> Outcome:
         """Fill a claim and commit it, for `fault`. Returns ADMITTED, FAILED or CANCELLED; raises what breaks."""
         observers = self.jobs.on_admitted
-        began = time.perf_counter_ns() if observers else 0
+        if observers:
+            claim.began = time.perf_counter_ns()
         try:
             self.contents.fill(claim, fault, self._land)
         except (SourceError, ShortageError) as error:
@@ -240,10 +241,10 @@ class Admission:
         except ShortageError:
             return Outcome.FAILED  # `error` has the reason by now
         for admitted in observers:
-            admitted(fault, claim, began)
+            admitted(fault, claim, claim.began)
         return Outcome.ADMITTED
 
-    def _land(self, claim: Claim, page: int) -> None:
+    def _land(self, claim: Claim, fault: PageFault, page: int) -> None:
         """Commit the pages of a claim before `page` apart: their bytes are in place, the rest is still being fetched.
 
         The last unit stays, for the claim's own commit.
@@ -260,6 +261,8 @@ class Admission:
             except BaseException:
                 self._settle(piece)
                 raise
+        for admitted in self.jobs.on_admitted:
+            admitted(fault, piece, piece.began)
 
     def _may_retry(self) -> bool:
         """Count one more attempt to read from the source; False if the machine is stopping."""
@@ -389,12 +392,3 @@ class Admission:
         with self.mutex:
             self.ledger.pins.remove(pin)
             self.unpinned.notify_all()
-
-    def note_discarded(self, first: int, count: int) -> None:
-        """Take note that the bytes of these pages are gone, or going: they read as zeros from now on.
-
-        For memory that is discarded without asking the pager (a balloon). Claimed pages are left to the claim's owner,
-        which is told so.
-        """
-        with self.mutex:
-            self.ledger.discarded(first, count)

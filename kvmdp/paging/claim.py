@@ -6,7 +6,7 @@ Units: RAM pages.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvmdp.interruption import Uninterrupted
 from kvmdp.waiting import Latch
@@ -44,7 +44,7 @@ class Claim:
 
     `before` holds the pages' states when they were claimed, a byte a page; `after` what they are if it ended now, None
     for as before. `is_filled`: bytes are in RAM and bits set, so that it can only be committed; `is_admitted`: the trap
-    has been told. `discarded` are runs (first, count) whose bytes somebody has thrown away since, of which the owner
+    has been told. `began` is when its owner began to fetch (time.perf_counter_ns), 0 if no job asks. `discarded` are runs (first, count) whose bytes somebody has thrown away since, of which the owner
     has dealt with `zeroed`. `waiters` is changed under the pager's mutex; `woken` are those of them that the owner has
     still to notify.
     """
@@ -52,6 +52,7 @@ class Claim:
     __slots__ = (
         "after",
         "before",
+        "began",
         "count",
         "discarded",
         "first",
@@ -67,11 +68,25 @@ class Claim:
         self.count = count
         self.before = before
         self.after: bytes | None = None
+        self.began = 0
         self.is_filled = self.is_admitted = False
         self.discarded: Sequence[tuple[int, int]] = ()
         self.zeroed = 0
         self.waiters: list[Waiter] = []
         self.woken: list[Waiter] = []
+
+    def split(self, count: int) -> Claim:
+        """Take the first `count` pages off a claim that is not filled, as a claim of their own with all its waiters."""
+        border = self.first + count
+        piece = Claim(self.first, count, self.before[:count])
+        piece.began = self.began
+        piece.discarded = _clipped(self.discarded, self.first, border)
+        piece.waiters, self.waiters = self.waiters, []
+        for waiter in piece.waiters:
+            waiter.claim = piece
+        self.discarded = _clipped(self.discarded, border, self.first + self.count)
+        self.first, self.count, self.before = border, self.count - count, self.before[count:]
+        return piece
 
     def wake(self, reason: Wake) -> list[Waiter]:
         """Empty the queue of a claim that goes on; returns who was in it."""
@@ -91,10 +106,21 @@ class Claim:
         return queue
 
 
-def clipped(runs: Sequence[tuple[int, int]], low: int, high: int) -> tuple[tuple[int, int], ...]:
+def _clipped(runs: Sequence[tuple[int, int]], low: int, high: int) -> tuple[tuple[int, int], ...]:
     """Return what of runs (first, count) lies in [low, high)."""
     ends = ((max(first, low), min(first + count, high)) for first, count in runs)
     return tuple((first, end - first) for first, end in ends if first < end)
+
+
+def runs_of_states(states: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the runs of one state in [start, end) of `states`, a byte a page: (state, first, end)."""
+    while start < end:
+        state = states[start]
+        stop = start + 1
+        while stop < end and states[stop] == state:
+            stop += 1
+        yield state, start, stop
+        start = stop
 
 
 class Waiter:

@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from kvmdp.page import PAGE_SIZE, PageFault
-from kvmdp.paging.claim import Claim, State
+from kvmdp.paging.claim import Claim, State, runs_of_states
 from kvmdp.paging.ports import Trap
 from kvmdp.source.base import PageSource, WritableSource, fetch, ram_source
 from kvmdp.source.request import FetchCancel, FetchRequest
 
-Landed: TypeAlias = Callable[[Claim, int], None]
+Landed: TypeAlias = Callable[[Claim, PageFault, int], None]
 
 _SOURCE_BYTE = int(State.SOURCE)
 _ONE_AT_SOURCE = bytes((State.SOURCE,))
 
 
-def _ignore(_claim: Claim, _page: int) -> None:
+def _ignore(_claim: Claim, _fault: PageFault, _page: int) -> None:
     """Take no note of pieces: the claim stays whole."""
 
 
@@ -46,9 +46,9 @@ class Contents:
     def fill(self, claim: Claim, fault: PageFault, landed: Landed) -> None:
         """Put the bytes of a claim's pages where the trap wants them. Raises SourceError, ShortageError.
 
-        Pages whose bytes are in RAM already (BACKED) are left alone. `landed(claim, page)` is called when the bytes of
-        all pages of the claim before `page` are in place, as a long fetch tells of its pieces; the claim may be shorter
-        at its beginning from then on.
+        Pages whose bytes are in RAM already (BACKED) are left alone. `landed(claim, fault, page)` is called when the
+        bytes of all pages of the claim before `page` are in place, as a long fetch tells of its pieces; the claim may
+        be shorter at its beginning from then on.
         """
         first, before = claim.first, claim.before
         if self._populate is not None:
@@ -62,14 +62,8 @@ class Contents:
                 self._may_retry,
             )
             return
-        start, count = 0, claim.count
-        while start < count:
-            state = before[start]
-            end = start + 1
-            while end < count and before[end] == state:
-                end += 1
-            self._fill_run(state, first + start, first + end, fault, lambda page: landed(claim, page))
-            start = end
+        for state, start, end in runs_of_states(before, 0, claim.count):
+            self._fill_run(state, first + start, first + end, fault, lambda page: landed(claim, fault, page))
 
     def _fill_run(
         self, state: int, first: int, end: int, fault: PageFault, landed: Callable[[int], None]
@@ -105,17 +99,26 @@ class Contents:
         """Save pages that the guest is shut out of. Raises OSError, ShortageError, SourceError."""
         sink.store(first * PAGE_SIZE, self._fill_view[first * PAGE_SIZE : (first + count) * PAGE_SIZE])
 
-    def copy(self, claim: Claim, destination: memoryview) -> None:
-        """Copy the bytes of a claim's pages, which were all in one state, to `destination`, as long as they.
+    def copy(self, claim: Claim, first: int, destination: memoryview) -> None:
+        """Copy the bytes of a claim's pages from `first` on to `destination`, whole pages, wherever they are.
 
-        For a state that says where they are: SOURCE, SINK, ZERO, BACKED or PRESENT. A source that another process fills
-        RAM from delivers nowhere else: its pages are BACKED afterwards. Raises SourceError, ShortageError.
+        A source that another process fills RAM from delivers nowhere else: its pages are BACKED afterwards. Raises
+        SourceError, ShortageError.
         """
-        state, offset, length = claim.before[0], claim.first * PAGE_SIZE, len(destination)
+        start = first - claim.first
+        for state, low, high in runs_of_states(claim.before, start, start + len(destination) // PAGE_SIZE):
+            part = destination[(low - start) * PAGE_SIZE : (high - start) * PAGE_SIZE]
+            self._copy_run(claim, state, claim.first + low, part)
+
+    def _copy_run(self, claim: Claim, state: int, first: int, destination: memoryview) -> None:
+        offset, length = first * PAGE_SIZE, len(destination)
         if state == _SOURCE_BYTE and self._fills_ram:
-            self.fill(claim, PageFault(claim.first), _ignore)
+            low, high = first - claim.first, first - claim.first + length // PAGE_SIZE
+            run = Claim(first, high - low, claim.before[low:high])
+            self.fill(run, PageFault(first), _ignore)
             destination[:] = self._fill_view[offset : offset + length]
-            claim.after = bytes((State.BACKED,)) * claim.count
+            after = claim.before if claim.after is None else claim.after
+            claim.after = after[:low] + bytes((State.BACKED,)) * (high - low) + after[high:]
         elif state == _SOURCE_BYTE or state == State.SINK:
             source = self.source if state == _SOURCE_BYTE else self.sink
             assert source is not None

@@ -24,10 +24,10 @@ from collections.abc import Sequence
 
 from kvmdp.memory.bitmap import PresentBitmap
 from kvmdp.page import Outcome
-from kvmdp.paging.claim import Claim, Counters, State, Waiter, Wake, clipped
+from kvmdp.paging.claim import Claim, Counters, State, Waiter, Wake
 from kvmdp.paging.initial import present_runs
 from kvmdp.paging.pins import Pins, Retained
-from kvmdp.paging.takeable import REVOKE, WAIT
+from kvmdp.paging.takeable import PASS_OVER, REVOKE, WAIT, takeable
 
 # Looked up in the hot path, where an enum member costs an attribute access and a comparison by method.
 _SOURCE, _INFLIGHT, _PRESENT, _BACKED, _ZERO, _EVICTING, _ADMITTING, _SINK, _POISON = (
@@ -41,8 +41,7 @@ _ADMITTING_BYTE = int(State.ADMITTING)
 _INFLIGHT_BYTE = int(State.INFLIGHT)
 _EVICTING_BYTE = int(State.EVICTING)
 _POISON_BYTE = int(State.POISON)
-_BACKED_BYTE = int(State.BACKED)
-_AT_REST = _CLAIMABLE | {State.PRESENT}
+_AT_REST = takeable(*_CLAIMABLE)
 _LOOKED_AT = 1 << 16  # pages that are looked at in one step for what can be taken
 
 
@@ -104,7 +103,12 @@ class Ledger:
             return Outcome.POISONED
         if state not in _CLAIMABLE:
             return self._claim_on(page)
-        return None if self.pause is None or state == _BACKED_BYTE else self.pause
+        return None if self.pause is None or self._is_in_ram(page) else self.pause
+
+    def _is_in_ram(self, page: int) -> bool:
+        """Whether all bytes of an absent page's unit are in RAM."""
+        first, end = self.whole_units(page, page + 1)
+        return self.states.count(_BACKED, first, end) == end - first
 
     def _claim_on(self, page: int) -> Claim:
         return next(each for each in self.claims if each.first <= page < each.first + each.count)
@@ -166,14 +170,7 @@ class Ledger:
 
         Its waiters go with that: they look again when it ends. The caller is not interrupted meanwhile.
         """
-        border = claim.first + count
-        piece = Claim(claim.first, count, claim.before[:count])
-        piece.discarded = clipped(claim.discarded, 0, border)
-        piece.waiters, claim.waiters = claim.waiters, []
-        for waiter in piece.waiters:
-            waiter.claim = piece
-        claim.discarded = clipped(claim.discarded, border, self.pages)
-        claim.first, claim.count, claim.before = border, claim.count - count, claim.before[count:]
+        piece = claim.split(count)
         self.claims.append(piece)
         return piece
 
@@ -346,19 +343,22 @@ class Ledger:
         return claim.before[:1] == _POISON and self.states[claim.first] == _INFLIGHT_BYTE
 
     def begin_look(self, page: int, end: int, claim: Claim) -> Claim | Outcome | None:
-        """Claim pages in one state from `page` on, at most up to `end`, so that their bytes stay where they are.
+        """Claim the units from that of `page` on, at most up to that of `end`, so that their bytes stay where they are.
 
-        Present ones stay present; all are to be ended in the state that they had. Also after `cancel`. Returns None, or
-        the claim to wait for first, or POISONED.
+        All of them present, which they stay, or none; to be ended in the states that they had. Also after `cancel`.
+        Returns None, or the claim to wait for first, or POISONED.
         """
-        state = self.states[page : page + 1]
-        if state == _POISON:
-            return Outcome.POISONED
-        if state[0] not in _AT_REST:
+        low, high = self.whole_units(page, end)
+        bounds = self.bounds_of(page)
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+        kinds = self.states[low:high].translate(_AT_REST)
+        kind = kinds[page - low]
+        if kind == WAIT:
             return self._claim_on(page)
-        run = self.states[page : min(end, self.bounds_of(page)[1])]
-        count = len(run) - len(run.lstrip(state))
-        self._list(claim, page, page + count, _ADMITTING if state == _PRESENT else _INFLIGHT)
+        if kind == PASS_OVER:
+            return Outcome.POISONED
+        count = len(kinds) - len(kinds.lstrip(bytes((kind,))))
+        self._list(claim, low, low + count, _ADMITTING if kind == REVOKE else _INFLIGHT)
         return None
 
     def begin_reassert(self, page: int, claim: Claim | None = None) -> Claim | None:

@@ -98,13 +98,10 @@ class Pager:
         self.begin, self.commit, self.fail = admission.begin, admission.commit, admission.fail
         self.withdraw, self.owning = admission.withdraw, admission.owning
         self.hold, self.release, self.held = admission.hold, admission.release, admission.held
-        self.note_discarded, self.abort, self.resume = (
-            admission.note_discarded,
-            admission.abort,
-            admission.resume,
-        )
+        self.abort, self.resume = admission.abort, admission.resume
         self.mark_nonpresent, self.discard = removal.mark_nonpresent, removal.discard
         self.retain, self.let_go = removal.retain, removal.let_go
+        self.note_discarded = removal.note_discarded
         self.evict, self.evict_shut_off, self.write_back = (
             removal.evict,
             removal.evict_shut_off,
@@ -379,9 +376,11 @@ class Pager:
                         wait = Wait()
                         self.ledger.queue(obstacle, wait)
                 if obstacle is None:
-                    start, stop = claim.first - first, claim.first + claim.count - first
-                    self.contents.copy(claim, into[start * PAGE_SIZE : stop * PAGE_SIZE])
-                    page = claim.first + claim.count
+                    stop = min(claim.first + claim.count, end)
+                    self.contents.copy(
+                        claim, page, into[(page - first) * PAGE_SIZE : (stop - first) * PAGE_SIZE]
+                    )
+                    page = stop
             if isinstance(obstacle, Claim):
                 self.admission.sleep(wait, None)
             elif obstacle is not None:

@@ -72,6 +72,15 @@ class Removal:
         with self._mutex:
             self._ledger.retained.remove(self._ledger.whole_units(first, end))
 
+    def note_discarded(self, first: int, count: int) -> None:
+        """Take note that the bytes of these pages are gone, or going: they read as zeros from now on.
+
+        For memory that is discarded without asking the pager (a balloon). Claimed pages are left to the claim's owner,
+        which is told so.
+        """
+        with self._mutex:
+            self._ledger.discarded(first, count)
+
     # Taking away. All may be called while vCPUs and devices run.
 
     def mark_nonpresent(self, first: int, count: int, timeout: float | None = None) -> int:

@@ -25,9 +25,9 @@ class Noted(Job):
     def after_fault(self):
         self.calls.append((self.name, "after fault"))
 
-    def may_admit(self, since):
-        self.calls.append((self.name, "may admit", since))
-        return self.agrees
+    def seconds_held(self, since):
+        self.calls.append((self.name, "seconds held", since))
+        return 0 if self.agrees else 0.1
 
     def close(self):
         self.calls.append((self.name, "close"))
@@ -62,7 +62,7 @@ def test_jobs_of_a_kind_are_all_called_in_the_order_in_which_they_were_added():
         assert pager.resolve(PageFault(5)) is Outcome.PRESENT
         assert calls == []
         assert pager.jobs.may_admit(77)
-        assert calls == [(name, "may admit", 77) for name in "bca"]
+        assert calls == [(name, "seconds held", 77) for name in "bca"]
         del calls[:]
     assert calls == [(name, "close") for name in "acb"]
 
@@ -116,7 +116,7 @@ def test_hooks_that_no_job_overrides_are_called_by_nobody():
         pager.jobs.add(Job())
         pager.jobs.add(AtOnce(3))
         jobs = pager.jobs
-        assert jobs.on_admitted == jobs.on_after_fault == jobs.on_may_admit == []
+        assert jobs.on_admitted == jobs.on_after_fault == jobs.on_seconds_held == []
         told = []
         pager.jobs.add(Observer(lambda fault, claim, began: told.append((fault.page, claim.count, began))))
         assert len(jobs.on_admitted) == 1

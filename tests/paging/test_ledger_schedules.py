@@ -368,15 +368,24 @@ class ALookShutsTheGuestOut(Ledger):
         return found
 
 
-class ALookGoesOnOverPagesInAnotherState(Ledger):
+class ALookGoesOnOverPagesThatArePresent(Ledger):
     def begin_look(self, page, end, claim):
         found = super().begin_look(page, end, claim)
-        next_page = page + claim.count
-        if claim.count and next_page < end and self.states[next_page] == State.ZERO:
+        next_page = claim.first + claim.count
+        if claim.count and next_page < end and self.states[next_page] == State.PRESENT:
             claim.count += 1
-            claim.before += bytes([State.ZERO])
+            claim.before += bytes([State.PRESENT])
             self.states[next_page] = self.states[page]
         return found
+
+
+class ALookClaimsAPartOfAUnit(Ledger):
+    def begin_look(self, page, end, claim):
+        unit, self.unit = self.unit, 1
+        try:
+            return super().begin_look(page, end, claim)
+        finally:
+            self.unit = unit
 
 
 class ALookSeesPoison(Ledger):
@@ -494,7 +503,8 @@ class APauseHoldsAfterCancel(Ledger):
         ALookForgetsWhatItFound,
         ALookEndsPresentPagesAsBacked,
         ALookShutsTheGuestOut,
-        ALookGoesOnOverPagesInAnotherState,
+        ALookGoesOnOverPagesThatArePresent,
+        ALookClaimsAPartOfAUnit,
         ALookSeesPoison,
         APauseLetsWhatIsAtTheSourceBeClaimed,
         APauseHoldsWhatIsInRam,

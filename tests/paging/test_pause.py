@@ -394,7 +394,6 @@ def test_a_page_that_is_read_without_being_admitted_does_not_wait_for_the_end_of
         held.join()
 
 
-@pytest.mark.xfail(reason="Admission.is_held is asked after the stop", raises=AssertionError)
 def test_a_stop_between_a_failure_and_the_wait_for_its_end_is_a_stop():
     with held_pager() as (pager, line):
         asked, ends = threading.Event(), []

@@ -161,7 +161,6 @@ def test_each_piece_is_admitted_once_and_the_last_with_the_claim():
         assert pager.ledger.resident == RUN
 
 
-@pytest.mark.xfail(reason="Admission._land tells no job", raises=AssertionError)
 def test_jobs_are_told_of_each_page_that_comes_once():
     with in_pieces() as pager:
         told = []

@@ -21,7 +21,6 @@ def in_units(**options):
     return pager_of(granule=UNIT * PAGE_SIZE, **options)
 
 
-@pytest.mark.xfail(reason="Ledger.begin_look claims a part of a unit", raises=AssertionError)
 def test_a_fault_on_a_unit_of_which_a_page_is_being_read_waits_for_that():
     with in_units() as pager:
         reading, go_on = threading.Event(), threading.Event()
@@ -45,7 +44,6 @@ def test_a_fault_on_a_unit_of_which_a_page_is_being_read_waits_for_that():
         assert [page_of(pager, page) for page in range(UNIT)] == [content(page) for page in range(UNIT)]
 
 
-@pytest.mark.xfail(reason="Ledger.begin_look claims a part of a unit", raises=AssertionError)
 def test_a_unit_of_which_a_page_is_being_read_is_not_taken_away_in_part():
     with in_units() as pager:
         pager.mark_present(0, UNIT)
@@ -56,9 +54,6 @@ def test_a_unit_of_which_a_page_is_being_read_is_not_taken_away_in_part():
         assert pager.mark_nonpresent(0, UNIT) == UNIT
 
 
-@pytest.mark.xfail(
-    reason="Ledger.obstacle lets a BACKED page be claimed with the rest of its unit", raises=AssertionError
-)
 def test_a_unit_that_is_in_ram_in_part_is_held_by_a_pause():
     states = bytes((State.BACKED, State.SOURCE, State.SOURCE, State.SOURCE)) + bytes(PAGES - UNIT)
     with in_units(states=states) as pager:

@@ -191,7 +191,7 @@ def pager_of(
 
 def fill(pager, claim):
     """Put the bytes of a claim's pages in place, as its owner does."""
-    pager.contents.fill(claim, PageFault(claim.first), lambda _claim, _page: None)
+    pager.contents.fill(claim, PageFault(claim.first), lambda _claim, _fault, _page: None)
 
 
 def page_of(pager, page):

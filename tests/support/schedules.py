@@ -33,9 +33,6 @@ IS_CLAIMED = bytes(state in (INFLIGHT, EVICTING, ADMITTING) for state in range(2
 FIRST, BORDER, END = 56, 60, 66
 BOUNDS = ((0, BORDER), (BORDER, END))
 AT_REST = (*CLAIMABLE, PRESENT)
-# Two things that the ledger does not do right yet (tests/paging/test_units.py has them); the schedules leave them out.
-LOOKS_AT_PARTS_OF_UNITS = False  # a look claims pages of a unit whose others may be claimed meanwhile
-HOLDS_UNITS_IN_PART_IN_RAM = False  # a pause lets a BACKED page be claimed with a unit that has to be fetched
 
 
 class ByteBitmap:
@@ -207,7 +204,7 @@ class Schedule:
 
     def is_in_ram(self, page):
         """Whether nothing has to be fetched for an absent page."""
-        first, count = self.unit_of(page) if HOLDS_UNITS_IN_PART_IN_RAM else (page, 1)
+        first, count = self.unit_of(page)
         return set(self.states[first : first + count]) == {BACKED}
 
     # Actors
@@ -407,11 +404,12 @@ class Schedule:
                 yield self.queue(obstacle)
                 continue
             assert obstacle is None
-            last, stop = page, min(end, page + most, BORDER if page < BORDER else END)
-            while last < stop and self.states[last] == state:
-                last += 1
-            assert (claim.first, claim.count) == (page, last - page)
-            assert claim.before == self.states[page:last]
+            first = last = self.unit_of(page)[0]  # whole units, all of them present or none
+            stop = min(end, page + most, BORDER if page < BORDER else END)
+            while last < stop and self.states[last] in ((PRESENT,) if state == PRESENT else CLAIMABLE):
+                last += sum(self.unit_of(last)) - last
+            assert (claim.first, claim.count) == (first, last - first)
+            assert claim.before == self.states[first:last]
             self.queues[claim], self.discarded[claim] = [], set()
             self.set(claim, ADMITTING if state == PRESENT else INFLIGHT)
             if state == PRESENT:
@@ -567,10 +565,9 @@ class Schedule:
             yield "discard", self.discard(at // unit * unit, unit)
         if real() < 0.2:
             yield "switch off", self.switch_off()
-        if unit == 1 or LOOKS_AT_PARTS_OF_UNITS:
-            for _ in range(draw(3)):
-                at = page if real() < 0.5 else draw(FIRST, END)
-                yield "look", self.look(at, min(at + draw(1, 6), END), chance.choice((1, 2, 512)))
+        for _ in range(draw(3)):
+            at = page if real() < 0.5 else draw(FIRST, END)
+            yield "look", self.look(at, min(at + draw(1, 6), END), chance.choice((1, 2, 512)))
 
     # The run
 
