@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import threading
+import time
 
 import pytest
 from fakes import PAGES, content
@@ -365,3 +366,34 @@ def test_an_access_that_is_not_to_wait_asks_for_nothing():
         with pytest.raises(BusyError, match="the page at gpa 0x1000 is not present"):
             memory.read(0, 8 * PAGE_SIZE, nowait=True)
         nothing_comes(notifier)
+
+
+@pytest.mark.xfail(
+    reason="RemoteMemory._await_answers takes the answer to its own RELEASE for the machine's word",
+    raises=AssertionError,
+)
+@pytest.mark.parametrize("how", ["frozen", "cancelled"])
+def test_the_answer_to_a_release_is_not_taken_for_a_stop_of_the_machine(how):
+    with device(1) as (memory, machine):
+        send = memory._send
+
+        def send_and_be_answered(record):
+            send(record)
+            if record.kind is Kind.RELEASE:
+                answer(machine, record, Outcome.CANCELLED)
+                deadline = time.monotonic() + SOON
+                while memory._faults._open:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.001)
+
+        memory._send = send_and_be_answered
+        with reading(memory, [(5, 1)]) as ends:
+            asked(machine, 1)
+            if how == "frozen":
+                machine.send(Record(Kind.FREEZE, 9).pack(EPOCH))
+            else:
+                memory.cancel()
+        if how == "frozen":
+            assert type(ends[0]) is FrozenError
+        else:
+            assert "have been called off" in str(ends[0])
