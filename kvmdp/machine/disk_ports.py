@@ -22,7 +22,6 @@ from kvmdp.paging.broken import broken
 from kvmdp.thread import JoinableThread
 
 _LONGEST_WAIT = 0.1  # of a vCPU in the wait port
-_THAW_SECONDS = 0.01
 
 
 class DiskPorts:
@@ -124,13 +123,14 @@ class DiskThread(Closing):
                 self.device.serve(ring)
                 return
             except FrozenError:
-                with self._work:
-                    if self._work.wait_for(lambda: self._closed, _THAW_SECONDS):
-                        return
+                self._pager.accesses.await_open(lambda: self._closed)
+                if self._closed:
+                    return
 
     def close(self) -> None:
         """End the thread; a second call does nothing. Not while vCPUs run, unless they do not wait for the disk."""
         with self._work:
             self._closed = True
             self._work.notify()
+        self._pager.accesses.wake()
         self._thread.join()

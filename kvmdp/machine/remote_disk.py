@@ -17,7 +17,6 @@ import contextlib
 import select
 import socket
 import threading
-import time
 from collections.abc import Callable
 
 from kvmdp.closing import Closing
@@ -43,7 +42,6 @@ from kvmdp.waiting import Latch
 
 _TICK_SECONDS = 0.1
 HANDOVER_SECONDS: float = 60  # that a device waits for its turn
-_THAW_SECONDS = 0.01
 
 
 class RemoteDisk(Closing):
@@ -212,7 +210,7 @@ def serve_disk(
         device = DiskDevice(memory, file)
         while (rung := memory.wait_doorbell()) is not None:
             try:
-                _serve_thawed(device, rung.gpa)
+                _serve_thawed(device, memory, rung.gpa)
             except CancelledError:
                 continue  # the machine stops; its BYE is next
             memory.completed(device.requests)
@@ -235,11 +233,11 @@ def _await_hand_over(
         raise HandoverError(f"process {machine.pid} has died before the hand-over") from None
 
 
-def _serve_thawed(device: DiskDevice, ring: int) -> None:
+def _serve_thawed(device: DiskDevice, memory: RemoteMemory, ring: int) -> None:
     """Serve a ring, after a freeze if there is one."""
     while True:
         try:
             device.serve(ring)
             return
         except FrozenError:
-            time.sleep(_THAW_SECONDS)
+            memory.await_thaw()

@@ -28,6 +28,13 @@ class RamMap:
             else:
                 raise ValueError(f"gpa {gpa:#x} is not guest RAM")
 
+    def offset_of(self, gpa: int, length: int) -> int:
+        """Return where a range begins. Raises ValueError unless all of it is RAM, one byte or more, contiguous."""
+        pieces = list(self.pieces(gpa, length))
+        if len(pieces) != 1:
+            raise ValueError(f"{length} bytes at gpa {gpa:#x} are not contiguous in RAM")
+        return pieces[0][0]
+
     def batches(self, segments: Sequence[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
         """Cut segments, (gpa, bytes) each, into lists of pieces of at most `most` bytes together.
 

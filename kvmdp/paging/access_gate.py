@@ -1,4 +1,4 @@
-"""The gate of those who touch RAM without a vCPU: devices and the VMM itself. Shut, it freezes them.
+"""The gate of accesses to RAM that no vCPU makes, but devices and the VMM itself. Shut, it freezes them.
 
 Two ways lead through it. A copy within a page tests the page's state against `accepted` and copies, all under the
 pager's mutex: shutting the gate changes `accepted` to what no state is, so the copy still pays for one test only. What
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvmdp.errors import BusyError, FrozenError, PagingError
 from kvmdp.interruption import undone
@@ -27,10 +27,10 @@ _NO_STATE = -1
 
 
 class AccessGate:
-    """Lets accesses to present pages through, or nobody.
+    """Lets accesses to present pages through, or none.
 
     `accepted` is the state a page must be in to be touched; read it under `mutex`, the pager's. `changed` is a
-    condition on that, notified when a pin is undone.
+    condition on that, notified when a pin is undone and when the gate opens.
     """
 
     def __init__(self, ledger: Ledger, mutex: threading.RLock, changed: Condition) -> None:
@@ -39,7 +39,7 @@ class AccessGate:
         # Taken as itself: a Condition's `__exit__` is Python, and an interruption at its entry would leave it locked.
         self._mutex = mutex
         self._changed = changed
-        self._shutter: object = None  # who has shut it
+        self._shutter: object = None  # what `shut` was given
 
     @property
     def frozen(self) -> bool:
@@ -53,8 +53,8 @@ class AccessGate:
     def enter(self, pin: Pin) -> int | None:
         """Pin runs of pages, if every page is present, and go in until `leave`; `pin` is an accessor's of this gate.
 
-        Returns None, or a page that is not present: then nothing is pinned. All or none, because whoever waited for
-        a page with others pinned might wait for a revocation of them all, which waits for its pins. Raises
+        Returns None, or a page that is not present: then nothing is pinned. All or none, because a thread that waited
+        for a page with others pinned might wait for a revocation of them all, which waits for its pins. Raises
         FrozenError.
         """
         with self._mutex:
@@ -84,7 +84,7 @@ class AccessGate:
             yield pin
 
     def shut(self, shutter: object, deadline: float | None) -> None:
-        """Let nobody in any more, and return once nobody is inside. `shutter` is for `is_shut_by`.
+        """Let no access in any more, and return once none is inside. `shutter` is for `is_shut_by`.
 
         Raises BusyError if that has not happened by `deadline` (time.monotonic), PagingError if it is shut. If it
         `is_shut_by` this shutter then, `open` follows.
@@ -113,4 +113,15 @@ class AccessGate:
         """Let accesses through again."""
         with self._mutex:
             self.accepted = _PRESENT
-            self._shutter = None
+            self._changed.notify_all()
+            self._shutter = None  # last: until then an interrupted thread does all of it again
+
+    def await_open(self, is_over: Callable[[], bool]) -> None:
+        """Sleep while the gate is shut; until `is_over`, too, which is asked with the mutex held at each `wake`."""
+        with self._mutex:
+            self._changed.wait_for(lambda: not self.frozen or is_over())
+
+    def wake(self) -> None:
+        """Have the threads in `await_open` ask whether it is over."""
+        with self._mutex:
+            self._changed.notify_all()

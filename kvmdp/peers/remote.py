@@ -62,7 +62,7 @@ class RemoteMemory(Closing):
     used by several threads. Raises PagingError, at every access, once the session is over; ValueError for a bitmap
     that is none, EndpointError for a notifier of another user's process.
 
-    Whoever holds a view does not wait for another page: a revocation of both would wait for the view.
+    A thread that holds a view does not wait for another page: a revocation of both would wait for the view.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class RemoteMemory(Closing):
         self._number = number
         self._timeout = timeout
         self._map = RamMap(handover.regions)
-        # Guards what follows, and with it every access to RAM. Notified for `wait_doorbell`.
+        # Guards what follows, and with it every access to RAM. Notified for `wait_doorbell` and `await_thaw`.
         self._mutex = threading.RLock()
-        self._doorbell = Condition(self._mutex)
+        self._changed = Condition(self._mutex)
         self._rung: Record | None = None
         self._faults = AskedFaults(handover.credits)
         self._acks = OwedAcks(handover.credits)
@@ -94,7 +94,7 @@ class RemoteMemory(Closing):
             self._link = MachineLink(notifier, handover.epoch, machine or Peer.of(notifier))
             stack.callback(self._link.close)
             self._ram = stack.enter_context(Mapping.shared(descriptors.ram, handover.memory_bytes))
-            # A child that outlived this process would have RAM mapped without anybody knowing.
+            # A child that outlived this process would have RAM mapped, and the machine would not know.
             self._ram.advise(MADV_DONTFORK)
             self._bitmap = stack.enter_context(PresentBitmapView.attach(descriptors.bitmap, handover.pages))
             self._stack = stack.pop_all()
@@ -171,13 +171,10 @@ class RemoteMemory(Closing):
     @contextlib.contextmanager
     def view(self, gpa: int, length: int) -> Iterator[memoryview]:
         """Give the bytes themselves, writable, for the time of a `with` block: none can become absent meanwhile."""
-        pieces = list(self._map.pieces(gpa, length))
-        if len(pieces) != 1:
-            raise ValueError(f"{length} bytes at gpa {gpa:#x} are not contiguous in the RAM file")
-        offset = pieces[0][0]
+        stretch = offset, _ = self._map.offset_of(gpa, length), length
         pages = offset >> PAGE_SHIFT, (offset + length + _IN_PAGE) >> PAGE_SHIFT
         with undone(lambda: self._let_go(pages)):
-            self._while_present(pieces, Access.WRITE, False, lambda: self._acks.views.append(pages))
+            self._while_present([stretch], Access.WRITE, False, lambda: self._acks.views.append(pages))
             with self._view[offset : offset + length] as view:
                 yield view
 
@@ -269,8 +266,7 @@ class RemoteMemory(Closing):
     def _aligned(self, gpa: int) -> int:
         if gpa % 8:
             raise ValueError(f"gpa {gpa:#x} is not a multiple of 8")
-        ((offset, _),) = self._map.pieces(gpa, 8)
-        return offset
+        return self._map.offset_of(gpa, 8)
 
     def _gpa_of(self, page: int) -> int:
         return self._map.gpa_at(page << PAGE_SHIFT)
@@ -284,13 +280,21 @@ class RemoteMemory(Closing):
         in another way.
         """
         with self._mutex:
-            self._doorbell.wait_for(lambda: self._rung is not None or self._over is not None, timeout)
+            self._changed.wait_for(lambda: self._rung is not None or self._over is not None, timeout)
             if self._rung is not None:
                 rung, self._rung = self._rung, None
                 return rung
             if self._over is not None and not self._said_bye:
                 raise PagingError(self._over)
             return None
+
+    def await_thaw(self) -> None:
+        """Sleep while accesses are frozen, until the session is over or `cancel`.
+
+        Returns at once while a FREEZE is still on its way, though the machine has answered FROZEN.
+        """
+        with self._mutex:
+            self._changed.wait_for(lambda: not self._frozen or self._cancelled or self._over is not None)
 
     @property
     def over(self) -> str | None:
@@ -305,6 +309,7 @@ class RemoteMemory(Closing):
         """Call off, for good, the accesses that wait, and refuse new ones: they raise CancelledError."""
         with self._mutex:
             self._cancelled = True
+            self._changed.notify_all()
             self._faults.turn_away()
 
     def close(self) -> None:
@@ -317,7 +322,7 @@ class RemoteMemory(Closing):
             self._closed = True
             self._end("this device has ended the session")
         self._ram.close()  # before BYE, which says that nothing here touches RAM any more
-        # Whoever ended it: if it was a record that makes no sense, the machine still has to learn that RAM is let go.
+        # Also if this side ended it, for a record that makes no sense: the machine has to learn that RAM is let go.
         if not self._said_bye:
             self._send(Record(Kind.BYE))
         self._link.shut()
@@ -361,7 +366,7 @@ class RemoteMemory(Closing):
             return
         self._over = why
         self._faults.turn_away()
-        self._doorbell.notify_all()
+        self._changed.notify_all()
 
     def _take(self, record: Record) -> None:
         kind = record.kind
@@ -369,7 +374,7 @@ class RemoteMemory(Closing):
             if kind is Kind.DONE:
                 self._faults.end(record.token, record.outcome)
             elif kind is Kind.INVALIDATE:
-                first = self._page_at(record.gpa, record.size)
+                first = self._map.offset_of(record.gpa, record.size) >> PAGE_SHIFT
                 self._acks.owe(record.token, first, first + (record.size >> PAGE_SHIFT))
             elif kind is Kind.FREEZE:
                 self._frozen = True
@@ -377,9 +382,10 @@ class RemoteMemory(Closing):
                 self._faults.wake_all()
             elif kind is Kind.THAW:
                 self._frozen = False
+                self._changed.notify_all()
             elif kind is Kind.DOORBELL:
                 self._rung = record
-                self._doorbell.notify_all()
+                self._changed.notify_all()
             elif kind is Kind.BYE:
                 self._said_bye = True
                 self._end("the machine has ended the session")
@@ -387,13 +393,6 @@ class RemoteMemory(Closing):
                 raise RecordError(f"a {kind.name}, which is not a machine's to send")
             payable = self._acks.payable()
         self._acknowledge(payable)
-
-    def _page_at(self, gpa: int, size: int) -> int:
-        """Return the RAM page at `gpa`. Raises ValueError unless all of the range is RAM, contiguous."""
-        pieces = list(self._map.pieces(gpa, size))
-        if len(pieces) != 1:
-            raise ValueError(f"{size} bytes at gpa {gpa:#x} are not contiguous in RAM")
-        return pieces[0][0] >> PAGE_SHIFT
 
     def _acknowledge(self, tokens: list[int]) -> None:
         for token in tokens:

@@ -9,6 +9,7 @@ import pytest
 from harness import BACKINGS, MEMORY, SEED, TIMEOUT, TRAPS, all_of_ram, make_machine, meanwhile, plan, prove
 from plain_guest import PlainMemory
 
+from kvmdp.errors import FrozenError
 from kvmdp.kvm import IoOut
 from kvmdp.lab.experiment import in_process_disk, run_workload
 from kvmdp.machine import guest_abi as guest
@@ -127,6 +128,50 @@ def test_rings_are_served_in_the_order_in_which_they_were_rung(file):
             may_go_on.set()
         found = [served.get(timeout=TIMEOUT) for _ in range(4)]
     assert found == [PAGE_SIZE, 2 * PAGE_SIZE, 3 * PAGE_SIZE, 4 * PAGE_SIZE]
+
+
+def ring(machine):
+    """Ring the doorbell for a ring at page 1."""
+    number = memoryview((1).to_bytes(4, "little"))
+    machine.ports.handle(0, IoOut(guest.DISK_DOORBELL_PORT, 4, 1, number))
+
+
+@pytest.fixture
+def turned_away(monkeypatch):
+    """Counts how often the device has found accesses frozen, and how often it has served a ring to its end."""
+    counts = {"frozen": threading.Semaphore(0), "served": threading.Semaphore(0)}
+    serve = DiskDevice.serve
+
+    def counted(self, ring):
+        try:
+            done = serve(self, ring)
+        except FrozenError:
+            counts["frozen"].release()
+            raise
+        counts["served"].release()
+        return done
+
+    monkeypatch.setattr(DiskDevice, "serve", counted)
+    return counts
+
+
+@pytest.mark.kvm
+def test_a_frozen_disk_looks_once_and_serves_when_accesses_are_thawed(file, turned_away):
+    with make_machine("mmio") as machine, DiskThread(machine, file):
+        with machine.pager.frozen(TIMEOUT):
+            ring(machine)
+            assert turned_away["frozen"].acquire(timeout=TIMEOUT)
+            assert not turned_away["frozen"].acquire(timeout=0.05)
+        assert turned_away["served"].acquire(timeout=TIMEOUT)
+
+
+@pytest.mark.kvm
+def test_a_disk_is_closed_while_accesses_are_frozen(file, turned_away):
+    with make_machine("mmio") as machine, machine.pager.frozen(TIMEOUT):
+        with DiskThread(machine, file):
+            ring(machine)
+            assert turned_away["frozen"].acquire(timeout=TIMEOUT)
+        assert not turned_away["served"].acquire(blocking=False)
 
 
 # The ring, without a guest
