@@ -93,7 +93,7 @@ class FaultRequests:
         self._open: dict[int, _Request] = {}
         self._closed = False
         self._threads: list[JoinableThread] = []
-        self._busy = 0  # threads that have a fault in hand
+        self._pending = 0  # faults that a thread has in hand, or is to take
 
     def start(self) -> None:
         """Begin to resolve."""
@@ -105,7 +105,7 @@ class FaultRequests:
             self._work, name, lambda error: self._pager.abort(broken(f"the thread {name} broke", error))
         )
         with self._mutex:
-            if self._closed and self._threads:
+            if self._threads and (self._closed or not self._is_short()):
                 return
             self._threads.append(thread)
         try:
@@ -114,6 +114,9 @@ class FaultRequests:
             with self._mutex:
                 self._threads.remove(thread)
             raise
+
+    def _is_short(self) -> bool:
+        return len(self._threads) < min(self._pending, self._most)
 
     @property
     def open(self) -> int:
@@ -136,14 +139,13 @@ class FaultRequests:
         request = _Request(token, first, count, access, number)
         with self._mutex:
             self._open[token] = request
-            threads = len(self._threads)
-            is_short = self._busy + self._todo.qsize() >= threads and threads < self._most
+        self._enqueue(request)
+
+    def _enqueue(self, request: _Request) -> None:
+        """Have a thread take a fault, for the first time or because it may go on; does not block."""
+        with self._mutex:
+            self._pending += 1
         self._todo.put(request)
-        if is_short:
-            try:
-                self._add_thread()
-            except ShortageError:
-                self._most = threads  # those that there are will do
 
     def release(self, token: int) -> None:
         """End a fault as CANCELLED, unless it has been answered; a fetch of its own that is under way ends first."""
@@ -185,15 +187,25 @@ class FaultRequests:
 
     def _work(self) -> None:
         while (request := self._todo.get()) is not None:
-            with self._mutex:
-                self._busy += 1
+            # By the thread that takes a fault, not by the one that brings it, which must not block.
+            self._add_thread_if_short()
             try:
                 outcome = self._resolve(request)
                 if outcome is not None:
                     self._end(request, outcome)
             finally:
                 with self._mutex:
-                    self._busy -= 1
+                    self._pending -= 1
+
+    def _add_thread_if_short(self) -> None:
+        """Make one more thread, if there are fewer than faults for them; that one makes the next."""
+        with self._mutex:
+            is_short = self._is_short()
+        if is_short:
+            try:
+                self._add_thread()
+            except ShortageError:
+                self._most = 0  # the threads that there are will do
 
     def _end(self, request: _Request, outcome: Outcome) -> None:
         with self._mutex:
@@ -210,7 +222,7 @@ class FaultRequests:
             request.page = run[0]
             if not self._may_begin(request):
                 self._await_room(request)
-            waiter = Waiter(lambda: self._todo.put(request))
+            waiter = Waiter(lambda: self._enqueue(request))
             with self._mutex:
                 request.waiter = waiter
             if self._released(request):
