@@ -22,9 +22,9 @@ import threading
 import time
 
 from kvmdp.errors import BusyError, SwitchedOffError
-from kvmdp.page import PAGE_SIZE
+from kvmdp.page import PAGE_SIZE, Origin, PageFault
 from kvmdp.paging.broken import broken
-from kvmdp.paging.claim import State
+from kvmdp.paging.claim import Claim, State
 from kvmdp.paging.jobs import Job
 from kvmdp.paging.marking import ANSWER_SECONDS
 from kvmdp.paging.pager import Pager
@@ -136,23 +136,24 @@ class ResidentLimit(Job):
                 return  # all of RAM is to be present
             steps += 1
 
+    def admitted(self, fault: PageFault, claim: Claim, began: int) -> None:
+        """Have the thread take pages out for a fault after which its own thread does not: a reader's, or a peer's."""
+        if fault.number < 0 or fault.origin is Origin.DEVICE:
+            self._remind()
+
     def _remind(self) -> None:
-        """Have the thread take pages out."""
+        """Have the thread take pages out, if there are too many."""
         if self._is_exceeded():
             self._exceeded.set()
 
     def seconds_held(self, since: int) -> float:
         """Return for how long a fault of time `since`, which takes no pages out itself, is held back at the most.
 
-        Half of the room that the thread makes is for such faults, so that the limit holds although nothing follows
-        them. A thread that was held back asks again when pages have gone, the thread has tried, the gate closes, or
-        the pager is cancelled or fails.
+        A thread that was held back asks again when pages have gone, the thread has tried, the gate closes, or the pager
+        is cancelled or fails.
         """
         pager = self._pager
-        resident = pager.ledger.resident
-        if resident > self.limit - self._room // 2:
-            self._remind()
-        if resident <= self.limit or self._is_over():
+        if pager.ledger.resident <= self.limit or self._is_over():
             return 0
         self._exceeded.set()
         until = since + (_HOLD_CLOSED_NS if pager.gate.is_closed else _HOLD_NS)

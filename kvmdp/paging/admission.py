@@ -113,10 +113,13 @@ class Admission:
             return Outcome.CANCELLED
         return None
 
-    def resolve_or_park(self, fault: PageFault, waiter: Waiter, count: int = 1) -> Outcome | None:
+    def resolve_or_park(
+        self, fault: PageFault, waiter: Waiter, count: int = 1, had: Claim | None = None
+    ) -> Outcome | None:
         """Make the faulting page present, but never wait for the owner of a claim on it, nor for the end of a pause.
 
-        Of more than one page, `count` from the faulting one on, as many become present as one claim can have.
+        Of more than one page, `count` from the faulting one on, as many become present as one claim can have: after
+        ADMITTED they end where `had` does, if that is given.
         For userfaultfd readers and servers of other processes, which ask `jobs.may_admit` first. Returns None if the
         page is claimed, or held by a pause: then `waiter` is notified when that has ended in whatever way, or when it
         is withdrawn.
@@ -133,6 +136,8 @@ class Admission:
             if step is not claim:
                 return step if isinstance(step, Outcome) else None
             if done is not Outcome.FAILED or not self.is_held():
+                if had is not None:
+                    had.first, had.count = claim.first, claim.count
                 return done
 
     def begin(
@@ -183,11 +188,12 @@ class Admission:
         gpa = self._layout.gpa_of_page(page)
         reason = broken(f"paused: the page at gpa {gpa:#x} cannot be fetched", error)
         with self.mutex:
-            self.paused = self.paused or reason
-            if self.holds and self.error is None:
-                self.ledger.pause_fetches()
-            else:
-                self.error = self.error or reason
+            if self.error is None:  # else a trap has broken as a piece landed, or the like
+                self.paused = reason
+                if self.holds:
+                    self.ledger.pause_fetches()
+                else:
+                    self.error = reason
         self.end(claim, claim.before, failed=True)
 
     def is_held(self) -> bool:

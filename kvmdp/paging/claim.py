@@ -44,9 +44,9 @@ class Claim:
 
     `before` holds the pages' states when they were claimed, a byte a page; `after` what they are if it ended now, None
     for as before. `is_filled`: bytes are in RAM and bits set, so that it can only be committed; `is_admitted`: the trap
-    has been told. `began` is when its owner began to fetch (time.perf_counter_ns), 0 if no job asks. `discarded` are runs (first, count) whose bytes somebody has thrown away since, of which the owner
-    has dealt with `zeroed`. `waiters` is changed under the pager's mutex; `woken` are those of them that the owner has
-    still to notify.
+    has been told. `began` is when its owner began to fetch (time.perf_counter_ns), 0 if no job asks. `discarded` are
+    runs (first, count) whose bytes were thrown away since, of which the owner has dealt with `zeroed`. `waiters` is
+    changed under the pager's mutex; `woken` are those of them that the owner has still to notify.
     """
 
     __slots__ = (

@@ -17,6 +17,7 @@ from kvmdp.source.request import FetchCancel, FetchRequest
 Landed: TypeAlias = Callable[[Claim, PageFault, int], None]
 
 _SOURCE_BYTE = int(State.SOURCE)
+_BACKED = bytes((State.BACKED,))
 _ONE_AT_SOURCE = bytes((State.SOURCE,))
 
 
@@ -51,7 +52,7 @@ class Contents:
         be shorter at its beginning from then on.
         """
         first, before = claim.first, claim.before
-        if self._populate is not None:
+        if self._populate is not None and before.strip(_BACKED):
             self._populate(first * PAGE_SIZE, claim.count * PAGE_SIZE)
         if before == _ONE_AT_SOURCE:  # the usual fault
             offset = first * PAGE_SIZE
@@ -118,11 +119,13 @@ class Contents:
             self.fill(run, PageFault(first), _ignore)
             destination[:] = self._fill_view[offset : offset + length]
             after = claim.before if claim.after is None else claim.after
-            claim.after = after[:low] + bytes((State.BACKED,)) * (high - low) + after[high:]
+            claim.after = after[:low] + _BACKED * (high - low) + after[high:]
         elif state == _SOURCE_BYTE or state == State.SINK:
             source = self.source if state == _SOURCE_BYTE else self.sink
             assert source is not None
-            fetch(source, FetchRequest(offset, None, self.cancel), destination, self._may_retry)
+            fetch(
+                source, FetchRequest(offset), destination
+            )  # also after the stop that calls faults' fetches off
         elif state == State.ZERO:
             destination[:] = bytes(length)
         else:

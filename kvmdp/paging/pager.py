@@ -365,9 +365,12 @@ class Pager:
         Pages at the source or in the sink are fetched to `into` and not admitted. Claims that are in the way are waited
         for, as faults wait for this. vCPUs may run: a store to a page that they may enter is in the copy or is not.
         Pages of a source that another process fills RAM from are BACKED afterwards. Works after `cancel` too, but for
-        such. Raises ValueError outside RAM, PoisonedError for a range with a poisoned page, SourceError.
+        such. Raises ValueError for a range outside RAM or an `into` of another size, PoisonedError for a range with a
+        poisoned page, SourceError, ShortageError.
         """
         page, end = self.layout.check_pages(first, count)
+        if len(into) != count * PAGE_SIZE:
+            raise ValueError(f"{len(into)} bytes for {count} pages: give {count * PAGE_SIZE}")
         while page < end:
             with self.admission.owning() as claim:
                 with self.mutex:

@@ -79,7 +79,7 @@ class Presence(Protocol):
 class ForReaders(Presence, Protocol):
     """What the pager does for threads that read the kernel's faults: a vCPU asleep in one waits for them."""
 
-    def resolve_or_park(self, fault: PageFault, waiter: Waiter, count: int = 1) -> Outcome | None:
+    def resolve_or_park(self, fault: PageFault, waiter: Waiter) -> Outcome | None:
         """Resolve a fault without ever waiting for a claim.
 
         Returns None if the page has a claim, or a pause concerns it: then `waiter` is notified when that has ended.

@@ -234,32 +234,32 @@ class RemoteMemory(Closing):
                     raise
                 fault = self._faults.begin()
             asked.append((fault, gpa))
-            self._send(
-                Record(Kind.FAULT, fault.token, gpa, count << PAGE_SHIFT, access, Origin.DEVICE, self._number)
-            )
+            size = count << PAGE_SHIFT
+            self._send(Record(Kind.FAULT, fault.token, gpa, size, access, Origin.DEVICE, self._number))
         if not asked:
-            gpa = self._gpa_of(absent[0][0])
-            raise BusyError(
-                f"the page at gpa {gpa:#x} was not asked for within {self._timeout:g} seconds: others are waited for"
-            )
+            late = f"was not asked for within {self._timeout:g} seconds: others are waited for"
+            raise BusyError(f"the page at gpa {self._gpa_of(absent[0][0]):#x} {late}")
         self._await_answers(asked, deadline)
 
     def _await_answers(self, asked: Sequence[tuple[AskedFault, int]], deadline: float | None) -> None:
-        """Sleep until each FAULT has its DONE. Raises what the first means that is not the pages' presence."""
-        late = None
+        """Sleep until each FAULT has its DONE. Raises what the first means that is not the pages' presence.
+
+        One without is released. The DONE that answers that brings its credit back, and says nothing of the page.
+        """
+        late, answers = None, []
         for fault, gpa in asked:
-            if not fault.done.wait(seconds_left(deadline)):
-                late = gpa if late is None else late
-            if fault.outcome is None:
-                # The credit comes back with the DONE that answers the RELEASE.
+            if not fault.done.wait(seconds_left(deadline)) and late is None:
+                late = gpa
+            if (outcome := fault.outcome) is None:
                 self._send(Record(Kind.RELEASE, fault.token))
+            else:
+                answers.append((outcome, gpa))
         if late is not None:
             raise BusyError(
                 f"the page at gpa {late:#x} was not made present within {self._timeout:g} seconds"
             )
-        for fault, gpa in asked:
-            if fault.outcome is not None:
-                check_outcome(fault.outcome, f"the page at gpa {gpa:#x}")
+        for outcome, gpa in answers:
+            check_outcome(outcome, f"the page at gpa {gpa:#x}")
 
     # Addresses
 

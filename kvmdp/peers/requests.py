@@ -19,7 +19,7 @@ from queue import SimpleQueue
 
 from kvmdp.page import Access, Origin, Outcome, PageFault
 from kvmdp.paging.broken import broken
-from kvmdp.paging.claim import Waiter
+from kvmdp.paging.claim import Claim, Waiter
 from kvmdp.paging.pager import Pager
 from kvmdp.shortage import ShortageError
 from kvmdp.thread import JoinableThread
@@ -110,7 +110,7 @@ class FaultRequests:
             self._threads.append(thread)
         try:
             thread.start()
-        except BaseException:
+        except ShortageError:  # an interruption is none: the thread runs
             with self._mutex:
                 self._threads.remove(thread)
             raise
@@ -228,8 +228,9 @@ class FaultRequests:
             if self._released(request):
                 return Outcome.CANCELLED
             fault = PageFault(request.page, Origin.DEVICE, request.number, request.access)
+            claim = Claim()
             try:
-                outcome = self._pager.resolve_or_park(fault, waiter, min(run[1], _MOST_AT_ONCE))
+                outcome = self._pager.resolve_or_park(fault, waiter, min(run[1], _MOST_AT_ONCE), claim)
             except Exception as error:  # the pager has failed by now; the machine must not lose this thread
                 self._broke(error)
                 return Outcome.FAILED
@@ -241,7 +242,9 @@ class FaultRequests:
                 return None
             if outcome not in (Outcome.PRESENT, Outcome.ADMITTED):
                 return outcome
+            request.page += 1
             if outcome is Outcome.ADMITTED:
+                request.page = max(request.page, claim.first + claim.count)
                 request.outcome = outcome
                 request.asked = time.perf_counter_ns()
         return request.outcome

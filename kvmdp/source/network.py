@@ -69,6 +69,8 @@ class NetworkSource(SourceWrapper):
             self.inner.fetch(request.part(request.offset), destination)
             if request.on_landed is not None:
                 for done in range(_PIECE, len(destination), _PIECE):
+                    if request.cancel.is_set:  # the waits for pieces may be too short to notice it
+                        raise self._called_off(request, destination)
                     self._await(
                         arrival - (len(destination) - done) * self._seconds_a_byte, request, destination
                     )
@@ -86,7 +88,10 @@ class NetworkSource(SourceWrapper):
         if delay < _NOTICED_SECONDS:
             time.sleep(delay)
         elif not request.cancel.sleep(delay):
-            raise SourceError(self.name, request.offset, len(destination), "the fetch was called off")
+            raise self._called_off(request, destination)
+
+    def _called_off(self, request: FetchRequest, destination: memoryview) -> SourceError:
+        return SourceError(self.name, request.offset, len(destination), "the fetch was called off")
 
     def _count(self, now: float, change: int) -> None:
         if self._flying:

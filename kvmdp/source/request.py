@@ -27,7 +27,9 @@ class FetchCancel:
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # guards what follows
         self._is_set = False
-        self._wakers: list[Callable[[], None]] = []
+        self._wakers: list[
+            tuple[Callable[[], None]]
+        ] = []  # each is compared as itself: two may be the same call
 
     @property
     def is_set(self) -> bool:
@@ -39,7 +41,7 @@ class FetchCancel:
         with self._mutex:
             self._is_set = True
             wakers, self._wakers = self._wakers, []
-        for wake in wakers:
+        for (wake,) in wakers:
             wake()
 
     @contextlib.contextmanager
@@ -48,19 +50,19 @@ class FetchCancel:
 
         `wake` runs in the thread that calls `set` and must not block.
         """
-        with undone(lambda: self._forget(wake)):
+        waker = (wake,)
+        with undone(lambda: self._forget(waker)):
             with self._mutex:
                 is_late = self._is_set
                 if not is_late:
-                    self._wakers.append(wake)
+                    self._wakers.append(waker)
             if is_late:
                 wake()
             yield
 
-    def _forget(self, wake: Callable[[], None]) -> None:
+    def _forget(self, waker: tuple[Callable[[], None]]) -> None:
         with self._mutex:
-            if wake in self._wakers:
-                self._wakers.remove(wake)
+            self._wakers = [each for each in self._wakers if each is not waker]
 
     def sleep(self, seconds: float) -> bool:
         """Sleep; returns False, early, if the fetches are called off."""

@@ -254,9 +254,9 @@ def test_a_release_that_comes_just_before_its_fault_is_parked_is_not_forgotten()
         claim = pager.begin(PageFault(1))
         park, answers, broken = pager.resolve_or_park, queue.SimpleQueue(), []
 
-        def released_before(fault, waiter, count):
+        def released_before(*arguments):
             requests.release(7)
-            return park(fault, waiter, count)
+            return park(*arguments)
 
         pager.resolve_or_park = released_before
         requests = FaultRequests(

@@ -368,10 +368,6 @@ def test_an_access_that_is_not_to_wait_asks_for_nothing():
         nothing_comes(notifier)
 
 
-@pytest.mark.xfail(
-    reason="RemoteMemory._await_answers takes the answer to its own RELEASE for the machine's word",
-    raises=AssertionError,
-)
 @pytest.mark.parametrize("how", ["frozen", "cancelled"])
 def test_the_answer_to_a_release_is_not_taken_for_a_stop_of_the_machine(how):
     with device(1) as (memory, machine):

@@ -149,7 +149,7 @@ def test_faults_that_were_held_by_a_pause_are_fetched_at_once_after_it():
         pager.source.before = fail
         for token in range(AT_ONCE):
             made.ask(token)
-            wait_until(lambda: pager.ledger.pause is not None and made.requests._busy == 0)
+            wait_until(lambda: pager.ledger.pause is not None and made.requests._pending == 0)
             wait_until(lambda number=token + 1: len(pager.ledger.pause.waiters) == number)
         only_together(pager, AT_ONCE, timeout=0.5)
         pager.resume()

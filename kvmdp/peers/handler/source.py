@@ -170,7 +170,12 @@ class HandlerSource:
             self._outstanding[self._token] = request
             if self._session is not None:
                 self._session.send(request.record)
-        request.answered.wait()
+        try:
+            request.answered.wait()
+        except BaseException:
+            # The handler may still write these pages, when they have been fetched anew and admitted.
+            self._fail("a fetch was interrupted whose pages the handler may still write")
+            raise
         return request.reason
 
     def cancel(self) -> None:
