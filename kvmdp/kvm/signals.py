@@ -46,7 +46,7 @@ class VcpuSignals:
     def take(self) -> tuple[int, int] | None:
         """Take all that is pending and return the SIGBUS's (hva, code), or None if there was none.
 
-        A kick says nothing by itself: whoever kicks has set a flag that the thread looks at.  A
+        A kick says nothing by itself: the kicker has set a flag that the thread looks at. A
         second SIGBUS cannot be pending: the vCPU raises one and stops.
         """
         found = None
