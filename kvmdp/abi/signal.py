@@ -14,7 +14,7 @@ BUS_ADRALN = 1
 BUS_ADRERR = 2
 BUS_OBJERR = 3
 BUS_MCEERR_AR = 4  # a poisoned page was accessed: action required
-BUS_MCEERR_AO = 5  # poison was found in a page nobody accesses: action optional
+BUS_MCEERR_AO = 5  # poison was found in a page that is not accessed: action optional
 
 _NSIG_BYTES = 8  # the kernel's sigset_t: 64 signals
 

@@ -169,7 +169,6 @@ def _add_trap_options(group: argparse._ArgumentGroup) -> None:
     option(
         "--readers",
         type=int,
-        default=1,
         metavar="N",
         help="userfaultfd, device view: reader threads, 1 to 99 (default: 1)",
     )
@@ -296,7 +295,9 @@ def plan(options: argparse.Namespace, source: PageSource, low_ram_end: int) -> t
 def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOptions) -> MachineOptions:
     """Check what concerns the machine, and the pages to poison, and choose the trap. Raises ValueError."""
     FaultAround(options.fault_around)
-    if not 1 <= options.readers <= 99:
+    readers = 1 if options.readers is None else options.readers
+    has_readers = options.readers is not None or options.uffd_per_vcpu
+    if not 1 <= readers <= 99:
         raise ValueError(f"--readers {options.readers}: give 1 to 99")
     thp = options.thp == "on"
     check_backing_options(
@@ -310,8 +311,14 @@ def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOpti
         raise ValueError(
             "--uffd-mode with --trap auto, which takes no trap that has a mode: name the trap, or leave it out"
         )
+    if has_readers and name == _AUTO and not device_view:
+        raise ValueError(
+            "--readers or --uffd-per-vcpu with --trap auto, which takes no trap that has readers: name the trap, or "
+            "leave them out"
+        )
     chosen = None if name == _AUTO else trap_class(name)
-    check(Together(backing, chosen, mode, device_view, limited=options.resident_limit is not None))
+    limited = options.resident_limit is not None
+    check(Together(backing, chosen, mode, device_view, limited=limited, readers=has_readers))
     if not options.reserve_hugepages:
         check_huge_pages(options.backing, memory)
     if name == _AUTO:
@@ -346,7 +353,7 @@ def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOpti
         granule=granule,
         fault_around=options.fault_around,
         slot_memory=_slot_memory(options, trap),
-        uffd=UffdOptions(options.readers, options.vcpus if options.uffd_per_vcpu else 1, mode),
+        uffd=UffdOptions(readers, options.vcpus if options.uffd_per_vcpu else 1, mode),
         page_tables=options.page_tables,
         program=b"" if options.guest is None else read_program(options.guest),
         thp=thp,

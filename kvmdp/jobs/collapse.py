@@ -93,7 +93,7 @@ class Collapser(Job):
 
         Two claims may fill a region at the same time, and the first to end finds the bits of the other set, whose
         pages are only being admitted: then the thread finds a page claimed. The second to end notes the region again.
-        Who claims a page for another reason (`Pager.reassert`) notes nothing: the thread tries again by itself.
+        A claim for another reason (`Pager.reassert`) notes nothing: the thread tries again by itself.
         """
         bitmap, pages = self._pager.bitmap, self._pager.layout.pages
         for number in range(claim.first // REGION, (claim.first + claim.count - 1) // REGION + 1):

@@ -26,7 +26,6 @@ from kvmdp.machine.boot import (
     vector_flags,
 )
 from kvmdp.machine.hostinfo import vmalloc_used
-from kvmdp.machine.machine_memory import MachineMemory
 from kvmdp.machine.options import MachineOptions, catches_page_walks, check_together
 from kvmdp.machine.page_tables import PageTables
 from kvmdp.machine.ports import Loopback, Ports
@@ -50,6 +49,10 @@ from kvmdp.vcpu.gate import VcpuGate
 _TICK_SECONDS = 0.1
 _JOIN_SECONDS = 30.0
 _FILLED_AT_ONCE = 2 << 20
+_RUN_IS_OVER = (
+    "is absent and the run is over: call Machine.pager.reopen to have pages come again, or Machine.restart to run the "
+    "guest again"
+)
 
 
 class Machine(Closing):
@@ -126,7 +129,7 @@ class Machine(Closing):
             self.pager = Pager(self.layout, trap, self.source, policy, self.gate)
             self.pager.holds = options.holds
             stack.callback(self.pager.close)
-            self._memory = MachineMemory(self.layout, self.backing, self.pager)
+            self._memory = GuestMemory(self.layout, self.backing, self.pager, cancelled=_RUN_IS_OVER)
             self.device_view: DeviceView | None = trap.device_view
             self._decoding = GuestMemory(self.layout, self.backing, self.pager, Origin.VCPU, -1)
             self._bind(source)

@@ -85,6 +85,7 @@ def check_together(options: MachineOptions, *, handler: bool) -> None:
             handler=handler,
             limited=options.resident_limit is not None,
             unarmed=not options.demand_paging,
+            readers=options.uffd.has_readers,
         )
     )
 

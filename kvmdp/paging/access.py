@@ -64,18 +64,19 @@ class MemoryAccess(Protocol):
         ...
 
     def store64(self, gpa: int, value: int) -> None:
-        """Store 8 bytes at `gpa`, a multiple of 8, as one store: nobody sees half of it."""
+        """Store 8 bytes at `gpa`, a multiple of 8, as one store: no reader sees half of it."""
         ...
 
 
 class GuestMemory:
     """`MemoryAccess` in the machine's own process, on its pager.
 
-    Arguments: where RAM lies; its memory; the pager; `origin` and `number`, who it is that accesses memory here, as
-    faults tell it (a device has one of its own); `timeout`, how many seconds an access may wait for others to make
+    Arguments: where RAM lies; its memory; the pager; `origin` and `number`, which accesses memory here, as faults tell
+    it (a device has one of its own); `timeout`, how many seconds an access may wait for others to make
     its pages present before it raises BusyError (None: for ever; a fetch of its own it waits for in any case);
     `cancellation`, which makes accesses that wait raise CancelledError: it serves one thread, so with one so does
-    this object. Both go with the accessor and not with each access, because they say who it is that waits.
+    this object; `cancelled`, what its owner says then of the page that was waited for. All go with the accessor and not
+    with each access, because they belong to the device or the caller that waits.
 
     A vCPU's own accesses (`Origin.VCPU`), as for decoding an instruction, are never frozen.
 
@@ -110,6 +111,7 @@ class GuestMemory:
         *,
         timeout: float | None = None,
         cancellation: Cancellation | None = None,
+        cancelled: str = "is no longer waited for: the machine stops, or the access was called off",
     ) -> None:
         self._layout = layout
         self._pager = pager
@@ -117,6 +119,7 @@ class GuestMemory:
         self._number = number
         self._timeout = timeout
         self._cancellation = cancellation
+        self._cancelled = cancelled
         self._gate = pager.accesses if origin is not Origin.VCPU else pager.vcpu_accesses
         # For the way of an access to one present page: the less it has to look up the better.
         self._view = backing.vmm.view
@@ -360,9 +363,7 @@ class GuestMemory:
             raise BusyError(f"{where} was not made present within {self._timeout:g} seconds")
         if outcome is Outcome.CANCELLED:
             # A machine that stops for an error of its own says that one.
-            raise self._pager.error or CancelledError(
-                f"{where} is no longer waited for: the machine stops, or the access was called off"
-            )
+            raise self._pager.error or CancelledError(f"{where} {self._cancelled}")
         if outcome is Outcome.POISONED:
             raise PoisonedError(f"{where} is poisoned: what was in it is lost")
         raise self._pager.error or PagingError(f"{where} cannot be made present: {outcome.name.lower()}")

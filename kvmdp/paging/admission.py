@@ -344,7 +344,7 @@ class Admission:
 
     @contextlib.contextmanager
     def owning(self) -> Iterator[Claim]:
-        """Yield a claim that is still to be had; what the block has not ended of it when it is left is ended then."""
+        """Yield a claim, for the block to have listed; what is left of it when the block is left is ended then."""
         claim = Claim()
         with undone(lambda: self._settle(claim)):
             yield claim

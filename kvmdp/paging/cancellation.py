@@ -9,10 +9,10 @@ from kvmdp.paging.claim import Wait, Waiter
 
 
 class Withdrawing(Protocol):
-    """The pager, as far as it concerns who waits."""
+    """The pager, as far as it concerns threads that wait."""
 
     def withdraw(self, waiter: Waiter) -> bool:
-        """Give up waiting for somebody."""
+        """Call a wait off; False if it has ended by itself."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""States of pages, claims on them, and who waits for claims. Plain data; `kvmdp.paging.ledger` gives it life.
+"""States of pages, claims on them, and waiters for their end. Plain data; `kvmdp.paging.ledger` gives it life.
 
 Units: RAM pages.
 """
@@ -23,7 +23,7 @@ class State(enum.IntEnum):
     EVICTING = 5  # in RAM, being taken away by the owner of a claim
     ADMITTING = 6  # in RAM and its bit set, but the trap is still being told
     SINK = 7  # evicted: in the sink
-    POISON = 8  # unusable, until somebody gives it new bytes
+    POISON = 8  # unusable, until a caller gives it new bytes
 
 
 class Wake(enum.Enum):
@@ -89,14 +89,14 @@ class Claim:
         return piece
 
     def wake(self, reason: Wake) -> list[Waiter]:
-        """Empty the queue of a claim that goes on; returns who was in it."""
+        """Empty the queue of a claim that goes on; returns what was in it."""
         woken, self.waiters = self.waiters, []
         for waiter in woken:
             waiter.claim, waiter.reason = None, reason
         return woken
 
     def end(self, reason: Wake) -> list[Waiter]:
-        """Empty the queue of a claim that has ended, into `woken`; returns who was in it. Can be made again."""
+        """Empty the queue of a claim that has ended, into `woken`; returns what was in it. Can be made again."""
         queue = self.waiters
         if queue:
             self.waiters, self.woken = [], [*self.woken, *queue]
@@ -124,7 +124,7 @@ def runs_of_states(states: bytes, start: int, end: int) -> Iterator[tuple[int, i
 
 
 class Waiter:
-    """Waits for the end of one claim, and is woken once: `reason` is set, then `notify` called, by whoever woke it.
+    """Waits for the end of one claim, and is woken once: the waker sets `reason` and then calls `notify`.
 
     `notify` is called without the pager's mutex, from any thread, and must not block.
     """
@@ -154,7 +154,7 @@ def notify(woken: list[Waiter]) -> None:
 
 
 class Wait(Waiter):
-    """A thread that waits for a claim: somebody else has the page."""
+    """A thread that waits for a claim: another thread has the page."""
 
     __slots__ = ("_woken",)
 

@@ -75,7 +75,7 @@ class Observer(Job):
 class Jobs:
     """The jobs of one pager; a hook that no job overrides costs nothing.
 
-    `mutex` is the pager's and guards who works. `may_begin` is asked under it whether a thread may begin now.
+    `mutex` is the pager's and guards the list of workers. `may_begin` is asked under it whether a thread may begin now.
 
     `on_admitted`, `on_after_fault` and `on_seconds_held` are the hooks to call, in the order in which jobs were added:
     to look at them is all that a fault pays where there is none. `told` are the threads that hold faults back, as what

@@ -1,4 +1,4 @@
-"""The ledger: the state of every page, the claims, the pins, and who waits for whom. Pure: no lock, no clock, no call.
+"""The ledger: the state of every page, the claims, the pins, and their waiters. Pure: no lock, no clock, no call.
 
 The pager calls every method under its mutex and notifies, outside it, the waiters that a method returns. A test
 calls them in any order it likes: what is said here about wake-ups holds by the order of calls alone.
@@ -7,12 +7,12 @@ Why no wake-up is lost: a waiter is queued while its claim is listed (`queue`). 
 (`end`) and each way to give up waiting (`withdraw`, `cancel`) takes the waiter out of the queue and sets its reason in
 one step. So it is in one queue or has a reason, never both and never neither, and gets one reason only.
 
-Why no page is filled over: a claim takes only pages whose state says that nobody else touches their bytes, and makes
-that state INFLIGHT in the same step.
+Why no page is filled over: a claim takes only pages whose state says that no other thread touches their bytes, and
+makes that state INFLIGHT in the same step.
 
 Why an exception between any two steps (an interruption) harms nothing: a claim is listed before its pages' states
 change, and taken off the list after that; each call that does so can be made again, and then does what is left of it.
-Its owner, who has made the `Claim`, does so (`kvmdp.paging.admission`). What must not be done twice, the sums, comes in
+Its owner has made the `Claim` and does so (`kvmdp.paging.admission`). What must not be done twice, the sums, comes in
 one row with the end of the list's entry, in which there is no call at which Python would look for a signal.
 
 Units: RAM pages. A *unit* is the block of pages the trap can flip on its own (1 page, or a granule).
@@ -83,7 +83,7 @@ class Ledger:
             bitmap.set_range(first, end - first)
 
     def adopt(self) -> None:
-        """Take all pages for present: their bytes are in RAM, and nobody has begun anything."""
+        """Take all pages for present: their bytes are in RAM, and nothing has begun."""
         self.states[:] = _PRESENT * self.pages
         self.bitmap.set_range(0, self.pages)
         self.resident = self.pages
@@ -182,7 +182,7 @@ class Ledger:
         self.bitmap.set_range(first, count)
 
     def commit(self, claim: Claim) -> list[Waiter]:
-        """End a claim whose pages the trap has admitted; returns whom to notify."""
+        """End a claim whose pages the trap has admitted; returns the waiters to notify."""
         if claim not in self.claims:
             return claim.end(Wake.COMMITTED)
         counters, count, before = self.counters, claim.count, claim.before
@@ -203,7 +203,7 @@ class Ledger:
         return claim.end(Wake.COMMITTED)
 
     def end(self, claim: Claim, states: bytes, reason: Wake) -> list[Waiter]:
-        """End a claim in any other way: its pages are in `states`, a byte each. Returns whom to notify.
+        """End a claim in any other way: its pages are in `states`, a byte each. Returns the waiters to notify.
 
         Those of them that were discarded meanwhile are ZERO, unless they are in use as before, or poisoned.
         """
@@ -225,7 +225,7 @@ class Ledger:
     def _without_discarded(self, claim: Claim, states: bytes) -> bytes:
         """Return `states` with ZERO for what has been discarded; its bits are cleared where it is not PRESENT any more.
 
-        Present pages that were about to go are as those that nobody has claimed. Others (`begin_present`) stay present:
+        Present pages that were about to go are as those that have no claim. Others (`begin_present`) stay present:
         the trap maps zeros where it finds nothing (`Trap.reassert`).
         """
         was_evicted = self.states[claim.first] == _EVICTING_BYTE
@@ -246,7 +246,7 @@ class Ledger:
         claim.waiters.append(waiter)
 
     def withdraw(self, waiter: Waiter, reason: Wake) -> bool:
-        """Take one waiter out of its queue, whom the caller then notifies; False if it has been woken already."""
+        """Take one waiter out of its queue, which the caller then notifies; False if it has been woken already."""
         if waiter.claim is None:
             return False
         waiter.claim.waiters.remove(waiter)
@@ -254,9 +254,9 @@ class Ledger:
         return True
 
     def cancel(self) -> list[Waiter]:
-        """Let no claim begin any more; returns whom to notify: all who wait for pages that are absent.
+        """Let no claim begin any more; returns the waiters to notify: all for pages that are absent.
 
-        Who waits for a page that is only being admitted is woken by that.
+        A waiter for a page that is only being admitted is woken by that.
         """
         self.cancelled = True
         woken: list[Waiter] = [] if self.pause is None else self.pause.wake(Wake.CANCELLED)
@@ -270,7 +270,7 @@ class Ledger:
         self.pause = self.pause or Claim()
 
     def resume_fetches(self) -> list[Waiter]:
-        """Undo `pause_fetches`, if it was called; returns whom to notify, to look again."""
+        """Undo `pause_fetches`, if it was called; returns the waiters to notify: they look again."""
         pause, self.pause = self.pause, None
         return [] if pause is None else pause.wake(Wake.REVOKED)
 
@@ -308,7 +308,7 @@ class Ledger:
         """Claim the next run of [page, end) that can be taken away, present or absent; `kinds` says what that is.
 
         `kinds` is of `takeable`. Returns what `begin_revoke` does. The run of a claim is present (as its `before` says)
-        or absent as a whole, and then EVICTING all the same: whoever faults waits. Widened to whole units where it is
+        or absent as a whole, and then EVICTING all the same: a fault waits. Widened to whole units where it is
         absent, so some of its pages may be of a state that was not asked for: to be left as they were.
         """
         found = self.states[page : min(end, page + _LOOKED_AT)].translate(kinds)
@@ -331,7 +331,7 @@ class Ledger:
     def begin_heal(self, page: int, claim: Claim | None = None) -> Claim | None:
         """Claim the unit of a poisoned page, to be given new bytes once no page of it is pinned; None if it is not.
 
-        Also when nobody may begin any more (`cancel`): that is for faults and for taking away.
+        Also when no claim may begin any more (`cancel`): that is for faults and for taking away.
         """
         if self.states[page] != _POISON_BYTE:
             return None
@@ -375,7 +375,7 @@ class Ledger:
     def discarded(self, first: int, count: int) -> None:
         """The bytes of these pages, whole units, are gone: they read as zeros from now on.
 
-        Those that somebody has claimed are noted in the claim: its owner sees to it (`Admission.commit`), or its end.
+        Those that have a claim are noted in it: its owner sees to it (`Admission.commit`), or its end.
         """
         page, end = first, min(first + count, self.pages)
         claimed = sorted(self.claims, key=lambda each: each.first)
@@ -384,7 +384,7 @@ class Ledger:
             (end, end, None),
         ):
             stop = min(low, end)
-            if page < stop:  # nobody's: a bit is set where a page is PRESENT, and nowhere else
+            if page < stop:  # without a claim: a bit is set where a page is PRESENT, and nowhere else
                 self.resident -= _in_ram(self.states[page:stop])
                 self.states[page:stop] = self.states[page:stop].translate(_DISCARDED)
                 self.bitmap.clear_range(page, stop - page)

@@ -39,7 +39,8 @@ class Pin:
 class Pins:
     """The pins on pages whose `states`, a byte each, others change.
 
-    Who may be interrupted pins with a `Pin`. Threads that never are (readers, vCPUs) count: each pin is undone once.
+    A thread that may be interrupted pins with a `Pin`. Threads that never are (readers, vCPUs) count: each pin is
+    undone once.
     """
 
     def __init__(self, states: bytearray) -> None:

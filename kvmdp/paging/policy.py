@@ -26,7 +26,7 @@ class FaultPolicy(Protocol):
     def window(self, fault: PageFault) -> tuple[int, int]:
         """Return (first, count), a run of at most 512 pages that holds `fault.page`; it may reach beyond RAM.
 
-        `fault` says which page, who touched it (`origin`, and `number` for which vCPU or device, -1 where the kernel
+        `fault` says which page, what touched it (`origin`, and `number` for which vCPU or device, -1 where the kernel
         does not tell) and how (`access`). Called by many threads, one at a time, under the pager's mutex, once for each
         fault that fetches: it needs no lock of its own, and must neither wait nor call the pager.
         """

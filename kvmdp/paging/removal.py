@@ -1,7 +1,7 @@
 """How a page stops being present: shut off, evicted, discarded or poisoned; and how a poisoned one is healed.
 
 Order: state EVICTING and bit, peers and pins drained, then `trap.revoke` (with every vCPU out of KVM_RUN where the trap
-needs that), then the bytes saved or dropped, then the new state, then wake. Nobody can write to a page after
+needs that), then the bytes saved or dropped, then the new state, then wake. No thread can write to a page after
 `trap.revoke`, and an access to it waits for the claim: so no write between save and removal is lost.
 
 Units: RAM pages, seconds.

@@ -13,8 +13,8 @@ def takeable(*absent: State, present: bool = True) -> bytes:
     """Return the table for `Ledger.begin_take`: which pages are taken, present ones and absent ones in these states.
 
     It also says whose claims are waited for: only those that leave a page in a state that was asked for. A page that is
-    being fetched is none, unless pages are taken that were never fetched: else who only wants the guest shut out would
-    wait for the source.
+    being fetched is none, unless pages are taken that were never fetched: else a caller that only wants the guest shut
+    out would wait for the source.
     """
     table = bytearray((PASS_OVER,)) * 256
     for state in absent:

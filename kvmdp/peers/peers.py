@@ -35,6 +35,7 @@ from kvmdp.peers.wire.endpoint import Peer
 from kvmdp.peers.wire.handover import Handover, Role, new_epoch
 from kvmdp.peers.wire.notifier import hand_over, notifier_pair
 from kvmdp.peers.wire.records import Kind
+from kvmdp.trap.fits import Together, check
 
 _PATIENCE_SECONDS = 10.0
 _JOIN_SECONDS = 30.0
@@ -42,25 +43,13 @@ _MOST_LIVING = 16  # devices that were cut off and live: each costs a thread and
 
 
 def _ignore(_: int) -> None:
-    """Nobody wants to know."""
+    """Take no note of what a device has completed."""
 
 
 def check_shareable(backing: Backing, trap: Trap) -> None:
-    """Raise ValueError if RAM cannot be handed to other processes.
-
-    A peer touches a page in the memory file once its bit is set, which is before the trap has admitted it. So its bytes
-    must lie there by then, and a trap that fills pages elsewhere and moves them in place is refused: a peer would find
-    the hole, make it a page of zeros, and the bytes could not be moved there any more.
-    """
-    if not backing.sealed:
-        raise ValueError(
-            f"RAM is {backing.name} memory, which cannot be handed to another process: use --backing memfd"
-        )
-    if trap.fill_view is not backing.vmm.view:
-        raise ValueError(
-            f"the trap {trap.name}, in the mode missing, fills pages where no other process finds them: use the mode "
-            "minor, or another trap"
-        )
+    """Raise ValueError if RAM cannot be handed to other processes, as `kvmdp.trap.fits` has it."""
+    fills_elsewhere = trap.fill_view is not backing.vmm.view
+    check(Together(backing, mode="missing" if fills_elsewhere else None, devices=True))
 
 
 class DeviceServer:
@@ -87,7 +76,7 @@ class DeviceServer:
         self._pager = pager
         self._report = report
         self._patience = patience
-        # One hand-over at a time. Nobody who serves a fault or a revocation takes it.
+        # One hand-over at a time. No thread that serves a fault or a revocation takes it.
         self._serving = threading.Lock()
         self._mutex = threading.Lock()  # guards what follows
         self._sessions: list[DeviceSession] = []
@@ -176,7 +165,7 @@ class DeviceServer:
     def freeze(self, deadline: float | None) -> None:
         """Return when no device touches RAM any more; none will before `thaw`. Raises BusyError; `thaw` follows."""
         with self._mutex:
-            self._frozen = True  # who comes from now on is told as it begins
+            self._frozen = True  # a device that comes from now on is told as it begins
             sessions = tuple(self._sessions)
         self._ask(sessions, Kind.FREEZE, 0, 0, deadline)
 

@@ -152,7 +152,7 @@ class WritableImageSource(ImageSource):
 def _open(path: str, flags: int) -> int:
     """Open the image; `ImageError` unless it is a regular file or a block device."""
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError:
         raise ImageError(f"image {path!r} does not exist: check the path") from None

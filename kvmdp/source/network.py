@@ -18,7 +18,7 @@ from kvmdp.source.wrapper import SourceWrapper
 _PR_SET_TIMERSLACK = 29  # linux/prctl.h
 _PIECE = 64 << 10  # bytes of a long run that are told of as they arrive
 _CONCURRENCY = 64  # fetches in flight: 256 KiB, what 1 Gbit at 2 ms holds
-_NOTICED_SECONDS = 0.05  # a shorter sleep ends before anybody notices that it was called off
+_NOTICED_SECONDS = 0.05  # a shorter sleep ends before its thread notices that it was called off
 _SHORTEST_SLACK = 1  # nanoseconds; the default of 50,000 would add that to each delay
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}

@@ -1,4 +1,4 @@
-"""A source that wraps another, `inner`, and is it in everything; who derives from it says what it does otherwise."""
+"""A source that wraps another, `inner`, and is it in everything but what a derived class does otherwise."""
 
 from __future__ import annotations
 

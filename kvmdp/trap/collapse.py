@@ -5,7 +5,7 @@ together that is registered for missing and minor faults, and refuses (EINVAL) s
 write protection too, and a hole in either. So a *region* of 2 MiB is collapsed in one order, which works with all of
 them: all of its pages are present and claimed; it is unregistered; then its pages are put together, through the guest
 view. That is more than private memory needs, or a kernel without write protection of shared memory. It is kept there
-too: a region that is all present need not trap, nothing of it is then told to a reader who would have to look into it,
+too: a region that is all present need not trap, nothing of it is then told to a reader that would have to look into it,
 and one order is easier to be sure of than two. Both unsafe orders are in tests/jobs/test_collapse_orders.py, with
 what is lost by them.
 
@@ -31,7 +31,7 @@ the mapping. Exact while vCPUs run:
 - The kernel may refuse to unregister a region, and has done so for a part of it: then all of it is registered again.
   Nothing had been taken out of the page table, so nothing was missed.
 - A reader may hold an event from before a region was unregistered, and then finds nothing registered there (ENOENT).
-  Unregistering has woken whoever slept, who has looked again since: the event is of no use (`unless_plain`).
+  Unregistering has woken the sleeper, which has looked again since: the event is of no use (`unless_plain`).
 
 Where plain regions and registered ones alternate the view is as many mappings (VMAs) of the kernel's: two more for each
 plain region, at the most, of which a process may have 65,530 in all (vm.max_map_count). What may be refused for want of
@@ -55,7 +55,7 @@ from kvmdp.memory.mapping import Mapping, mappings_left
 from kvmdp.page import HUGE_PAGE, PAGE_SIZE, REGION
 from kvmdp.waiting import Condition
 
-# The kernel says "again" while somebody looks at one of the pages, as KVM does for a moment at every fault.
+# The kernel says "again" while a thread looks at one of the pages, as KVM does for a moment at every fault.
 _ATTEMPTS = 8
 _SPARE_MAPPINGS = 1024  # for threads, and whatever else this process comes to need
 
@@ -162,7 +162,7 @@ class Regions:
             plain = number in self._plain
             if not plain and len(self._plain) >= most:
                 return False
-            # Before it is so: who finds a region plain that is still registered leaves undone what nobody needs.
+            # Before it is so: a thread that finds a region plain, still registered, leaves out what is of no use.
             self._plain.add(number)
         if not plain:
             if not self._make_plain(number):
@@ -257,8 +257,8 @@ class Regions:
     def unless_plain(self, first: int, count: int) -> Iterator[None]:
         """Map or mark these pages in the block, which is passed over if a region of theirs proves to be plain memory.
 
-        For whoever has no claim on the pages: only a claim keeps a region as it is. One that was plain when the call
-        failed either still is, or has been reopened since the block began.
+        For a thread without a claim on the pages: only a claim keeps a region as it is. One that was plain when the
+        call failed either still is, or has been reopened since the block began.
         """
         numbers = range(first // REGION, (first + count - 1) // REGION + 1)
         with self._mutex:

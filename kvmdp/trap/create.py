@@ -32,12 +32,12 @@ def create_trap(
 
     `granule` is bytes (a power of two) for a trap that works by memslot; None takes the smallest that keeps RAM within
     16,384 slots. `slot_memory` is bytes for such a trap too. `uffd` is for the trap userfaultfd, and but for its mode
-    for a device view. Raises ValueError for an unknown name, or a granule, a backing or a device view that the trap
-    cannot have, UnsupportedError or KvmError where the kernel lacks what the trap needs.
+    for a device view. Raises ValueError for an unknown name, or a granule, a backing, readers or a device view that the
+    trap cannot have, UnsupportedError or KvmError where the kernel lacks what the trap needs.
     """
     kind = trap_class(name)
     uffd = uffd or UffdOptions()
-    check(Together(backing, kind, uffd.mode, device_view))
+    check(Together(backing, kind, uffd.mode, device_view, readers=uffd.has_readers))
     size = granule_of(kind, layout, backing, granule)
     with contextlib.ExitStack() as stack:
         slots = RamSlots(vm, layout, backing, size or region_size(layout))

@@ -33,7 +33,8 @@ class Together:
 
     `trap`: None is one that is not chosen yet. `mode` is that of userfaultfd. `device_view`: threads of this process
     touch RAM by a view of their own. `devices`: processes that touch it. `handler`: a process that fills it.
-    `limited`: not all of RAM may be in memory at once. `unarmed`: the guest never has demand paging.
+    `limited`: not all of RAM may be in memory at once. `unarmed`: the guest never has demand paging. `readers`: the
+    number of userfaultfd's readers or descriptors is asked for.
     """
 
     backing: type[Backing] | Backing
@@ -44,6 +45,7 @@ class Together:
     handler: bool = False
     limited: bool = False
     unarmed: bool = False
+    readers: bool = False
 
 
 class Rule(NamedTuple):
@@ -86,6 +88,11 @@ RULES = (
     Rule(
         lambda trap, it: it.mode is not None and not trap.takes_uffd_options,
         "the trap {trap} has no userfaultfd mode: use the trap {with_modes}, or leave the mode out",
+    ),
+    Rule(
+        lambda trap, it: it.readers and not (trap.takes_uffd_options or it.device_view),
+        "the trap {trap} has no userfaultfd readers: use the trap {with_modes}, or a device view, or leave --readers "
+        "and --uffd-per-vcpu out",
     ),
     Rule(
         lambda _, it: it.mode == "minor" and not it.backing.shared,

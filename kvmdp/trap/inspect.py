@@ -1,4 +1,4 @@
-"""What a trap has set up, for whoever checks it against the states of the pages (`kvmdp.lab.invariants`)."""
+"""What a trap has set up, to be checked against the states of the pages (`kvmdp.lab.invariants`)."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ class InspectedTrap(Trap, Protocol):
         ...
 
     def picture(self) -> Picture:
-        """Return what is set up now, to be checked; nobody else is active."""
+        """Return what is set up now, to be checked; no other thread is active."""
         ...

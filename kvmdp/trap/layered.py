@@ -1,7 +1,7 @@
 """The `layered` trap: absent memory is closed by region, and by markers inside a region once it has been touched.
 
 For large guests. A closed memslot (`kvmdp.trap.slots.ram_slots`) covers a region of 2 MiB or more, all of them made at
-arming: no page table and no marker for memory that nobody touches. The first page admitted in a region puts markers on
+arming: no page table and no marker for memory that is not touched. The first page admitted in a region puts markers on
 the whole of it in the guest view, where nothing of it can be mapped yet, and only then replaces the closed slot by an
 ordinary one, for which alone every vCPU is kept out of KVM_RUN (`kvmdp.trap.slots.ram_slots` says why). From there its
 pages trap as under `marker`.

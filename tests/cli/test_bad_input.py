@@ -267,6 +267,27 @@ def test_help_is_no_error(arguments):
             "the trap mmio has no userfaultfd mode: use the trap userfaultfd, or leave the mode out",
         ),
         (
+            ("--trap", "mmio", "--readers", "1"),
+            (
+                "the trap mmio has no userfaultfd readers: use the trap userfaultfd, or a device view, or leave "
+                "--readers and --uffd-per-vcpu out"
+            ),
+        ),
+        (
+            ("--trap", "marker", "--uffd-per-vcpu"),
+            (
+                "the trap marker has no userfaultfd readers: use the trap userfaultfd, or a device view, or leave "
+                "--readers and --uffd-per-vcpu out"
+            ),
+        ),
+        (
+            ("--readers", "2"),
+            (
+                "--readers or --uffd-per-vcpu with --trap auto, which takes no trap that has readers: name the trap, "
+                "or leave them out"
+            ),
+        ),
+        (
             ("--resident-limit", "64K"),
             "a resident limit of 64K is less than this guest can run in: give 300K or more",
         ),

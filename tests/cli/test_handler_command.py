@@ -16,7 +16,10 @@ def refused(*arguments):
 
 def test_nobody_listens(tmp_path):
     path = tmp_path / "absent.sock"
-    assert refused("run", "--handler", path) == f"there is no socket {path}: start who listens there first"
+    assert (
+        refused("run", "--handler", path)
+        == f"there is no socket {path}: start the process that listens there first"
+    )
 
 
 def test_a_path_that_is_no_socket(image):
@@ -31,7 +34,7 @@ def test_a_listener_that_has_died(tmp_path):
     path = tmp_path / "dead.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
         dead.bind(str(path))
-    assert "nobody listens there any more" in refused("run", "--handler", path)
+    assert "no process listens there any more" in refused("run", "--handler", path)
 
 
 @pytest.mark.root

@@ -269,7 +269,7 @@ ENDPOINTS = {
     "to listen at a file": (lambda folder: at_a_file(folder, Listener), "is not a socket: name another path"),
     "to listen in a file": (lambda folder: behind_a_file(folder, Listener), "cannot look at"),
     "to listen in no folder": (lambda folder: Listener(f"{folder}/none/socket"), "cannot listen at"),
-    "to listen beside another": (beside_a_listener, "somebody listens at"),
+    "to listen beside another": (beside_a_listener, "a process listens at"),
     "to listen beside another type": (
         lambda folder: beside_a_listener(folder, socket.SOCK_STREAM),
         f"is there already ({os.strerror(errno.EPROTOTYPE)})",
@@ -317,7 +317,7 @@ def test_a_listener_whose_queue_is_full_is_met_at_once(tmp_path):
             thread.join()
     assert not waited
     assert len(errors) == 1
-    assert "somebody listens at" in errors[0]
+    assert "a process listens at" in errors[0]
 
 
 def test_a_full_queue_is_waited_for_a_little(tmp_path, monkeypatch):

@@ -375,7 +375,7 @@ except PagingError as error:
 
 
 def test_anonymous_memory_is_refused():
-    refusal = pytest.raises(ValueError, match="cannot be handed to another process: use --backing memfd")
+    refusal = pytest.raises(ValueError, match="cannot be handed to another process: use the backing memfd")
     with bench() as here, AnonymousBacking(here.layout.memory_bytes) as backing, refusal:
         DeviceServer(here.layout, backing, here.pager, print)
 
@@ -384,7 +384,7 @@ def test_a_trap_that_fills_elsewhere_is_refused():
     with bench() as here, Mapping.anonymous(here.layout.memory_bytes) as staging:
         here.trap.fill_view = staging.view
         with pytest.raises(
-            ValueError, match="the trap fake, in the mode missing, fills pages where no other"
+            ValueError, match="the trap userfaultfd, in the mode missing, fills pages where no other"
         ):
             DeviceServer(here.layout, here.backing, here.pager, print)
 

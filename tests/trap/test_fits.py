@@ -28,7 +28,7 @@ SLOT_TRAPS = [name for name, kind in TRAPS.items() if kind.by_memslot]
 
 def combinations():
     """What can be asked for of the traps and backings there are, with up to two things beside."""
-    flags = ("device_view", "devices", "handler", "limited", "unarmed")
+    flags = ("device_view", "devices", "handler", "limited", "unarmed", "readers")
     beside = [some for number in (0, 1, 2) for some in itertools.combinations(flags, number)]
     modes = (None, "missing", "minor")
     for kind, ram, mode, more in itertools.product(TRAPS.values(), BACKINGS.values(), modes, beside):

@@ -144,7 +144,8 @@ def real_rig(name, backing, mode):
         try:
             ram = memory.enter_context(create_backing(backing, MEMORY, vm, reserve=reserve))
             granule = GRANULE if TRAPS[name].by_memslot else None
-            options = UffdOptions(2, 2, mode)
+            reads = TRAPS[name].takes_uffd_options or device_view
+            options = UffdOptions(2, 2, mode) if reads else UffdOptions(mode=mode)
             trap = create_trap(name, vm, layout, ram, granule, options, device_view=device_view)
         except UnsupportedError as error:
             pytest.skip(str(error))

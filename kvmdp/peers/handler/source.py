@@ -3,7 +3,7 @@
 A fill sends a FAULT record and sleeps until its DONE is there; many may be under way at once, and are answered in any
 order. One thread, the *supervisor*, receives the answers and sees to the handler's end:
 
-    handler dies          its faults stay outstanding, so those who want the pages wait, outside KVM_RUN; a handler that
+    handler dies          its faults stay outstanding, so threads that want them wait, outside KVM_RUN; a handler that
                           listens at the same path within the time-out is handed RAM and sent them again
     it closes, but lives  the same, once it has died: as long as it lives it can write into RAM
     it breaks the         it is cut off and every fill fails, now and from then on: what it has mapped cannot be taken
@@ -59,7 +59,7 @@ class _Request:
         self.reason: str | None = None
 
     def end(self, reason: str | None) -> None:
-        """Wake who waits for the answer."""
+        """Wake the thread that waits for the answer."""
         self.reason = reason
         self.answered.set()
 
@@ -180,7 +180,7 @@ class HandlerSource:
 
     def cancel(self) -> None:
         """The machine is stopping: end every fill that waits, now and for good."""
-        with self._mutex:  # a descriptor that is closed may be somebody else's by now
+        with self._mutex:  # a descriptor that is closed may be another object's by now
             if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
         self._fail("the machine is stopping")
@@ -215,7 +215,7 @@ class HandlerSource:
     # The supervisor
 
     def _supervise(self) -> None:
-        """Serve one handler after another until there is none to be had, or the machine stops."""
+        """Serve one handler after another until none comes any more, or the machine stops."""
         session: Session | None = self._first
         while session is not None:
             try:
@@ -289,32 +289,32 @@ class HandlerSource:
 
     def _take(self, session: Session, record: Record) -> None:
         """Deal with a record. Raises _BrokenError if it is not the answer to a fault that is outstanding."""
-        who = f"process {session.peer.pid}"
+        process = f"process {session.peer.pid}"
         if record.kind is not Kind.DONE:
-            raise _BrokenError(f"{who} sent a {record.kind.name}, which no handler may; it was cut off")
+            raise _BrokenError(f"{process} sent a {record.kind.name}, which no handler may; it was cut off")
         with self._mutex:
             request = self._outstanding.get(record.token)
             if request is None:
                 if self._broken is not None:
                     return
                 raise _BrokenError(
-                    f"{who} sent a DONE for token {record.token}, which is no fault's, or was answered before; "
+                    f"{process} sent a DONE for token {record.token}, which is no fault's, or was answered before; "
                     "it was cut off"
                 )
             asked = request.record
             if (record.gpa, record.size) != (asked.gpa, asked.size):
                 raise _BrokenError(
-                    f"{who} sent a DONE for {record.size} bytes at gpa {record.gpa:#x}, where {asked.size} bytes at "
-                    f"gpa {asked.gpa:#x} had been asked for; it was cut off"
+                    f"{process} sent a DONE for {record.size} bytes at gpa {record.gpa:#x}, where {asked.size} bytes "
+                    f"at gpa {asked.gpa:#x} had been asked for; it was cut off"
                 )
             if record.outcome not in (Outcome.PRESENT, Outcome.FAILED):
                 raise _BrokenError(
-                    f"{who} sent a DONE with outcome {record.outcome.name}, which no handler may; it was cut off"
+                    f"{process} sent a DONE with outcome {record.outcome.name}, which no handler may; it was cut off"
                 )
             del self._outstanding[record.token]
             self._changed.notify_all()
         failed = record.outcome is Outcome.FAILED
-        request.end(f"{who} says that it cannot bring them: see what it printed" if failed else None)
+        request.end(f"{process} says that it cannot bring them: see what it printed" if failed else None)
 
     def _confirm_death(self, session: Session) -> None:
         """Return once the handler's process has ended. Raises _BrokenError if it lives on for the time-out."""
@@ -335,7 +335,7 @@ class HandlerSource:
     def _find_successor(self, dead: Session) -> Session | None:
         """Return a session with a new handler; None if the machine stops first.
 
-        As long as nobody wants a page there is no hurry. Raises _BrokenError if somebody has waited for the time-out.
+        As long as no thread wants a page there is no hurry. Raises _BrokenError if one has waited for the time-out.
         """
         with self._mutex:
             now = self._clock.now()

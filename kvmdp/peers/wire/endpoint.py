@@ -1,4 +1,4 @@
-"""Where peers meet: a Unix SEQPACKET socket at a path, and who is at the other end of a connection.
+"""Where peers meet: a Unix SEQPACKET socket at a path, and which process is at the other end of a connection.
 
 Only processes of the same user, or root's, are let in (SO_PEERCRED). A peer counts as dead when its pidfd says so, not
 when its connection ends: a process that has closed its socket can still write into memory that it has mapped, and a
@@ -34,7 +34,7 @@ _RETRY_SECONDS = 0.01
 
 
 class EndpointError(KvmdpError):
-    """Nobody can be met at a path, or nobody who may be; the message says why and what to do."""
+    """No process can be met at a path, or none that may be; the message says why and what to do."""
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class Peer:
 
     @classmethod
     def of(cls, connection: socket.socket) -> Self:
-        """Return who is connected.
+        """Return the process that is connected.
 
         Raises EndpointError if it is another user's process, one that has gone, or one that cannot be seen from here.
         """
@@ -127,7 +127,7 @@ class Listener(Closing):
     """Listens at `path`; owns the socket and its file.
 
     A socket file that a dead process has left there is replaced. Raises EndpointError if there is anything else, or
-    somebody listens there already; OSError.
+    a process listens there already; OSError.
     """
 
     def __init__(self, path: str) -> None:
@@ -136,7 +136,7 @@ class Listener(Closing):
         self.path = path
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            before = os.umask(0o077)  # nobody else may connect
+            before = os.umask(0o077)  # no other user may connect
             try:
                 self.socket.bind(path)
             finally:
@@ -175,7 +175,9 @@ def connect(path: str) -> socket.socket:
     try:
         found = Path(path).stat()
     except FileNotFoundError:
-        raise EndpointError(f"there is no socket {path}: start who listens there first") from None
+        raise EndpointError(
+            f"there is no socket {path}: start the process that listens there first"
+        ) from None
     except OSError as error:
         raise EndpointError(f"cannot look at {path}: {error.strerror}") from None
     if not stat.S_ISSOCK(found.st_mode):
@@ -195,11 +197,13 @@ def connect(path: str) -> socket.socket:
     except OSError as error:
         connection.close()
         why = {
-            errno.ECONNREFUSED: "nobody listens there any more",
+            errno.ECONNREFUSED: "no process listens there any more",
             errno.EAGAIN: "too many others wait there already",
             errno.EPROTOTYPE: "it is a socket of another type, not kvmdp's",
         }.get(error.errno or 0, str(error.strerror))
-        raise EndpointError(f"cannot connect to {path}: {why}; start who listens there first") from None
+        raise EndpointError(
+            f"cannot connect to {path}: {why}; start the process that listens there first"
+        ) from None
     return connection
 
 
@@ -228,7 +232,7 @@ def _check_length(path: str) -> None:
 
 
 def remove_dead(path: str) -> None:
-    """Remove a socket file at which nobody listens any more; EndpointError if the path is taken otherwise."""
+    """Remove a socket file at which no process listens any more; EndpointError if the path is taken otherwise."""
     try:
         found = Path(path).lstat()
     except FileNotFoundError:
@@ -248,4 +252,4 @@ def remove_dead(path: str) -> None:
             pass  # that queue is full: so there is a listener
         except OSError as error:
             raise EndpointError(f"{path} is there already ({error.strerror}): name another path") from None
-    raise EndpointError(f"somebody listens at {path} already: name another path, or end that process")
+    raise EndpointError(f"a process listens at {path} already: name another path, or end that process")

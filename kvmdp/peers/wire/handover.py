@@ -15,7 +15,7 @@ fault handler speaks first: `kvmdp.peers.wire.offer`.)
     40      24 n   regions: gpa, bytes, offset in the RAM file; 8 bytes each
 
 and with it three descriptors: the memory file of RAM, sealed against a change of its size; the present bitmap, which
-nobody but the machine can write (bit n of its 64-bit little-endian words is page n, in the order of the regions); the
+only the machine can write (bit n of its 64-bit little-endian words is page n, in the order of the regions); the
 notifier, a SEQPACKET socket that carries `kvmdp.peers.wire.records`. These and the connection are all a peer gets.
 
 What is received is looked at before it is believed: a RAM file that could be cut would end the peer with a SIGBUS, a

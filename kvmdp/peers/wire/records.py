@@ -8,7 +8,7 @@
     16      8      gpa      bytes, a multiple of the page size
     24      8      size     bytes, a multiple of the page size
     32      4      access   of `Access`
-    36      4      origin   of `Origin`: who touched the memory
+    36      4      origin   of `Origin`: what touched the memory
     40      4      number   which vCPU or device it was; 0xFFFFFFFF is unknown
     44      4      outcome  of `Outcome`, in DONE
     48      16     zero

@@ -3,13 +3,13 @@
 A region of which some pages are present and some absent takes a memslot for each of its pieces. When its last page
 comes it is merged, with its neighbours as far as they are full too. When all partial regions together take more kernel
 memory than they may, or more memslots than KVM can spare, the fullest are completed: what they lack is fetched, and
-they are merged. Where not all of RAM may be present at once (`Job.most_at_once`) others would have to go for
-that, and leave pieces: there the emptiest are shut off, which makes one memslot of each, if nobody is at a page of it.
+they are merged. Where not all of RAM may be present at once (`Job.most_at_once`) others would have to go for that, and
+leave pieces: there the emptiest are shut off, which makes one memslot of each, unless a thread is at a page of it.
 
 That is not done where the page becomes present, but by `after_fault`, with no claim held: it stops the vCPUs and may
-fetch. One thread at a time does it, the others go on. It waits for nobody's claim (`complete`, `shut_off`), because
-whoever calls it may hold a pin on which the owner of a claim waits. An interruption is let in while it fetches, and
-else put off: it could come between the memslots that are deleted and the one that replaces them.
+fetch. One thread at a time does it, the others go on. It waits for no claim (`complete`, `shut_off`): its caller may
+hold a pin on which the owner of a claim waits. An interruption is let in while it fetches, and else put off: it could
+come between the memslots that are deleted and the one that replaces them.
 
 Units: RAM pages; memory in bytes.
 """
@@ -58,7 +58,7 @@ class PartialRegions(Job):
     def changed(self, first: int, count: int) -> None:
         """Take note that the memslots of these pages are others now, or may be."""
         for region in range(first // REGION, (first + count - 1) // REGION + 1):
-            # Pages whose trap is still being told count as there too: who tells it comes here afterwards.
+            # Pages whose trap is still being told count as there too: the thread that tells it comes here later.
             if self._recount(region):
                 with self._mutex:
                     self._full.add(region)

@@ -9,14 +9,14 @@ the two, until it execs: so a thread makes them whose descriptors no fork copies
 Memslots are changed only while no vCPU is in KVM_RUN, whatever the change:
 - Closed to open is a delete and a create. A vCPU that looks between the two finds no slot, and KVM hands its access to
   the emulator. That looks for the memslot again, finds the new one, and retires the instruction with no exit at all;
-  where it takes the instruction for another one (`lzcnt` for `bsr`), the result is wrong and nobody is told.
+  where it takes the instruction for another one (`lzcnt` for `bsr`), the result is wrong and nothing tells of it.
 - Present pages, to a slot of another size: the emulator looks for the memslot more than once within one instruction,
   and a LOCK-prefixed one would lose another vCPU's update.
 - Into closed: the slot is live between its binding and the close, as above.
 
 Changes come from several threads. What spans the ioctls of one is a claim on its blocks (`RamSlots.claim`), not a
-mutex: the mutex guards the map and the list of claims, for a few statements. Who holds a claim takes no second one and
-waits for nothing but the kernel and the vCPUs' way out of KVM_RUN, where nobody waits for a claim.
+mutex: the mutex guards the map and the list of claims, for a few statements. The owner of a claim takes no second one
+and waits for nothing but the kernel and the vCPUs' way out of KVM_RUN, where no thread waits for a claim.
 
 Measured on Linux 6.18: a slot is kernel memory of 8.5 to 26 KB.
 
@@ -59,7 +59,8 @@ Quiesced = Callable[[], AbstractContextManager[None]]
 def least_granule(layout: GuestLayout, page_size: int = PAGE_SIZE) -> int:
     """Return the smallest power-of-two granule, in bytes, that cuts RAM into at most 16,384 memslots.
 
-    4 KiB in any case where the host has RAM in larger pages (`page_size`): who takes those wants faults that are not.
+    4 KiB in any case where the host has RAM in larger pages (`page_size`): a caller that takes those wants faults that
+    are not.
     """
     granule = PAGE_SIZE
     if page_size > PAGE_SIZE:
@@ -101,9 +102,9 @@ class RamSlots:
     """The memslots that put RAM into the VM's guest-physical space.
 
     `granule` is bytes; `count` is how many there are now, `spare` how many KVM has beyond those that close absent
-    memory. Whoever changes blocks has claimed them, but for `map_plain` and `unmap`, which are for a time when nobody
-    else is active. Where RAM is in a guest_memfd the open ones are bound to it: KVM then maps by that, and only its own
-    accesses use the guest view.
+    memory. A thread that changes blocks has claimed them, but for `map_plain` and `unmap`, which are for a time when no
+    other is active. Where RAM is in a guest_memfd the open ones are bound to it: KVM then maps by that, and only its
+    own accesses use the guest view.
     """
 
     def __init__(self, vm: Vm, layout: GuestLayout, backing: Backing, granule: int) -> None:

@@ -22,7 +22,7 @@ from kvmdp.page import PAGE_SIZE
 from kvmdp.shortage import of_errno
 
 _DEVICE = "/dev/userfaultfd"
-# How often a page is put back that goes from the memory file before it is mapped. Whoever punches holes has to meet
+# How often a page is put back that goes from the memory file before it is mapped. A peer that punches holes has to meet
 # the moment between the two each time; this often in a row is no accident, and no machine could run.
 _MAX_HOLES = 10_000
 # How long a call may be told to try again, and how long it does so without a pause. That lasts until a reader has read
@@ -145,12 +145,12 @@ class Uffd:
         libc.ioctl(self.fd, abi.UFFDIO_REGISTER, request, f"UFFDIO_REGISTER of {length} bytes")
 
     def unregister(self, hva: int, length: int) -> None:
-        """Unregister a range, and wake whoever sleeps on it."""
+        """Unregister a range, and wake the threads that sleep on it."""
         request = abi.uffdio_range(hva, length)
         libc.ioctl(self.fd, abi.UFFDIO_UNREGISTER, request, f"UFFDIO_UNREGISTER of {length} bytes")
 
     def wake(self, hva: int, length: int) -> None:
-        """Wake whoever sleeps on a range: the access is tried again."""
+        """Wake the threads that sleep on a range: the access is tried again."""
         request = abi.uffdio_range(hva, length)
         libc.ioctl(self.fd, abi.UFFDIO_WAKE, request, "UFFDIO_WAKE")
 
@@ -237,7 +237,7 @@ class Uffd:
         """Return how many bytes a failed ranged call got past, and whether a page was there already.
 
         Positive: it stopped in the middle. 0, of EAGAIN with none done: the address space was changing, try again.
-        EEXIST: a page is there already. The page behind is somebody else's doing, which is no error.
+        EEXIST: a page is there already. Another thread has put it there, which is no error.
         """
         if result > 0:
             return result, False
@@ -245,7 +245,7 @@ class Uffd:
         if number == errno.EAGAIN:
             return 0, False
         if number == errno.EEXIST:
-            # Whoever sleeps on the page was meant to be woken by the call that found it there.
+            # A thread that sleeps on the page was meant to be woken by the call that found it there.
             self.wake(hva, self._page_size)
             return self._page_size, True
         if number == errno.ENOMEM and call == "UFFDIO_COPY" and self._page_size > PAGE_SIZE:

@@ -5,13 +5,13 @@ the same pager as all others (`Origin.DEVICE`), and maps the page. User-mode fau
 with none, a system call that is given an address of this view fails with EFAULT on an absent page.
 
 Pages are mapped here when they are touched, not when they are admitted to the guest: a page that only vCPUs use costs
-nothing here. Whoever maps holds a pin, and a pin is only to be had while the page is present and unclaimed. So what is
+nothing here. A thread that maps holds a pin, and gets one only while the page is present and unclaimed. So what is
 mapped has the source's bytes, and a revocation, which drains the pins first and then drops the page, leaves it
 unmapped. A device that stores meanwhile faults after the drop, and what it stored before is in the memory file.
 
 No wait in a circle: a vCPU never sleeps in userfaultfd, for neither memslots nor KVM's own accesses use this view.
 So a memslot change, which waits for vCPUs that are inside KVM (`kvm->srcu`), never waits for a reader; and a reader
-never waits for somebody else's, because a fault on a claimed page is parked until the claim's end.
+never waits for another's claim, because a fault on a claimed page is parked until the claim's end.
 
 Units: RAM pages, unless a name says bytes.
 """
@@ -125,7 +125,7 @@ class DeviceView:
         return self._ended
 
     def end(self) -> bool:
-        """Let accesses go on in private memory, to an end that raises; who sleeps has to be woken after this.
+        """Let accesses go on in private memory, to an end that raises; wake the sleepers after this.
 
         Returns False, and does nothing, if it has been called before.
         """
@@ -138,7 +138,7 @@ class DeviceView:
         return True
 
     def close(self) -> None:
-        """Wait until nobody is in an access any more, and unmap; only after `end`."""
+        """Wait until no thread is in an access any more, and unmap; only after `end`."""
         with self._mutex:
             self._changed.wait_for(lambda: not self._users)
         self._view.close()
@@ -174,7 +174,7 @@ class DeviceFaults(UffdView):
         self._view.drop(first * PAGE_SIZE, count * PAGE_SIZE)
 
     def release(self) -> None:
-        """End the view and wake whoever sleeps on it; a second call waits until the first has done so.
+        """End the view and wake the threads that sleep on it; a second call waits until the first has done so.
 
         Not by unregistering: an access woken so would find the hole of an absent page in the memory file and fill it
         with zeros, or store into a page that is being fetched. Not by markers: their SIGBUS would kill this process.
@@ -206,7 +206,7 @@ class DeviceFaults(UffdView):
             PageFault(page, Origin.DEVICE, _UNKNOWN), Waiter(lambda: uffd.wake(hva, PAGE_SIZE))
         )
         if outcome not in (Outcome.PRESENT, Outcome.ADMITTED):
-            return  # parked, or not to be had: then it sleeps until the machine stops
+            return  # parked, or never to come: then it sleeps until the machine stops
         if not self._pager.hold(page):
             uffd.wake(hva, PAGE_SIZE)  # claimed since: it faults again, and finds the claim
             return

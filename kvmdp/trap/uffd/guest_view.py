@@ -5,13 +5,14 @@ MINOR: with MISSING alone the kernel could map the page cache's page behind our 
 view, and shared memory registered MISSING alone must have no page in the page cache that is not present: both are
 filled in a staging area, from where UFFDIO_COPY moves pages into place.
 
-There the guest view is where the bytes are, and whoever discards some of it (a balloon, by MADV_DONTNEED) takes them
-from present pages. The kernel tells a reader first (UFFD_EVENT_REMOVE) and goes on when that is read, so that what it
-is told of may be there for a moment still. From the event on the pages are ZERO, or their claim has a note of it. Who
-makes one present in that very moment finds it there, and it goes all the same: then a present page has nothing mapped,
-and reads as zeros, which is what was asked for. Its next access comes to a reader, or fails KVM_RUN (EFAULT), and has
-zeros mapped (`reassert`). Only an access of this process itself must not meet it, which would sleep in user space: so
-no device of this process may be at pages at the moment when somebody discards them without asking the pager.
+There the guest view is where the bytes are, and a caller that discards some of it (a balloon, by MADV_DONTNEED) takes
+them from present pages. The kernel tells a reader first (UFFD_EVENT_REMOVE) and goes on when that is read, so that what
+it is told of may be there for a moment still. From the event on the pages are ZERO, or their claim has a note of it. A
+thread that makes one present in that very moment finds it there, and it goes all the same: then a present page has
+nothing mapped, and reads as zeros, which is what was asked for. Its next access comes to a reader, or fails KVM_RUN
+(EFAULT), and has zeros mapped (`reassert`). Only an access of this process itself must not meet it, which would sleep
+in user space: so no device of this process may be at pages at the moment when a caller discards them without asking the
+pager.
 
 Units: RAM pages, unless a name says bytes.
 """
@@ -207,12 +208,12 @@ class UffdTrap(UffdView, TrapKind):
     def collapse(self, first: int, count: int) -> bool:
         """Put the pages of whole regions together into huge ones; see `kvmdp.trap.collapse`.
 
-        Plain memory from then on: who discards pages of it behind the pager's back is not noticed.
+        Plain memory from then on: a discard of its pages behind the pager's back is not noticed.
         """
         return self._regions.collapse(first, count)
 
     def admit(self, first: int, count: int) -> None:
-        """Map pages whose content is in place, over nothing or over markers, and wake who sleeps on them."""
+        """Map pages whose content is in place, over nothing or over markers, and wake the vCPUs that sleep on them."""
         for start, number, uffd in self._pieces(first, count):
             length = number * PAGE_SIZE
             if self._staging is None:
@@ -263,7 +264,7 @@ class UffdTrap(UffdView, TrapKind):
             self._own_drops[self._hva(first), self._hva(first + count)] += 1
 
     def _removed(self, start: int, end: int) -> None:
-        """Take note that somebody discards a range of the guest view (a balloon): it reads as zeros from now on."""
+        """Take note that a balloon, say, discards a range of the guest view: it reads as zeros from now on."""
         assert self._pager is not None
         with self._mutex:
             announced = self._own_drops.get((start, end), 0)

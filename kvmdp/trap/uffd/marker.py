@@ -60,7 +60,7 @@ class MarkerTrap(UffdTrap):
         """Put markers back over present pages, whose bytes stay in the memory file or move to the staging area.
 
         Shared memory, while vCPUs run: the drop takes the page from the guest, and from then on a vCPU's write
-        faults. Until the marker is there such a fault is a MINOR one, which nobody answers (the reader finds
+        faults. Until the marker is there such a fault is a MINOR one, which gets no answer (the reader finds
         the page not present), and the marker wakes it into its SIGBUS. Should the page come back between the
         two calls, the marker finds it mapped and both are made again. So when this returns no vCPU can have
         written after the drop that counted. Where the fault could not sleep no vCPU runs (`needs_quiesce`).
@@ -92,7 +92,7 @@ class MarkerTrap(UffdTrap):
         return dataclasses.replace(super().picture(), markers=self.granule == PAGE_SIZE)
 
     def release_sleepers(self) -> None:
-        """Do nothing: an access to an absent page is an exit, nobody sleeps."""
+        """Do nothing: an access to an absent page is an exit, no vCPU sleeps."""
 
     def hold_sleepers(self, absent: Iterable[tuple[int, int]]) -> None:
         """Do nothing, as `release_sleepers`."""

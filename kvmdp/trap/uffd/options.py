@@ -21,6 +21,11 @@ class UffdOptions:
     shards: int = 1
     mode: UffdMode | None = None
 
+    @property
+    def has_readers(self) -> bool:
+        """Whether more than the one thread that there always is is asked for."""
+        return self.readers > 1 or self.shards > 1
+
 
 def parse_mode(text: str) -> UffdMode:
     """Return the mode that `text` names, in either case. Raises ValueError."""

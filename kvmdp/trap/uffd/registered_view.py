@@ -41,8 +41,8 @@ class UffdView(ABC):
     """A mapping of all of RAM whose faults on absent pages go to userfaultfd.
 
     `vmm` is the VMM view, `page_size` the bytes that can be mapped at the least: what is admitted, dropped or woken is
-    whole units of that. `shards` descriptors share RAM out evenly; each has `readers` threads. Who derives from it
-    says what an event means. `features` are of `UFFD_FEATURE_*`, `mode` is of `UFFDIO_REGISTER_MODE_*`.
+    whole units of that. `shards` descriptors share RAM out evenly; each has `readers` threads. A class derived
+    from it says what an event means. `features` are of `UFFD_FEATURE_*`, `mode` is of `UFFDIO_REGISTER_MODE_*`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class UffdView(ABC):
             uffd.register(self._hva(first), count * PAGE_SIZE, self._mode)
 
     def unregister(self) -> None:
-        """Make the view plain memory, which wakes whoever sleeps on it."""
+        """Make the view plain memory, which wakes the threads that sleep on it."""
         for first, count, uffd in self._pieces(0, self._pages):
             uffd.unregister(self._hva(first), count * PAGE_SIZE)
 
@@ -136,7 +136,7 @@ class UffdView(ABC):
 
         A peer that was handed the file can punch holes into it at any time, as it can write zeros. It must not be able
         to stop the machine with that. A load through the VMM view, which never traps, is enough; a store could undo
-        somebody else's. A huge page that went back to its pool may not be there any more: that is a ShortageError.
+        another thread's. A huge page that went back to its pool may not be there any more: that is a ShortageError.
         """
         offset = hva - self._view.hva
         if self._unit_bytes > PAGE_SIZE:
@@ -242,8 +242,8 @@ class UffdView(ABC):
     def _make_way(self) -> None:
         """Let a discard go on that the kernel wants finished before it maps anything (EAGAIN).
 
-        Whoever discards sleeps until its event has been read. If the thread that is told to try again is the reader
-        that has to read it, trying again is not enough.
+        A thread that discards sleeps until its event has been read. If the thread that is told to try again is the
+        reader that has to read it, trying again is not enough.
         """
         take = getattr(self._this_thread, "take", None)
         if take is None:
@@ -286,7 +286,7 @@ class UffdView(ABC):
             uffd.close()
 
     def close(self) -> None:
-        """Stop the readers and close the descriptors; the mapping belongs to whoever made it."""
+        """Stop the readers and close the descriptors; the mapping stays its maker's."""
         self._stop_readers()
         self._close_descriptors()
 

@@ -31,7 +31,7 @@ class Staging:
                 raise
 
     def save(self, offset: int, length: int) -> None:
-        """Copy pages of RAM that are present, or were discarded just now, into which nobody stores meanwhile.
+        """Copy pages of RAM that are present, or were discarded just now, into which no thread stores meanwhile.
 
         What has been discarded is not there, and is left as zeros. A load from it would sleep in userfaultfd until the
         claim on it has ended. A read of private memory by way of a file does not: it fails (EIO), as on a marker.

@@ -1,4 +1,4 @@
-"""The `userfaultfd` mode: absent pages are holes in the guest view, and whoever touches one sleeps in the kernel.
+"""The `userfaultfd` mode: absent pages are holes in the guest view; a vCPU that touches one sleeps in the kernel.
 
 The baseline that the other traps are compared with. There is no exit of KVM_RUN: reader threads take the faults
 from the descriptor, resolve them through the same pager, and the page's arrival wakes the sleeper. One descriptor
@@ -6,12 +6,12 @@ for all of RAM with any number of readers, or one a vCPU (`shards`).
 
 Shared memory can be registered for MISSING faults alone, as the kernel's demand_paging_test does: then an absent page
 is a hole of the memory file, for a page that the page cache holds does not trap. So marking it non-present moves its
-bytes to the staging area and punches the hole, with every vCPU out of KVM_RUN, and whoever discards shared memory in
-this mode must do it by MADV_REMOVE: MADV_DONTNEED takes nothing out of the file.
+bytes to the staging area and punches the hole, with every vCPU out of KVM_RUN, and a caller that discards shared memory
+in this mode must do it by MADV_REMOVE: MADV_DONTNEED takes nothing out of the file.
 
 Needs a userfaultfd that takes the kernel's own faults, since it is KVM that faults: a privilege.
 
-A reader never waits for a claim: a fault on a page that somebody else is at is parked until the claim ends, and is
+A reader never waits for a claim: a fault on a page that another thread is at is parked until the claim ends, and is
 then woken to fault again if it still has to. Why no wake-up is lost: a sleeper checks the page table after it has
 queued itself and before it sleeps; so it either sees the page, or is in the queue when UFFDIO_CONTINUE, UFFDIO_COPY
 or UFFDIO_WAKE empties it, or its event is still to be read.
@@ -98,7 +98,7 @@ class UserfaultfdTrap(UffdTrap):
         if supported_features() & abi.UFFD_FEATURE_POISON:
             self.poison_absent()
         else:
-            # Sleepers go on with pages of zeros, until they leave KVM_RUN; nobody looks at what comes of it.
+            # Sleepers go on with pages of zeros, until they leave KVM_RUN; what comes of it is not looked at.
             self.unregister()
 
     def hold_sleepers(self, absent: Iterable[tuple[int, int]]) -> None:
@@ -119,10 +119,10 @@ class UserfaultfdTrap(UffdTrap):
                 self._unmap(first, count)
 
     def _release_sleeper(self, page: int) -> None:
-        """Let go of who sleeps on a page that is not to be had any more, for the machine is stopping.
+        """Let go of the vCPU that sleeps on a page that does not come any more, for the machine is stopping.
 
-        A revocation that was under way takes its marker from a page after `release_sleepers` has been there. Who
-        faults then finds the machine cancelled, and nobody else will wake it.
+        A revocation that was under way takes its marker from a page after `release_sleepers` has been there. A
+        fault after that finds the machine cancelled, and no other thread will wake its sleeper.
         """
         uffd, hva = self._uffd_of(page), self._hva(page)
         if supported_features() & abi.UFFD_FEATURE_POISON:
@@ -155,11 +155,11 @@ class UserfaultfdTrap(UffdTrap):
             self._release_sleeper(page)
         elif outcome is Outcome.POISONED:
             self._poison(page)
-        # Else parked, or never to be resolved: the source has failed, and whoever sleeps is let go of at the stop.
+        # Else parked, or never to be resolved: the source has failed, and the sleeper is let go of at the stop.
         return outcome is Outcome.ADMITTED
 
     def _poison(self, page: int) -> None:
-        """Have who sleeps on a poisoned page leave KVM_RUN with a SIGBUS: only its own thread can inject.
+        """Have a vCPU that sleeps on a poisoned page leave KVM_RUN with a SIGBUS: only its own thread can inject.
 
         If the page has been healed since, and mapped, it stays so, and the sleeper is woken. So it has been if the
         page's region has been collapsed since.
