@@ -8,7 +8,9 @@ error here.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+from kvmdp.interruption import Uninterrupted
 from kvmdp.shortage import of_errno
 
 REMEDY = "name a folder with room for them in TMPDIR"
@@ -17,6 +19,14 @@ REMEDY = "name a folder with room for them in TMPDIR"
 def temporary_folder() -> str:
     """Return the folder of temporary files."""
     return os.environ.get("TMPDIR") or "/tmp"
+
+
+def check_takes_files(folder: str | Path) -> None:
+    """Raise OSError if no file can be made in `folder`: what it permits says nothing of /proc, or of a full disk."""
+    import tempfile  # here, as below
+
+    with Uninterrupted(), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def unnamed_file(what: str, folder: str | None = None) -> int:

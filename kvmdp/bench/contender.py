@@ -31,28 +31,47 @@ _READERS = re.compile(r"userfaultfd-r([1-9][0-9]?)")
 DEFAULT = (PRESENT, "marker", "memory-fault", "mmio", "userfaultfd", "userfaultfd-r2", SHARDED)
 
 
-def _bare(value: str) -> bool:
-    """Return True for a key that stands alone."""
-    if value:
-        raise ValueError("it has no value")
-    return True
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+
+
+def _number(value: str) -> int:
+    """Return the whole number that `value` is. Raises ValueError."""
+    if _INTEGER.fullmatch(value) is None:
+        raise ValueError(f"{value!r} is not a whole number: give one, such as 2")
+    return int(value)
 
 
 # What a contender may do otherwise: key -> (field of Work, how its value is read)
 _OVERRIDES: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "vcpus": ("vcpus", int),
+    "vcpus": ("vcpus", _number),
     "bytes": ("bytes_per_vcpu", parse_size),
-    "ring": ("ring", int),
+    "ring": ("ring", _number),
     "order": ("order", str),
-    "touches": ("touches", int),
+    "touches": ("touches", _number),
     "backing": ("backing", str),
     "granule": ("granule", parse_size),
-    "fault-around": ("fault_around", int),
+    "fault-around": ("fault_around", _number),
     "latency": ("latency", parse_latency),
     "bandwidth": ("bandwidth", parse_bandwidth),
     "uffd-mode": ("uffd_mode", parse_mode),
-    "device": ("device_pages", int),
-    DEVICE_VIEW: ("device_view", _bare),
+    "device": ("device_pages", _number),
+    DEVICE_VIEW: ("device_view", bool),
+}
+
+
+_EXAMPLES = {
+    "vcpus": "vcpus=2",
+    "bytes": "bytes=16M",
+    "ring": "ring=3",
+    "order": "order=random",
+    "touches": "touches=1000",
+    "backing": "backing=memfd",
+    "granule": "granule=64K",
+    "fault-around": "fault-around=16",
+    "latency": "latency=30us",
+    "bandwidth": "bandwidth=10Gbit",
+    "uffd-mode": "uffd-mode=missing",
+    "device": "device=1000",
 }
 
 
@@ -87,14 +106,20 @@ def contender(text: str, work: Work) -> Contender:
     """
     name, _, overrides = text.partition(":")
     for override in filter(None, overrides.split(",")):
-        key, _, value = override.partition("=")
+        key, equals, value = override.partition("=")
         if key not in _OVERRIDES:
             raise ValueError(f"{text!r}: a contender has no {key!r}; there are {', '.join(_OVERRIDES)}")
         field, read = _OVERRIDES[key]
+        if read is bool:
+            if equals:
+                raise ValueError(f"{text!r}: {key} takes no value: leave {equals}{value} out")
+            value = key
+        elif not value:
+            raise ValueError(f"{text!r}: {key} has no value: give it one, as {_EXAMPLES[key]}")
         try:
             work = replace(work, **{field: read(value)})
         except ValueError as error:
-            raise ValueError(f"{text!r}: {key} cannot be {value!r} ({error})") from None
+            raise ValueError(f"{text!r}: {key}: {error}") from None
     found = _named(name, text, work)
     _check(found)
     return found

@@ -25,7 +25,7 @@ from kvmdp.machine.boot import vector_flags
 from kvmdp.machine.hostinfo import page_table_memory, proportional_memory, vmalloc_used
 from kvmdp.machine.machine import Machine
 from kvmdp.machine.options import MachineOptions
-from kvmdp.machine.workloads import WORKLOADS, Workload, WorkloadOptions, make_workload
+from kvmdp.machine.workloads import WORKLOADS, Workload, WorkloadOptions, check_ring, make_workload
 from kvmdp.memory.backings import backing_class, check_backing_options
 from kvmdp.memory.layout import GuestLayout
 from kvmdp.page import PAGE_SIZE, Outcome
@@ -151,7 +151,8 @@ def source_of(work: Work) -> tuple[PageSource, NetworkSource | None]:
 
 
 def plan(work: Work) -> Workload:
-    """Return the workload. Raises ValueError if it cannot be done."""
+    """Return the workload. Raises ValueError if it cannot be done, UnsupportedError if this host cannot do it."""
+    check_ring(work.workload, work.ring)
     with Kvm() as kvm:
         vector = vector_flags(kvm)
     options = WorkloadOptions(

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kvmdp.bench.contender import SHARDED
 from kvmdp.bench.report.folder import ReportError, check_folder
 from kvmdp.bench.report.table import claim_lines, table
 from kvmdp.bench.survey import Plan, Step, Survey, default_names
@@ -30,6 +31,7 @@ from kvmdp.cli.paths import check_distinct, fills, writes
 from kvmdp.cli.report import write_folder
 from kvmdp.cli.result_files import ResultFiles
 from kvmdp.cli.streams import terminal_columns
+from kvmdp.memory.backings import BACKINGS
 from kvmdp.size import format_size, parse_size
 from kvmdp.source.network import parse_bandwidth, parse_latency
 
@@ -67,7 +69,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "contenders",
         nargs="*",
         metavar="CONTENDER",
-        help="what to compare (default: present, the three exit traps, userfaultfd in several forms)",
+        help=f"what to compare (default: {', '.join(default_names((1,)))}; with several vCPUs also userfaultfd with as "
+        f"many readers, and {SHARDED})",
     )
     add("-v", "--vcpus", metavar="LIST", help=f"numbers of vCPUs (default: {_USUAL['vcpus']})")
     add(
@@ -82,7 +85,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SIZE",
         help=f"RAM a vCPU, less where a latency is long (default: {_USUAL['bytes']})",
     )
-    add("-s", "--backing", default="shmem", metavar="KIND", help="RAM, shmem or anonymous (default: shmem)")
+    add(
+        "-s",
+        "--backing",
+        default="shmem",
+        metavar="KIND",
+        help=f"RAM: shmem (memfd) or {', '.join(BACKINGS)} (default: shmem)",
+    )
     add("--rounds", type=int, metavar="N", help=f"measured rounds (default: {_USUAL['rounds']})")
     add("--warm-up", type=int, default=1, metavar="N", help="rounds not measured before them (default: 1)")
     add(
@@ -204,7 +213,10 @@ def _check_room(folder: str, size: int) -> None:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             needed = format_size(-(-size >> 20) << 20)
-            reason = f"{os.strerror(error.errno)} for the results, which may take {needed}"
+            reason = (
+                f"{os.strerror(error.errno)} for the results, which may take {needed}: free some, "
+                "or name another place for them"
+            )
             raise OSError(error.errno, reason, folder) from None
 
 

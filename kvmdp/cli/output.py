@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from kvmdp.errors import KvmdpError
+from kvmdp.temporary import check_takes_files
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -53,6 +54,13 @@ def _check_target(option: str, target: str, wanted: str) -> None:
         raise UsageError(f"{option} {target}: there is no directory {folder}")
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{option} {target}: no permission to write in {folder}")
+    try:
+        check_takes_files(folder)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UsageError(
+            f"{option} {target}: no file can be made in {folder} ({reason}); name another place"
+        ) from None
 
 
 def is_stream(path: Path) -> bool:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from kvmdp.cli.output import EXIT_LACKING, EXIT_OK, check_json_target
 from kvmdp.cli.paths import check_distinct, writes
 from kvmdp.cli.result_files import ResultFiles
 from kvmdp.kvm import Kvm, KvmError
-from kvmdp.lab.probe import ACCESSES, Status, capabilities, proofs, userfaultfd_facts, works
+from kvmdp.lab.probe import ACCESSES, NO_HUGE_PAGE, capabilities, proofs, userfaultfd_facts, works
 from kvmdp.machine.hostinfo import host_facts, huge_page_pools
 from kvmdp.memory.backings import BACKINGS
+from kvmdp.memory.hugepages import how_to_reserve
 from kvmdp.size import format_size
 from kvmdp.trap.registry import TRAPS
 
 SCHEMA = "kvmdp.probe/1"
-# A cell of the table; "refused" is a trap that is not made for such memory.
-_CELLS: dict[Status, str] = {"exact": "exact", "failed": "NO", "not run": "not run", "refused": "-"}
+_REFUSED, _UNTESTED = (
+    "-",
+    "untested",
+)  # cells of the table; the first is a trap that is not made for such memory
+_BACKING = "memfd"  # of a run that names none
+_UFFD = "userfaultfd for kernel faults"
+_DEFAULT_MEMORY = 64 << 20  # RAM of a run that names no size: huge pages for it are enough for a proof, too
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,6 +61,7 @@ def probe_document() -> dict[str, Any]:
         found = {trap: {backing: proofs(trap, backing) for backing in BACKINGS} for trap in TRAPS}
     except KvmError as error:
         document["error"] = str(error)
+        document["verdict"] = f"no trap works here: {error}"
         document["missing"] = [{"what": "/dev/kvm", "why": error.call, "remedy": error.remedy}]
         return document
     document["traps"] = {
@@ -81,55 +87,155 @@ def probe_document() -> dict[str, Any]:
     document["ok"] = bool(document["working"])
     document["userfaultfd"] = userfaultfd_facts()
     document["hugepages"] = [{"size_bytes": size, **counts} for size, counts in huge_page_pools().items()]
+    document["verdict"] = _verdict(document["working"])
     document["missing"] = _missing(document)
     return document
 
 
+def _verdict(working: list[str]) -> str:
+    """Return in a line what to use on this host; `working` are the exit-style traps that are proven."""
+    others = [trap for trap in TRAPS if trap not in working and any(works(trap, name) for name in BACKINGS)]
+    count = f"{len(working) + len(others)} of {len(TRAPS)} traps work here"
+    if not working:
+        return f"use none: {count}" if not others else f"use {others[0]}, which has no exits: {count}"
+    best = next((trap for trap in working if works(trap, _BACKING)), None)
+    if best is None:
+        backing = next(name for name in BACKINGS if works(working[0], name))
+        return f"use {working[0]} on {backing}: {count}"
+    return f"use {best}: {count}"
+
+
 def _missing(document: dict[str, Any]) -> list[dict[str, str]]:
-    """Return what this host lacks, each with why it is lacking and the command that mends it."""
-    failed: dict[str, dict[str, list[str]]] = {}
-    not_run: dict[str, str] = {}
-    for trap, backings in document["traps"].items():
-        for backing, accesses in backings.items():
-            errors = {access["error"] for access in accesses.values() if access["status"] == "failed"}
-            if errors:
-                failed.setdefault("; ".join(sorted(errors)), {}).setdefault(trap, []).append(backing)
-            if all(access["status"] == "not run" for access in accesses.values()):
-                not_run[backing] = next(access["error"] for access in accesses.values())
-    missing = [
-        {
-            "what": "; ".join(f"trap {trap} on {', '.join(backings)}" for trap, backings in traps.items()),
-            "why": why,
-            "remedy": "",
-        }
-        for why, traps in failed.items()
-    ]
-    for backing, why in not_run.items():
-        reason, _, remedy = why.partition(": ")
-        missing.append({"what": f"a proof on {backing}", "why": reason, "remedy": remedy})
+    """Return what this host lacks, each with why it is lacking and the command that mends it; no command twice."""
+    failed = _failed(document["traps"])
     uffd = document["userfaultfd"]
+    missing = []
     if not uffd["kernel_faults"]:
-        missing.append(
-            {"what": "userfaultfd for kernel faults", "why": uffd["error"], "remedy": uffd["remedy"]}
-        )
+        traps = failed.pop(f"{uffd['error']}: {uffd['remedy']}", [])
+        missing.append(_lack([*traps, _UFFD], uffd["error"], uffd["remedy"]))
+    missing += [_lack(traps, why, "") for why, traps in failed.items()]
+    not_run = _not_run(document["traps"])
     for pool in document["hugepages"]:
-        if not pool["total"]:
-            size = format_size(pool["size_bytes"])
-            kib = pool["size_bytes"] // 1024
-            prefix = "" if os.geteuid() == 0 else "sudo "
-            path = f"/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"
-            missing.append(
-                {
-                    "what": f"{size} huge pages",
-                    "why": "none are reserved",
-                    "remedy": f"echo N | {prefix}tee {path}",
-                }
-            )
+        size = pool["size_bytes"]
+        untested = [
+            name
+            for name, why in not_run.items()
+            if why.startswith(NO_HUGE_PAGE) and BACKINGS[name].page_size == size
+        ]
+        if pool["total"] and not untested:
+            continue
+        for name in untested:
+            del not_run[name]
+        what = f"{format_size(size)} huge pages"
+        if untested:
+            what += f", for a proof on {' and '.join(untested)}"
+        why = "none is free" if pool["total"] else "none are reserved"
+        count = max(_DEFAULT_MEMORY // size, 1)
+        enough = (
+            f"{count} more {'is' if count == 1 else 'are'} enough for a run on {format_size(count * size)}"
+        )
+        missing.append(_lack([what], f"{why}; {enough} (needs root)", how_to_reserve(size, count)))
+    for name, why in not_run.items():
+        reason, _, remedy = why.partition(": ")
+        missing.append(_lack([f"a proof on {name}"], reason, remedy))
     return missing
 
 
+def _lack(what: list[str], why: str, remedy: str) -> dict[str, str]:
+    return {"what": "; ".join(what), "why": why, "remedy": remedy}
+
+
+def _failed(traps: dict[str, Any]) -> dict[str, list[str]]:
+    """Return which traps have failed, in words, by the reason."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for trap, backings in traps.items():
+        for backing, accesses in backings.items():
+            errors: dict[str, list[str]] = {}
+            for access, proof in accesses.items():
+                if proof["status"] == "failed":
+                    errors.setdefault(proof["error"], []).append(access)
+            for error, which in errors.items():
+                some = "" if len(which) == len(accesses) else f" ({', '.join(which)})"
+                found.setdefault(error, {}).setdefault(trap, []).append(backing + some)
+    return {
+        why: [f"trap {trap} on {', '.join(backings)}" for trap, backings in each.items()]
+        for why, each in found.items()
+    }
+
+
+def _not_run(traps: dict[str, Any]) -> dict[str, str]:
+    """Return the backings on which some trap was not tried at all, with the reason."""
+    found: dict[str, str] = {}
+    for backings in traps.values():
+        for backing, accesses in backings.items():
+            proofs_of = list(accesses.values())
+            if all(proof["status"] == "not run" for proof in proofs_of):
+                found.setdefault(backing, proofs_of[0]["error"])
+    return found
+
+
 def print_document(document: dict[str, Any]) -> None:
-    """Print the result for people."""
+    """Print the result for people: what to use, what works, what is missing, and last what the host is."""
+    print(document["verdict"])
+    if "error" not in document:
+        _print_table(document["traps"])
+        _print_missing(document["missing"])
+    print()
+    _print_host(document)
+
+
+def _print_table(traps: dict[str, Any]) -> None:
+    """Print a row a backing on which something was tried, and a column a trap."""
+    backings = list(next(iter(traps.values())))
+    rows = {backing: {trap: _cell(traps[trap][backing]) for trap in traps} for backing in backings}
+    shown = {
+        backing: cells for backing, cells in rows.items() if not set(cells.values()) <= {_REFUSED, _UNTESTED}
+    }
+    print(f"\n{'backing':<20}{''.join(f'{trap:<14}' for trap in traps)}".rstrip())
+    for backing, cells in shown.items():
+        print(f"{backing:<20}{''.join(f'{cell:<14}' for cell in cells.values())}".rstrip())
+    *accesses, last = ACCESSES
+    kinds = f"{', '.join(accesses)} and {last}"
+    print(f"exact: every {kinds} access to absent memory trapped and got the source's bytes.")
+    for why in _left_out(traps):
+        print(f"exact, N of {len(ACCESSES)}: the other accesses were left out, for {why}.")
+    print("`-` marks an unsupported combination; below the table, probe says what each untested one lacks.")
+
+
+def _left_out(traps: dict[str, Any]) -> list[str]:
+    """Return why some accesses were not tried where others were."""
+    return sorted(
+        {
+            proof["error"]
+            for backings in traps.values()
+            for accesses in backings.values()
+            for proof in accesses.values()
+            if proof["status"] == "not run" and _cell(accesses).startswith("exact")
+        }
+    )
+
+
+def _cell(accesses: dict[str, Any]) -> str:
+    """Return in a word what came of a trap on a backing; "NO" if any access came out wrong."""
+    statuses = [proof["status"] for proof in accesses.values()]
+    if set(statuses) == {"refused"}:
+        return _REFUSED
+    if set(statuses) == {"not run"}:
+        return _UNTESTED
+    if "failed" in statuses:
+        return "NO"
+    return "exact" if set(statuses) == {"exact"} else f"exact, {statuses.count('exact')} of {len(statuses)}"
+
+
+def _print_missing(missing: list[dict[str, str]]) -> None:
+    if missing:
+        print("\nmissing")
+    for lack in missing:
+        remedy = f"\n    {lack['remedy']}" if lack["remedy"] else ""
+        print(f"  {lack['what']}: {lack['why']}{remedy}")
+
+
+def _print_host(document: dict[str, Any]) -> None:
     host = document["host"]
     paging = "nested paging" if host["nested_paging"] else "shadow paging"
     print(f"host        {host['cpu']}, {host['cpus']} CPUs, {format_size(host['memory_bytes'] >> 20 << 20)}")
@@ -137,7 +243,6 @@ def print_document(document: dict[str, Any]) -> None:
         f"kernel      {host['kernel']}, {host['kvm']} with {paging}, THP {host['thp']} (shmem {host['thp_shmem']})"
     )
     if "error" in document:
-        print(f"/dev/kvm    {document['error']}")
         return
     print("capability  " + ", ".join(f"{name} {value}" for name, value in document["capabilities"].items()))
     uffd = document["userfaultfd"]
@@ -147,15 +252,3 @@ def print_document(document: dict[str, Any]) -> None:
         print(
             f"huge pages  {format_size(pool['size_bytes'])}: {pool['free']} free of {pool['total']} reserved"
         )
-    print()
-    print(f"{'trap':<14}{'backing':<20}" + "".join(f"{access:<10}" for access in ACCESSES) + "exits seen")
-    for trap, backings in document["traps"].items():
-        for backing, accesses in backings.items():
-            kinds = {kind for access in accesses.values() for kind in access["exits"]}
-            cells = "".join(f"{_CELLS[access['status']]:<10}" for access in accesses.values())
-            print(f"{trap:<14}{backing:<20}{cells}{', '.join(sorted(kinds))}".rstrip())
-    if document["missing"]:
-        print("\nmissing")
-        for lack in document["missing"]:
-            remedy = f"\n    {lack['remedy']}" if lack["remedy"] else ""
-            print(f"  {lack['what']}: {lack['why']}{remedy}")

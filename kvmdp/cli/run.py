@@ -27,7 +27,7 @@ from kvmdp.cli.summary import leak_records, print_leaks, print_summary, results
 from kvmdp.cli.supervise import TouchedError, is_supervised, supervise
 from kvmdp.errors import PagingError, UnsupportedError
 from kvmdp.lab.detector import LeakDetector
-from kvmdp.lab.experiment import RunResult, run_workload
+from kvmdp.lab.experiment import DeviceFactory, RunResult, run_workload
 from kvmdp.last_acts import last_act
 from kvmdp.machine.boot import GuestImageError
 from kvmdp.machine.machine import Machine
@@ -83,15 +83,17 @@ def run(options: argparse.Namespace) -> int:
             sources = open_sources(options, stack)
             memory, workload_options = plan(options, sources.source, sources.low_ram_end)
             machine = machine_options(options, memory, workload_options)
+            task = _task(options, workload_options)
         except (ValueError, ImageError, GuestImageError, EndpointError) as error:
             raise UsageError(str(error)) from None
-        _announce(options, machine, sources.source)
         leftovers = Leftovers(options)
         stack.enter_context(last_act(leftovers.announce))
+        device = stack.enter_context(disk_device(options, task.disk_bytes))
+        _announce(options, machine, sources.source)
         document = _document(options, machine, sources)
         try:
             with named(), _traced(options, document, files) as on_start:
-                result = _execute(options, machine, workload_options, sources, on_start, detector)
+                result = _execute(options, machine, task, sources, on_start, detector, device)
         except (PagingError, GuestError, SourceError, UnsupportedError, ShortageError, OSError) as error:
             document["error"] = str(error)
             document["image_changed"] = changed = sources.image_change()
@@ -176,39 +178,33 @@ def _traced(
 def _execute(
     options: argparse.Namespace,
     machine: MachineOptions,
-    work: WorkloadOptions,
+    task: Task,
     sources: Sources,
     on_start: Callable[[Machine], None] | None,
     detector: LeakDetector | None,
+    device: DeviceFactory | None,
 ) -> RunResult:
-    task = _task(options, work)
     progress = Progress()
     try:
-        with disk_device(options, task.disk_bytes) as device:
-            return run_workload(
-                machine,
-                task,
-                sources.source,
-                reference=sources.reference,
-                timeout=options.timeout,
-                on_tick=progress,
-                on_start=on_start,
-                detector=detector,
-                device=device,
-                collapse=options.collapse,
-            )
+        return run_workload(
+            machine,
+            task,
+            sources.source,
+            reference=sources.reference,
+            timeout=options.timeout,
+            on_tick=progress,
+            on_start=on_start,
+            detector=detector,
+            device=device,
+            collapse=options.collapse,
+        )
     finally:
         progress.close()
 
 
 def _task(options: argparse.Namespace, work: WorkloadOptions) -> Task:
-    """Plan what the guest is to do. Raises UsageError."""
-    if options.guest is not None:
-        return Program(work)
-    try:
-        return make_workload(options.workload, work)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    """Plan what the guest is to do. Raises ValueError."""
+    return make_workload(options.workload, work) if options.guest is None else Program(work)
 
 
 def _document(options: argparse.Namespace, machine: MachineOptions, sources: Sources) -> dict[str, Any]:

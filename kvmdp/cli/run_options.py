@@ -17,7 +17,7 @@ from kvmdp.lab.probe import choose_trap, working_traps
 from kvmdp.machine.boot import read_program, vector_flags
 from kvmdp.machine.options import MachineOptions
 from kvmdp.machine.pv_msrs import pv_flags
-from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions, make_workload
+from kvmdp.machine.workloads import WORKLOADS, WorkloadOptions, check_ring, make_workload
 from kvmdp.machine.workloads.poison import Poison
 from kvmdp.memory.backings import BACKINGS, backing_class, check_backing_options, check_huge_pages
 from kvmdp.memory.layout import HIGH_RAM_BASE, MIN_MEMORY, GuestLayout
@@ -265,6 +265,8 @@ def plan(options: argparse.Namespace, source: PageSource, low_ram_end: int) -> t
     GuestLayout(memory, low_ram_end)
     if options.timeout is not None and not options.timeout > 0:
         raise ValueError(f"--timeout {options.timeout:g}: give more than 0 seconds")
+    if options.guest is None:
+        check_ring(options.workload, options.ring)
     with Kvm() as kvm:
         vector, pv = vector_flags(kvm), pv_flags(kvm)
     if options.workload == "clock" and not pv:
@@ -339,9 +341,7 @@ def machine_options(options: argparse.Namespace, memory: int, work: WorkloadOpti
     limit = None if options.resident_limit is None else parse_size(options.resident_limit)
     if limit is not None:
         retained = memory - usable_memory(memory, options.page_tables, work.low_ram_end)
-        check_limit(
-            limit // PAGE_SIZE, options.vcpus, options.fault_around, unit // PAGE_SIZE, retained // PAGE_SIZE
-        )
+        check_limit(limit, options.vcpus, options.fault_around, unit // PAGE_SIZE, retained // PAGE_SIZE)
     return MachineOptions(
         memory_bytes=memory,
         low_ram_end=work.low_ram_end,

@@ -52,15 +52,16 @@ _PAGES_OF_KVM = 2 + 1 + 2
 def check_limit(limit: int, vcpus: int, fault_around: int, unit: int, retained: int) -> None:
     """Raise ValueError unless every vCPU can get an instruction done within the limit, with something left to age.
 
-    `fault_around` pages come in at once; `unit` pages come and go as one. What never leaves is `retained` pages in a
-    row (page tables), and what KVM writes to by itself while the guest has it switched on: in whole units, all of it.
+    `limit` is in bytes, as the user gave it; all else is pages. `fault_around` pages come in at once; `unit` pages come
+    and go as one. What never leaves is `retained` pages in a row (page tables), and what KVM writes to by itself while
+    the guest has it switched on: in whole units, all of it.
     """
     tables = (retained + unit - 2) // unit + 1 if retained else 0  # units they can touch, wherever they begin
     of_a_vcpu = _PAGES_OF_AN_INSTRUCTION * max(fault_around, unit) + _PAGES_OF_KVM * unit
     least = tables * unit + vcpus * of_a_vcpu + 2 * _BATCH
-    if limit < least:
+    if limit // PAGE_SIZE < least:
         raise ValueError(
-            f"a resident limit of {format_size(limit * PAGE_SIZE)} is less than this guest can run in: give "
+            f"a resident limit of {format_size(limit)} is less than this guest can run in: give "
             f"{format_size(least * PAGE_SIZE)} or more"
         )
 

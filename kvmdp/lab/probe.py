@@ -46,6 +46,8 @@ _MAX_SLOTS = 1024
 _MUCH = 32 << 20  # bytes to fetch for one access
 _ONE_ACCESS = "write"  # made even if it fetches as much
 
+NO_HUGE_PAGE = "no huge page"  # begins the reason of a proof that was not run for want of one
+
 # What a trap is proven on for a run on gigantic pages, of which there may be one.
 _SMALLER = {"hugetlb-1g": "hugetlb-2m", "private-hugetlb-1g": "private-hugetlb-2m"}
 
@@ -150,7 +152,7 @@ def _obstacle(trap: str, backing: str, access: str) -> Proof | None:
     try:
         check_pages(page_size, 1)
     except UnsupportedError:
-        reason = f"no huge page of {format_size(page_size)} is free: {how_to_reserve(page_size, 1)}"
+        reason = f"{NO_HUGE_PAGE} of {format_size(page_size)} is free: {how_to_reserve(page_size, 1)}"
         return Proof(access, {}, reason, "not run")
     if not trap_class(trap).by_memslot and page_size > _MUCH and access != _ONE_ACCESS:
         return Proof(access, {}, f"each access would fetch {format_size(page_size)}", "not run")

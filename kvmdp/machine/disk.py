@@ -23,9 +23,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Self
 
 from kvmdp.closing import Closing
@@ -41,6 +41,7 @@ _RING = struct.Struct("<QIIIIQ")
 _REQUEST = struct.Struct("<QIIQ")
 _SEGMENT = struct.Struct("<QQ")
 _COUNT_MASK = (1 << 64) - 1
+_GIVE = "give a regular file that may be read and written (truncate -s 64M FILE makes one)"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -68,13 +69,17 @@ class DiskFile(Closing):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            remedy = f": make one with truncate -s 64M {path}" if error.errno == errno.ENOENT else ""
+            missing = error.errno == errno.ENOENT
+            remedy = f": make one with truncate -s 64M {path}" if missing else f": {_GIVE}"
             raise DiskError(f"cannot open the disk {path}: {error.strerror}{remedy}") from None
         try:
-            if not Path(path).is_file() or os.fstat(descriptor).st_size < guest.DISK_SECTOR:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise DiskError(f"the disk {path} is not a regular file: {_GIVE}")
+            if status.st_size < guest.DISK_SECTOR:
                 raise DiskError(
-                    f"the disk {path} is no file of at least one sector ({guest.DISK_SECTOR} bytes): make one with "
-                    f"truncate -s 64M {path}"
+                    f"the disk {path} has {status.st_size} bytes, less than one sector ({guest.DISK_SECTOR} bytes): "
+                    f"give a larger one (truncate -s 64M {path})"
                 )
             found = None if any_format else recognise_file(descriptor)
             if found is not None:

@@ -202,10 +202,9 @@ class Machine(Closing):
         """Have pages evicted when more are in memory than the options allow. Raises ValueError."""
         if self.options.resident_limit is None:
             return None
-        pages = self.options.resident_limit // PAGE_SIZE
-        unit = self.pager.ledger.unit
-        check_limit(pages, self.options.vcpus, self.options.most_at_once, unit, self.page_tables.pages)
-        limit = ResidentLimit(self.pager, pages)
+        size, unit = self.options.resident_limit, self.pager.ledger.unit
+        check_limit(size, self.options.vcpus, self.options.most_at_once, unit, self.page_tables.pages)
+        limit = ResidentLimit(self.pager, size // PAGE_SIZE)
         stack.callback(limit.close)
         return limit
 

@@ -105,7 +105,7 @@ class FaultRequests:
             self._work, name, lambda error: self._pager.abort(broken(f"the thread {name} broke", error))
         )
         with self._mutex:
-            if self._threads and (self._closed or not self._is_short()):
+            if self._closed or (self._threads and not self._is_short()):
                 return
             self._threads.append(thread)
         try:

@@ -87,7 +87,7 @@ def test_no_device_comes(tmp_path):
     ("options", "message"),
     [
         (("--disk", "/nonexistent"), "cannot open the disk"),
-        (("--disk", "/dev/null"), "no file of at least one sector"),
+        (("--disk", "/dev/null"), "/dev/null is not a regular file: give a regular file that may be read"),
         (("--device-socket", "x" * 108), "a socket path has 1 to 107 bytes"),
         (("--device-socket", "README.md"), "is there already and is not a socket"),
         (("--device-socket", "s", "--backing", "anonymous"), "cannot be handed to another process"),

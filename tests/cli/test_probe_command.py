@@ -137,12 +137,17 @@ def test_huge_pages_are_reserved_for_the_moment_by_who_may(document, backing):
 
 @pytest.mark.kvm
 def test_a_proof_that_was_not_run_says_how_to_have_it_run(document):
-    lacking = {lack["what"]: lack["remedy"] for lack in document["missing"]}
     for trap, backings in document["traps"].items():
         for backing in backings:
             if _statuses(document, trap, backing) == {"not run"}:
                 assert backing in HUGETLB
-                assert "/nr_hugepages" in lacking[f"a proof on {backing}"]
+                (lack,) = (each for each in document["missing"] if f"proof on {backing}" in _all_proofs(each))
+                assert "/nr_hugepages" in lack["remedy"]
+
+
+def _all_proofs(lack):
+    """What is lacking, with "proof on" before each backing."""
+    return lack["what"].replace(" and ", " proof on ")
 
 
 @pytest.mark.kvm
@@ -151,24 +156,83 @@ def test_what_is_missing_has_a_reason_and_huge_pages_a_command(document):
         assert lack.keys() == {"what", "why", "remedy"}
         assert lack["what"]
         assert lack["why"]
-    empty = [pool["size_bytes"] >> 10 for pool in document["hugepages"] if not pool["total"]]
-    commands = [lack["remedy"] for lack in document["missing"] if "huge pages" in lack["what"]]
-    assert len(commands) == len(empty)
-    for kib, command in zip(empty, commands, strict=True):
-        assert command.endswith(f"tee /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages")
+    commands = {
+        lack["what"].split()[0]: lack["remedy"]
+        for lack in document["missing"]
+        if "huge pages" in lack["what"]
+    }
+    for size, kib, enough in (("2M", 2048, 32), ("1G", 1048576, 1)):
+        pools = [pool for pool in document["hugepages"] if pool["size_bytes"] == kib << 10]
+        if pools and not pools[0]["total"]:
+            words = commands[size].split()
+            assert int(words[1]) >= enough
+            assert words[-1] == f"/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"
+    for lack in document["missing"]:
+        assert "nr_hugepages" not in lack["remedy"] or "needs root" in lack["why"]
 
 
 @pytest.mark.kvm
-def test_people_get_a_table_and_a_file_of_the_same(tmp_path):
+def test_no_remedy_is_given_twice(document):
+    remedies = [lack["remedy"] for lack in document["missing"] if lack["remedy"]]
+    assert len(set(remedies)) == len(remedies)
+
+
+@pytest.mark.kvm
+def test_people_get_a_verdict_then_a_table_and_a_file_of_the_same(tmp_path):
     target = tmp_path / "probe.json"
     done = kvmdp("probe", "--json", target)
     assert (done.status, done.err) == (0, "")
     document = json.loads(target.read_text())
-    table = [line.split() for line in done.out.splitlines()]
-    assert ["trap", "backing", "read", "write", "fetch", "atomic", "vector", "exits", "seen"] in table
-    for trap in document["working"]:
-        assert [trap, "memfd", *["exact"] * 5] in [line[:7] for line in table]
+    verdict, _, heading, *rest = done.out.splitlines()
+    assert verdict == document["verdict"]
+    traps = list(document["traps"])
+    assert heading.split() == ["backing", *traps]
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in rest[: rest.index(next(r for r in rest if "exact: " in r))]
+    }
+    assert rows["memfd"] == [
+        "exact" if _statuses(document, trap, "memfd") == {"exact"} else "NO" for trap in traps
+    ]
+    assert not [name for name, cells in rows.items() if set(cells) <= {"-", "untested"}], "an empty row"
+    assert sum(line.startswith("`-` marks an unsupported combination; ") for line in rest) == 1
     assert [*tmp_path.iterdir()] == [target]
+
+
+@pytest.mark.kvm
+def test_the_verdict_names_the_trap_that_a_run_takes(document):
+    run = kvmdp("run", "--memory", "2M", "--json", "-")
+    proven = {*document["working"]}
+    if {"exact"} in [_statuses(document, "userfaultfd", backing) for backing in BACKINGS]:
+        proven.add("userfaultfd")
+    assert document["verdict"] == f"use {run.document['trap']}: {len(proven)} of 5 traps work here"
+
+
+BROKEN_TRAP = """
+from kvmdp.cli import probe
+from kvmdp.lab import probe as lab
+probe.BACKINGS = {name: probe.BACKINGS[name] for name in ("memfd", "anonymous")}
+real = lab.prove
+def prove(trap, backing, access):
+    if trap == "mmio" and access in BAD and backing == "memfd":
+        return lab.Proof(access, {}, "increments were lost")
+    return real(trap, backing, access)
+lab.prove = prove
+"""
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("bad", "named"), [(("atomic", "vector"), " (atomic, vector)"), (tuple(sorted(ACCESSES)), "")]
+)
+def test_a_trap_that_fails_is_a_no_and_its_accesses_are_named(bad, named):
+    done = kvmdp("probe", prelude=f"BAD = {bad}\n{BROKEN_TRAP}")
+    assert done.status == 0
+    assert f"  trap mmio on memfd{named}: increments were lost\n" in done.out
+    (row,) = (line for line in done.out.splitlines() if line.startswith("memfd "))
+    heading = next(line for line in done.out.splitlines() if line.startswith("backing "))
+    assert row.split()[heading.split().index("mmio")] == "NO"
+    assert "5 of 5" in done.out or "mmio" not in done.out.splitlines()[0], "it works on anonymous memory"
 
 
 @pytest.mark.root
@@ -190,13 +254,15 @@ def test_without_kvm_the_commands_say_what_is_lacking(host):
     told = kvmdp("probe", wrapper=wrapper)
     assert told.status == 4
     assert reason in told.out
-    assert "/dev/kvm" in told.out
+    assert told.out.startswith("no trap works here: ")
+    assert told.out.count(reason) == 1
 
     probe = kvmdp("probe", "--json", "-", wrapper=wrapper)
     assert probe.status == 4
     assert probe.document["ok"] is False
     assert probe.document["host"]["cpus"] >= 1
     assert reason in probe.document["error"]
+    assert probe.document["verdict"] == f"no trap works here: {probe.document['error']}"
     [lack] = probe.document["missing"]
     assert lack["what"] == "/dev/kvm"
     assert lack["remedy"] in probe.document["error"]

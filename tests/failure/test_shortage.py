@@ -117,6 +117,8 @@ def test_a_probe_of_huge_pages_that_are_refused_proves_nothing(huge_pages):
     refused = document["traps"]["mmio"]["hugetlb-2m"].values()
     assert {cell["status"] for cell in refused} == {"not run"}
     assert all(str(file) in cell["error"] for cell in refused)
+    (lack,) = (lack for lack in document["missing"] if lack["what"] == "a proof on hugetlb-2m")
+    assert str(file) in f"{lack['why']}: {lack['remedy']}"
 
 
 # Threads and processes

@@ -286,9 +286,9 @@ def test_a_folder_that_takes_no_evicted_pages_is_named(monkeypatch):
     ],
 )
 def test_what_can_never_leave_counts_in_whole_units(vcpus, fault_around, unit, retained, least):
-    check_limit(least, vcpus, fault_around, unit, retained)
+    check_limit(least * PAGE_SIZE, vcpus, fault_around, unit, retained)
     with pytest.raises(ValueError, match=f"give {least * 4}K or more"):
-        check_limit(least - 1, vcpus, fault_around, unit, retained)
+        check_limit(least * PAGE_SIZE - 1, vcpus, fault_around, unit, retained)
 
 
 @pytest.mark.root

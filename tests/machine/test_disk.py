@@ -340,8 +340,8 @@ def test_short_writes_and_reads_are_gone_on_with(bench, monkeypatch):
     ("make", "message"),
     [
         (lambda path: None, "cannot open the disk .*: No such file or directory: make one with truncate"),
-        (lambda path: path.mkdir(), "cannot open the disk .*: Is a directory"),
-        (lambda path: path.write_bytes(b"x"), "no file of at least one sector"),
+        (lambda path: path.mkdir(), "cannot open the disk .*: Is a directory: give a regular file"),
+        (lambda path: path.write_bytes(b"x"), "has 1 bytes, less than one sector .*: give a larger one"),
     ],
 )
 def test_a_file_that_is_no_disk_is_refused(tmp_path, make, message):

@@ -23,6 +23,7 @@ from kvmdp.bench.report.results import SCHEMA, Document, Results
 from kvmdp.errors import KvmdpError
 from kvmdp.interruption import Uninterrupted
 from kvmdp.last_acts import last_act
+from kvmdp.temporary import check_takes_files
 
 DOCUMENT = "compare.json"
 # What a report consists of: a folder that holds anything else is not replaced.
@@ -50,6 +51,13 @@ def check_folder(folder: str | Path) -> None:
         raise ReportError(f"{folder}: {error.strerror}; name another folder for the report") from None
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ReportError(f"{folder}: no permission to write in {parent}; name another folder for the report")
+    try:
+        check_takes_files(parent)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ReportError(
+            f"{folder}: no folder can be made in {parent} ({reason}); name another folder for the report"
+        ) from None
 
 
 def _check_ours(path: Path) -> None:

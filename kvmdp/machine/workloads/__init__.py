@@ -7,6 +7,8 @@ a class that brings its code as `program`, and one `register`.
 
 from __future__ import annotations
 
+from kvmdp.errors import UnsupportedError
+from kvmdp.machine.hostinfo import emulates_ring_0, kvm_flavour
 from kvmdp.machine.workloads.arithmetic import combined_checksum
 from kvmdp.machine.workloads.atomic import Atomic
 from kvmdp.machine.workloads.base import PageReader, Task, Workload, WorkloadOptions
@@ -29,6 +31,7 @@ __all__ = [
     "Task",
     "Workload",
     "WorkloadOptions",
+    "check_ring",
     "combined_checksum",
     "make_workload",
     "register",
@@ -61,3 +64,13 @@ def make_workload(name: str, options: WorkloadOptions) -> Workload:
     if name not in WORKLOADS:
         raise ValueError(f"unknown workload {name!r}: give one of {', '.join(WORKLOADS)}")
     return WORKLOADS[name](options)
+
+
+def check_ring(name: str, ring: int) -> None:
+    """Raise UnsupportedError if this host cannot run the workload called `name` in `ring`. Unknown names can be run."""
+    kind = WORKLOADS.get(name)
+    if ring == 0 and kind is not None and kind.needs_cpu and emulates_ring_0():
+        raise UnsupportedError(
+            f"the workload {name} cannot run in ring 0 on this host: {kvm_flavour()} emulates ring 0, and its emulator "
+            "lacks vector instructions; give --ring 3, or use a host with kvm_intel or kvm_amd"
+        )

@@ -135,11 +135,13 @@ class Task:
 class Workload(Task, ABC):
     """A task of which the host knows what must come of it.
 
-    Of the class: `most_pages`, how many it uses at most without `pages` among the options (None: all of RAM).
+    Of the class: `most_pages`, how many it uses at most without `pages` among the options (None: all of RAM);
+    `needs_cpu`, whether it has instructions that KVM's emulator lacks.
     Attributes: `shares`, the pages of each vCPU.
     """
 
     most_pages: int | None = None
+    needs_cpu: bool = False
     touched: Pages
 
     def __init__(self, options: WorkloadOptions) -> None:

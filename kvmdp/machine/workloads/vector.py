@@ -26,6 +26,7 @@ class Vector(Workload):
 
     name = "vector"
     number = 7
+    needs_cpu = True
 
     def expected_checksums(self, image: PageReader) -> list[int]:
         """Return the checksums over the words stored."""

@@ -12,7 +12,6 @@ from programs import (
     store,
 )
 
-from kvmdp.machine.hostinfo import emulates_ring_0
 from kvmdp.machine.workloads import WORKLOADS
 from random_options import files
 from random_options.machine_options import has_peers, is_large
@@ -53,10 +52,7 @@ def _guest(draw):
 
 
 def _workload(draw):
-    name = draw.of(*WORKLOADS)
-    # What emulates ring 0 does not know vector instructions.
-    draw.may_fail |= name == "vector" and draw.given.get("--ring") == "0" and emulates_ring_0()
-    return name
+    return draw.of(*WORKLOADS)
 
 
 def _seconds(draw):
