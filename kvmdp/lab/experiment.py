@@ -6,6 +6,7 @@ Units: seconds, pages of 4 KiB, latencies in nanoseconds.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -292,6 +293,8 @@ def _contents(machine: Machine, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.
     """Return the bytes of such pages, wherever they are: uint64[n, 512]. The machine has stopped."""
     content = np.empty((len(pages), PAGE_SIZE // 8), dtype=np.uint64)
     rows = content.data.cast("B")
-    for row, page in enumerate(pages.tolist()):
-        machine.pager.content(page, 1, rows[row * PAGE_SIZE : (row + 1) * PAGE_SIZE])
+    borders = [0, *(np.flatnonzero(np.diff(pages) != 1) + 1).tolist(), len(pages)]
+    for first, end in itertools.pairwise(borders):  # rows of neighbouring pages, which are read as one
+        if first < end:
+            machine.pager.content(int(pages[first]), end - first, rows[first * PAGE_SIZE : end * PAGE_SIZE])
     return content

@@ -25,7 +25,6 @@ GUEST_PAGES = PAGES // 2  # the guest's are the first half, so that the device h
 # No vCPU gets this page before the devices are through: so the guest is under way all the time.
 LAST_OF_VCPUS = 100
 # One that the source lets wait for that page, and one for the rest.
-READERS = UffdOptions(readers=2)
 DEVICE = f"""
 from kvmdp.machine.workloads.arithmetic import place_in_page
 import numpy as np
@@ -125,7 +124,10 @@ def test_a_killed_device_is_replaced_and_the_guest_is_exact(moment):
     workload = plan("atomic", vcpus=2, pages=GUEST_PAGES, iterations=2)
     sentences = []
     with make_machine(
-        trap, workload=workload, source=Watched(executioner.before_fill), uffd=READERS
+        trap,
+        workload=workload,
+        source=Watched(executioner.before_fill),
+        uffd=UffdOptions(readers=2 if trap == "userfaultfd" else 1),
     ) as machine:
         server = machine.serve_devices(sentences.append)
         errors = []
