@@ -229,10 +229,12 @@ from pathlib import Path
 def chmod(path, mode):
     try:
         print("writing\\n", end="", file=sys.stderr)
-        time.sleep(1000)
+        while True:  # not one long sleep: a signal just before it would not end that
+            time.sleep(0.05)
     except KeyboardInterrupt:
         print("once\\n", end="", file=sys.stderr)
-        time.sleep(1000)
+        while True:  # not one long sleep: a signal just before it would not end that
+            time.sleep(0.05)
 Path.chmod = chmod
 """
     with Running(*RUN, "--json", tmp_path / "result.json", prelude=prelude) as command:
@@ -251,7 +253,8 @@ import time
 from kvmdp.machine.machine import Machine
 def stop(machine):
     print("stopping\\n", end="", file=__import__("sys").stderr)
-    time.sleep(1000)
+    while True:  # not one long sleep: a signal just before it would not end that
+        time.sleep(0.05)
 Machine.stop = stop
 """
     with Running(*LONG, prelude=prelude) as command:
@@ -269,7 +272,8 @@ from kvmdp.peers.handler.server import PageServer
 def run(server):
     threading.Thread(target=time.sleep, args=(1000,)).start()
     server._report("started")
-    time.sleep(1000)
+    while True:  # not one long sleep: a signal just before it would not end that
+        time.sleep(0.05)
 PageServer.run = run
 """
     with Running("handler", "--listen", socket_path, "--synthetic", "2M", prelude=prelude) as command:
