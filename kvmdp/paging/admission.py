@@ -285,7 +285,13 @@ class Admission:
         is told once more, for there may be nothing of the page left.
         """
         if not claim.is_admitted:
-            self._set_present(claim)
+            while not claim.is_filled:
+                with self.mutex:
+                    discarded = claim.discarded[claim.zeroed :]
+                    if not discarded:
+                        self.ledger.admit(claim)
+                        break
+                self.contents.zero(discarded, claim)
             self._admit(claim)
         while True:
             with self.mutex:
@@ -296,15 +302,6 @@ class Admission:
             self._admit(claim, discarded)
         if claim.woken:
             notify(claim.woken)
-
-    def _set_present(self, claim: Claim) -> None:
-        while True:
-            with self.mutex:
-                discarded = () if claim.is_filled else claim.discarded[claim.zeroed :]
-                if not discarded:
-                    self.ledger.admit(claim)
-                    return
-            self.contents.zero(discarded, claim)
 
     def _admit(self, claim: Claim, discarded: Sequence[tuple[int, int]] = ()) -> None:
         """Tell the trap of pages whose bits are set, or once more of those that have been `discarded` since."""

@@ -11,7 +11,7 @@ from typing import TypeAlias
 from kvmdp.page import PAGE_SIZE, PageFault
 from kvmdp.paging.claim import Claim, State, runs_of_states
 from kvmdp.paging.ports import Trap
-from kvmdp.source.base import PageSource, WritableSource, fetch, ram_source
+from kvmdp.source.base import PageSource, SourceError, WritableSource, fetch, fetch_again, ram_source
 from kvmdp.source.request import FetchCancel, FetchRequest
 
 Landed: TypeAlias = Callable[[Claim, PageFault, int], None]
@@ -56,12 +56,12 @@ class Contents:
             self._populate(first * PAGE_SIZE, claim.count * PAGE_SIZE)
         if before == _ONE_AT_SOURCE:  # the usual fault
             offset = first * PAGE_SIZE
-            fetch(
-                self.source,
-                FetchRequest(offset, fault, self.cancel),
-                self._fill_view[offset : offset + PAGE_SIZE],
-                self._may_retry,
-            )
+            request = FetchRequest(offset, fault, self.cancel)
+            destination = self._fill_view[offset : offset + PAGE_SIZE]
+            try:  # what `fetch` does, without its frame
+                self.source.fetch(request, destination)
+            except SourceError as error:
+                fetch_again(self.source, request, destination, error, self._may_retry)
             return
         for state, start, end in runs_of_states(before, 0, claim.count):
             self._fill_run(state, first + start, first + end, fault, lambda page: landed(claim, fault, page))

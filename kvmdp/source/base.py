@@ -162,16 +162,31 @@ def fetch(
     `may_retry` is asked before each further attempt, the first a millisecond after the failure; there are five, a third
     of a second in all. What has landed is not fetched again. Raises what `source.fetch` raises.
     """
+    try:
+        source.fetch(request, destination)
+    except SourceError as error:
+        fetch_again(source, request, destination, error, may_retry)
+
+
+def fetch_again(
+    source: PageSource,
+    request: FetchRequest,
+    destination: memoryview,
+    error: SourceError,
+    may_retry: Callable[[], bool],
+) -> None:
+    """Go on as `fetch` does after a first attempt that has failed with `error`."""
     for pause in _RETRY_SECONDS:
-        try:
-            return source.fetch(request, destination)
-        except SourceError as error:
-            if not error.transient or not may_retry():
-                raise
+        if not error.transient or not may_retry():
+            break
         time.sleep(pause)
         done, request = request.done, request.rest()
         destination = destination[done:]
-    return source.fetch(request, destination)
+        try:
+            return source.fetch(request, destination)
+        except SourceError as again:
+            error = again
+    raise error
 
 
 def read_pages(source: PageSource, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

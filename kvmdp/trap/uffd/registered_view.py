@@ -205,12 +205,17 @@ class UffdView(ABC):
 
         def serve_all() -> None:
             """Serve the faults in the order in which they came, up to one that a job holds back."""
-            while faults and (is_present(self._page_of(faults[0][0])) or jobs.may_admit(faults[0][1])):
+            while faults and (
+                not jobs.on_seconds_held  # no job holds faults back: nothing more to pay
+                or is_present(self._page_of(faults[0][0]))
+                or jobs.may_admit(faults[0][1])
+            ):
                 serve(*faults.popleft())
 
         self._this_thread.take = take
         left: float | None = None  # seconds until it asks again at the latest
-        while not any(fd == self._wakeup for fd, _ in poll.poll(left)):
+        stopped = (self._wakeup, select.EPOLLIN)
+        while stopped not in poll.poll(left):
             self._at_work.add(reader)
             try:
                 if is_listed:
