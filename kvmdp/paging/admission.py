@@ -285,9 +285,11 @@ class Admission:
         is told once more, for there may be nothing of the page left.
         """
         if not claim.is_admitted:
-            while not claim.is_filled:
+            while (
+                True
+            ):  # also of a claim that is filled: an interruption may have come before its bits were set
                 with self.mutex:
-                    discarded = claim.discarded[claim.zeroed :]
+                    discarded = () if claim.is_filled else claim.discarded[claim.zeroed :]
                     if not discarded:
                         self.ledger.admit(claim)
                         break
